@@ -1,0 +1,31 @@
+"""Differentially private CLIP training for the Hugging Face ecosystem.
+
+The public names are imported on first use, so that `import hf_dpclip` itself stays cheap.
+"""
+
+from importlib import import_module
+
+
+__version__ = "0.1.0"
+
+_HOME_OF = {
+    "DPCLIPTrainer": "trainer",
+    "DPTrainingArguments": "arguments",
+    "ImageTextCollator": "data",
+    "PrivacyPlan": "privacy",
+    "PrivacySpent": "privacy",
+    "PrivacyStatement": "privacy",
+    "lora_config": "models",
+}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str):
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

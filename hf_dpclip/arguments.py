@@ -1,0 +1,178 @@
+"""`DPTrainingArguments`: Hugging Face's `TrainingArguments` and the knobs of the privacy mechanism."""
+
+import math
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .privacy.accounting import ACCOUNTANTS
+from .privacy.plan import CLIPPINGS
+
+
+@dataclass
+class DPTrainingArguments(TrainingArguments):
+    """
+    Arguments of [`DPCLIPTrainer`]. Those of [`~transformers.TrainingArguments`] keep their meaning; these are added.
+
+    Exactly one of `target_epsilon` and `noise_multiplier` must be given, unless `non_private=True`. `max_grad_norm` is
+    the clipping bound C, and `per_device_train_batch_size * gradient_accumulation_steps * world_size` is the expected
+    batch size B of Poisson sampling.
+
+    Args:
+        target_epsilon (`float`, *optional*): the ε that the run may spend. The noise is calibrated to it.
+        noise_multiplier (`float`, *optional*): σ = noise standard deviation / sensitivity. ε follows from it.
+        target_delta (`float`, *optional*, defaults to `n ** -1.1`): δ, below 1/n.
+        microbatch_size (`int`, *optional*): expected number of privacy units whose joint gradient is clipped as a
+            whole; must divide `per_device_train_batch_size`, which is the default. 1 clips per example.
+        clipping (`str`, *optional*, defaults to `"flat"`): `"flat"` or `"automatic"`.
+        accountant (`str`, *optional*, defaults to `"pld"`): `"pld"` or `"rdp"`.
+        privacy_unit_column (`str`, *optional*): column that says to whom a record belongs; all records with one value
+            are protected together. By default every record is a unit of its own.
+        noise_seed (`int`, *optional*): makes sampling and noise reproducible and the run NOT PRIVATE.
+        non_private (`bool`, *optional*, defaults to `False`): trains without noise, for comparison.
+        log_private_statistics (`bool`, *optional*, defaults to `False`): logs the raw training loss and the like, for
+            debugging on public data; the run is NOT PRIVATE.
+
+    Raises `ValueError` for combinations that promise nothing, and for options of the `Trainer` under which the
+    guarantee would not hold.
+    """
+
+    target_epsilon: float | None = field(
+        default=None, metadata={"help": "The epsilon the run may spend; the noise is calibrated to it."}
+    )
+    noise_multiplier: float | None = field(
+        default=None, metadata={"help": "Noise standard deviation / sensitivity, instead of target_epsilon."}
+    )
+    target_delta: float | None = field(default=None, metadata={"help": "Delta, below 1/n. Defaults to n**-1.1."})
+    microbatch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Expected number of examples whose joint gradient is clipped as a whole; must divide "
+            "per_device_train_batch_size, which is the default. Smaller means more signal, fewer in-batch negatives."
+        },
+    )
+    clipping: str = field(
+        default="flat",
+        metadata={"help": "flat: g * min(1, C/||g||); automatic: g * C/(||g|| + 0.01).", "choices": list(CLIPPINGS)},
+    )
+    accountant: str = field(
+        default="pld", metadata={"help": "How epsilon is computed: pld (tight) or rdp.", "choices": list(ACCOUNTANTS)}
+    )
+    privacy_unit_column: str | None = field(
+        default=None, metadata={"help": "Column whose values (user or image ids) are protected as a whole."}
+    )
+    noise_seed: int | None = field(
+        default=None, metadata={"help": "Reproducible sampling and noise, for research. The run is NOT PRIVATE."}
+    )
+    non_private: bool = field(
+        default=False, metadata={"help": "Train without noise, for comparison. The run is NOT PRIVATE."}
+    )
+    log_private_statistics: bool = field(
+        default=False,
+        metadata={"help": "Log the raw training loss, for debugging on public data. The run is NOT PRIVATE."},
+    )
+
+    def __post_init__(self):
+        # Skipping the batches that an interrupted run saw makes no sense when every step draws anew.
+        self.ignore_data_skip = True
+        self._check_noise()
+        self._check_mechanism()
+        super().__post_init__()
+        self._check_compatible()
+
+    @property
+    def expected_batch_size(self) -> int:
+        """B, over all processes and accumulation steps."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def num_microbatches(self) -> int:
+        """K."""
+        return self.expected_batch_size // (self.microbatch_size or self.per_device_train_batch_size)
+
+    @property
+    def not_private_because(self) -> tuple[str, ...]:
+        """The arguments, if any, because of which no guarantee holds."""
+        return tuple(
+            reason
+            for reason, holds in {
+                "non_private=True: no noise was added": self.non_private,
+                "noise_seed is set: the noise can be recomputed and subtracted": self.noise_seed is not None,
+                "log_private_statistics=True: raw statistics of the data were logged": self.log_private_statistics,
+            }.items()
+            if holds
+        )
+
+    def _check_noise(self):
+        if self.non_private and not (self.target_epsilon is None and not self.noise_multiplier):
+            raise ValueError(
+                "non_private=True trains without noise, so it cannot be combined with target_epsilon or "
+                "noise_multiplier: remove one or the other."
+            )
+        if not self.non_private and (self.target_epsilon is None) == (self.noise_multiplier is None):
+            both = self.target_epsilon is not None
+            raise ValueError(
+                f"{'both' if both else 'neither'} of target_epsilon and noise_multiplier {'were' if both else 'was'} "
+                "given: set exactly one, e.g. target_epsilon=3.0. (non_private=True trains without any noise.)"
+            )
+        for name in ("target_epsilon", "noise_multiplier"):
+            self._check_positive(name, None if self.non_private else getattr(self, name))
+
+    def _check_mechanism(self):
+        self._check_positive("max_grad_norm", self.max_grad_norm)
+        size, batch = self.microbatch_size, self.per_device_train_batch_size
+        if size is not None and (size < 1 or batch % size):
+            raise ValueError(
+                f"microbatch_size={size} does not divide per_device_train_batch_size={batch}: choose a divisor of it, "
+                f"or raise per_device_train_batch_size to a multiple of {max(size, 1)}."
+            )
+        for name, choices in {"clipping": CLIPPINGS, "accountant": ACCOUNTANTS}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose one of {', '.join(choices)}.")
+
+    def _check_positive(self, name: str, value: float | None):
+        if value is not None and not 0 < value < math.inf:
+            hint = (
+                " (Training without noise takes non_private=True.)" if value == 0 and name != "max_grad_norm" else ""
+            )
+            raise ValueError(f"{name}={value!r} is not possible: it must be positive and finite.{hint}")
+
+    def _check_compatible(self):
+        for refused, message in self._incompatible():
+            if refused:
+                raise ValueError(message)
+
+    def _incompatible(self) -> list[tuple[bool, str]]:
+        """(whether it is set, what is wrong with it and how to mend it) for each option that breaks the guarantee."""
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        steps_early = "layerwise" in optimizer or "lomo" in optimizer
+        shows_batch = self.include_num_input_tokens_seen != "no" or not self.skip_memory_metrics
+        return [
+            (self.fp16, "fp16 scales the loss, and with it the gradients to be clipped: use bf16=True instead."),
+            (bool(self.deepspeed), "DeepSpeed reduces gradients before they are clipped: use DDP (torchrun)."),
+            (bool(self.fsdp), "FSDP reduces gradients before they are clipped: use DDP (torchrun), with LoRA."),
+            (self.parallelism_config is not None, "parallelism_config is not supported: use DDP (torchrun)."),
+            (
+                self.auto_find_batch_size,
+                "auto_find_batch_size changes the sampling probability during the run: set "
+                "per_device_train_batch_size to what fits, and gradient_accumulation_steps for the rest.",
+            ),
+            (
+                self.train_sampling_strategy != "random",
+                f"train_sampling_strategy={self.train_sampling_strategy!r} replaces Poisson sampling: remove it.",
+            ),
+            (
+                steps_early,
+                f"optim={optimizer!r} updates weights during the backward pass, before the noise: use adamw_torch.",
+            ),
+            (
+                shows_batch and not self.log_private_statistics,
+                "token counts and memory metrics reveal realised batch sizes: leave "
+                "include_num_input_tokens_seen='no' and skip_memory_metrics=True.",
+            ),
+            (
+                self.n_gpu > 1,
+                "torch.nn.DataParallel mixes the gradients of all GPUs before they are clipped: start one process per "
+                "GPU with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES=0.",
+            ),
+        ]

@@ -1,0 +1,25 @@
+"""One forward and one backward pass per microbatch: right for every model and every loss."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def accumulate_gradient(
+    compute_loss: Callable[[dict[str, Any]], torch.Tensor],
+    backward: Callable[[torch.Tensor], None],
+    microbatch: dict[str, Any],
+) -> torch.Tensor:
+    """Leaves the gradient of the loss on one microbatch in `Parameter.grad`.
+
+    Args:
+        compute_loss (callable): from the microbatch's inputs to its scalar loss.
+        backward (callable): runs the backward pass, e.g. `Accelerator.backward`.
+        microbatch (`dict`): the inputs, collated; all of them take part in one loss.
+
+    Returns the loss, detached.
+    """
+    loss = compute_loss(microbatch)
+    backward(loss)
+    return loss.detach()

@@ -1,0 +1,44 @@
+"""A LoRA configuration for dual encoders that suits private training."""
+
+import re
+
+from peft import LoraConfig
+from torch import nn
+
+
+# Attention inputs of both towers, by the names that the dual encoders of `transformers` give them, and the projections
+# into the shared space.
+_ADAPTED = re.compile(r"(.*\.)?(q_proj|v_proj|query|value|visual_projection|text_projection)")
+
+
+def lora_config(model: nn.Module, r: int = 8, lora_alpha: float | None = None, **kwargs) -> LoraConfig:
+    """LoRA on the query, value and projection layers of both towers.
+
+    The noise of a step grows with the root of the number of trainable parameters, so few is better. The projections
+    are adapted like any other layer rather than trained in full. `logit_scale` stays frozen: one scalar whose gradient
+    can take up most of the clipping norm, and which noise would move at random.
+
+    Args:
+        model (`nn.Module`): a `CLIPModel` or another dual encoder.
+        r (`int`, *optional*, defaults to 8): rank.
+        lora_alpha (`float`, *optional*, defaults to `2 * r`): scale.
+        kwargs: further fields of [`peft.LoraConfig`].
+
+    Raises `ValueError` if the model has none of these layers.
+
+    Example:
+        ```python
+        model = peft.get_peft_model(model, lora_config(model, r=8))
+        ```
+    """
+    targets = [name for name, module in model.named_modules() if _is_adapted(name, module)]
+    if not targets:
+        raise ValueError(
+            f"{type(model).__name__} has no query, value or projection layers that are known by name: pass a "
+            "peft.LoraConfig with target_modules of your own to peft.get_peft_model."
+        )
+    return LoraConfig(r=r, lora_alpha=lora_alpha or 2 * r, target_modules=_ADAPTED.pattern, **kwargs)
+
+
+def _is_adapted(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and _ADAPTED.fullmatch(name) is not None

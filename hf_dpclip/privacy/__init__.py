@@ -1,0 +1,25 @@
+"""The trusted core: everything the privacy guarantee rests on, and nothing else.
+
+Read in this order: `plan` (what is promised), `sampling` (who takes part in a step), `mechanism` (clip, add up, noise
+once), `randomness` (where the random numbers come from), `accounting` (what T steps cost), `statement` (what is
+written beside the weights). `docs/privacy.md` holds the theorem and its proof. The core needs torch, numpy and
+dp_accounting only.
+"""
+
+from .mechanism import GaussianMechanism, clip_
+from .plan import PrivacyPlan, PrivacySpent
+from .randomness import Randomness
+from .sampling import PoissonSampler
+from .statement import STATEMENT_NAME, PrivacyStatement
+
+
+__all__ = [
+    "STATEMENT_NAME",
+    "GaussianMechanism",
+    "PoissonSampler",
+    "PrivacyPlan",
+    "PrivacySpent",
+    "PrivacyStatement",
+    "Randomness",
+    "clip_",
+]

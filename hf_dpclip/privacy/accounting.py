@@ -1,0 +1,131 @@
+"""From a noise multiplier to ε and back: a thin layer over `dp_accounting`.
+
+One optimizer step is one Poisson-subsampled Gaussian mechanism, and T steps are its T-fold adaptive composition under
+add-or-remove-one adjacency (`docs/privacy.md`, "The theorem").
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import lru_cache
+
+import dp_accounting
+from dp_accounting import pld, rdp
+
+
+ADJACENCY = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+ACCOUNTANTS = ("pld", "rdp")
+
+# Grid width of the privacy loss distribution. Both estimates are upper bounds; a wider grid is faster and looser.
+FINE_INTERVAL = 1e-4
+COARSE_INTERVAL = 1e-3
+
+# Calibration accepts any σ whose ε lands in this share of the target, never above it.
+ACCEPTED_SHARE = (0.992, 1.0)
+AIMED_SHARE = 0.997
+MAX_EVALUATIONS = 100
+
+
+def dp_event(sampling_probability: float, noise_multiplier: float, steps: int) -> dp_accounting.DpEvent:
+    """The event that `steps` optimizer steps amount to, for any accountant of `dp_accounting`."""
+    one_step = dp_accounting.PoissonSampledDpEvent(
+        sampling_probability, dp_accounting.GaussianDpEvent(noise_multiplier)
+    )
+    return dp_accounting.SelfComposedDpEvent(one_step, steps)
+
+
+@lru_cache(maxsize=1024)
+def epsilon(
+    sampling_probability: float,
+    noise_multiplier: float,
+    steps: int,
+    delta: float,
+    accountant: str = "pld",
+    interval: float = FINE_INTERVAL,
+) -> float:
+    """Upper bound on ε after `steps` steps.
+
+    Args:
+        sampling_probability (`float`): q, in (0, 1].
+        noise_multiplier (`float`): σ = noise standard deviation / sensitivity. 0 costs ε = ∞ from the first step on.
+        steps (`int`): number of noisy releases; 0 costs nothing.
+        delta (`float`): δ, in (0, 1).
+        accountant (`str`): `"pld"` (tight) or `"rdp"`.
+        interval (`float`): grid width of the privacy loss distribution; `"rdp"` has none.
+    """
+    if steps == 0:
+        return 0.0
+    if noise_multiplier == 0:
+        return math.inf
+    accounts = {
+        "pld": lambda: pld.PLDAccountant(ADJACENCY, value_discretization_interval=interval),
+        "rdp": lambda: rdp.RdpAccountant(neighboring_relation=ADJACENCY),
+    }
+    account = accounts[accountant]()
+    with _without_order_warnings():
+        account.compose(dp_event(sampling_probability, noise_multiplier, steps))
+        return float(account.get_epsilon(delta))
+
+
+def calibrate_noise_multiplier(
+    target_epsilon: float, target_delta: float, sampling_probability: float, steps: int, accountant: str = "pld"
+) -> float:
+    """A noise multiplier σ whose ε after `steps` steps lands in [0.992, 1.0] of `target_epsilon`.
+
+    RDP finds the neighbourhood, a coarse PLD narrows it, and one or two evaluations of the fine PLD, the only one that
+    decides, finish. Raises `ValueError` if no σ can be found.
+    """
+
+    def stage(name: str, interval: float, start: float) -> float:
+        return _solve(
+            lambda sigma: epsilon(sampling_probability, sigma, steps, target_delta, name, interval),
+            target_epsilon,
+            start,
+        )
+
+    noise_multiplier = stage("rdp", FINE_INTERVAL, 1.0)
+    if accountant == "rdp":
+        return noise_multiplier
+    noise_multiplier = stage("pld", COARSE_INTERVAL, noise_multiplier)
+    return stage("pld", FINE_INTERVAL, noise_multiplier)
+
+
+def _solve(epsilon_of: Callable[[float], float], target: float, start: float) -> float:
+    """Root search in log-log scale, where ε falls almost linearly in σ: secant steps, kept inside a bracket."""
+    low, high = 0.0, math.inf  # ε(low) is too large, ε(high) too small
+    sigma, slope, previous = start, -1.5, None
+    for _ in range(MAX_EVALUATIONS):
+        value = max(epsilon_of(sigma), 1e-12)
+        if ACCEPTED_SHARE[0] * target <= value <= ACCEPTED_SHARE[1] * target:
+            return sigma
+        low, high = (sigma, high) if value > target else (low, sigma)
+        if previous is not None and math.isfinite(value) and previous[1] != value:
+            slope = math.log(value / previous[1]) / math.log(sigma / previous[0])
+        previous = (sigma, value)
+        sigma = _inside(low, high, sigma * (AIMED_SHARE * target / value) ** (1 / min(slope, -0.3)))
+    raise ValueError(
+        f"no noise_multiplier reaches target_epsilon={target:g} with these settings (last tried σ={sigma:.3g}). "
+        "Choose a target_epsilon between 0.01 and 100, fewer steps, or set noise_multiplier yourself."
+    )
+
+
+def _inside(low: float, high: float, sigma: float) -> float:
+    """`sigma` if it lies in the bracket, else the bracket's geometric middle (at most a factor of 4 away)."""
+    if low < sigma < high and sigma < 4 * max(low, high if high < math.inf else low):
+        return sigma
+    if high == math.inf:
+        return 4 * low
+    return math.sqrt(low * high) if low > 0 else high / 4
+
+
+@contextmanager
+def _without_order_warnings():
+    """RDP may leave out orders that do not converge, which only makes ε larger; absl warns of each, by name."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,135 @@
+"""Clip the gradient of each microbatch, add up, noise once: the Gaussian mechanism of one optimizer step."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.utils import get_total_norm
+
+from .plan import PrivacyPlan
+
+
+# γ of automatic clipping: small gradients are scaled up to almost C, those far below γ stay small.
+AUTOMATIC_CLIPPING_GAMMA = 0.01
+
+
+def clip_(gradients: list[Tensor], plan: PrivacyPlan) -> bool:
+    """Scale the gradient of one microbatch, in place, so that its norm over all tensors together is at most C.
+
+    Returns `False` for a gradient that is not finite. Such a gradient counts as zero: the caller drops it.
+
+    Formal guarantees:
+        The contribution of a microbatch has L2 norm at most C = `plan.max_grad_norm` (up to float32 rounding),
+        whatever the data, the loss and the model.
+    """
+    norm = get_total_norm(gradients)
+    if not torch.isfinite(norm):
+        return False
+    if plan.clipping == "automatic":
+        scale = plan.max_grad_norm / (norm + AUTOMATIC_CLIPPING_GAMMA)
+    else:
+        scale = plan.max_grad_norm / norm.clamp(min=plan.max_grad_norm)
+    if scale != 1:
+        torch._foreach_mul_(gradients, scale)
+    return True
+
+
+class GaussianMechanism:
+    """The noisy sum of clipped microbatch gradients.
+
+    ```python
+    for microbatch in microbatches:
+        with mechanism.microbatch():
+            loss(microbatch).backward()
+    mechanism.release()
+    optimizer.step()
+    ```
+
+    Gradients leave `Parameter.grad` at the end of each `microbatch` and come back, noised, at `release`. An optimizer
+    step that is not preceded by a release therefore finds no gradient: forgetting the noise cannot leak anything.
+
+    Args:
+        plan ([`PrivacyPlan`]): gives C, K and the standard deviation σΔ.
+        parameters (iterable of `Parameter`): all trainable parameters.
+        generator (`torch.Generator`): this process's noise stream.
+        process, num_processes (`int`): rank and world size. The sums of all processes are added up, once per release.
+
+    Formal guarantees:
+        `release` is a Gaussian mechanism of noise multiplier σ: the sum over all processes has sensitivity Δ =
+        `plan.sensitivity`, since one unit is in one microbatch, and every coordinate receives exactly one draw from
+        N(0, (σΔ)²), from one process, in float32. Dividing by the public constant K is post-processing.
+    """
+
+    def __init__(
+        self,
+        plan: PrivacyPlan,
+        parameters: Iterable[Parameter],
+        generator: torch.Generator,
+        process: int = 0,
+        num_processes: int = 1,
+    ):
+        self.plan = plan
+        self.parameters = list(parameters)
+        self.generator = generator
+        self.process = process
+        self.num_processes = num_processes
+        self._sum: list[Tensor | None] = [None] * len(self.parameters)
+
+    @contextmanager
+    def microbatch(self) -> Iterator[None]:
+        """Clips the gradient that is computed inside and adds it to the sum. An exception inside adds nothing."""
+        self._take_gradients()
+        yield
+        gradients = self._take_gradients()
+        present = [gradient for gradient in gradients if gradient is not None]
+        if present and clip_(present, self.plan):
+            self._sum = [_add(total, gradient) for total, gradient in zip(self._sum, gradients)]
+
+    def release(self) -> None:
+        """Sets every `Parameter.grad` to (sum of clipped gradients over all processes + noise) / K.
+
+        Happens once per optimizer step, also where no unit was drawn: the release of pure noise must look like any
+        other.
+        """
+        sums = [_zeros(p) if total is None else total for p, total in zip(self.parameters, self._sum)]
+        self._sum = [None] * len(self.parameters)
+        sums = self._noised(sums) if self.num_processes == 1 else self._noised_and_reduced(sums)
+        for parameter, total in zip(self.parameters, sums):
+            parameter.grad = total.div_(self.plan.num_microbatches).to(parameter.dtype)
+
+    def _noised(self, sums: list[Tensor]) -> list[Tensor]:
+        for total in sums:
+            self._add_noise_(total)
+        return sums
+
+    def _noised_and_reduced(self, sums: list[Tensor]) -> list[Tensor]:
+        """One all-reduce of one flat tensor, to which each process has added the noise of its own slice."""
+        flat = torch.cat([total.flatten() for total in sums])
+        self._add_noise_(torch.tensor_split(flat, self.num_processes)[self.process])
+        torch.distributed.all_reduce(flat)
+        pieces = flat.split([parameter.numel() for parameter in self.parameters])
+        return [piece.view_as(parameter) for piece, parameter in zip(pieces, self.parameters)]
+
+    def _add_noise_(self, values: Tensor) -> None:
+        noise = torch.empty_like(values)
+        values.add_(noise.normal_(0, self.plan.noise_std, generator=self.generator))
+
+    def _take_gradients(self) -> list[Tensor | None]:
+        """Detaches the gradients from their parameters, in float32 whatever the parameters' dtype."""
+        gradients = [None if p.grad is None else p.grad.float() for p in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        return gradients
+
+
+def _add(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    """The first gradient becomes the sum itself, so that one microbatch per step needs no second copy."""
+    if total is None or gradient is None:
+        return gradient if total is None else total
+    return total.add_(gradient)
+
+
+def _zeros(parameter: Parameter) -> Tensor:
+    return torch.zeros_like(parameter, dtype=torch.float32)

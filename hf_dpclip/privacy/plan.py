@@ -1,0 +1,193 @@
+"""The contract of a run, fixed before its first step: sampler, noise and accounting are all derived from it."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from . import accounting
+
+
+CLIPPINGS = ("flat", "automatic")
+
+
+@dataclass(frozen=True)
+class PrivacySpent:
+    """What the steps taken so far cost: (ε, δ) under add-or-remove-one adjacency of one privacy unit."""
+
+    epsilon: float
+    delta: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """Everything the guarantee depends on, frozen.
+
+    Args:
+        num_examples (`int`): n, the number of privacy units (records, unless records are grouped into units).
+        expected_batch_size (`int`): B, the expected number of units in one step; a public constant.
+        num_microbatches (`int`): K, the number of microbatches in one step; a public constant. K = B means one unit
+            per microbatch by construction.
+        num_steps (`int`): T, the number of optimizer steps.
+        noise_multiplier (`float`): σ = noise standard deviation / `sensitivity`.
+        max_grad_norm (`float`, *optional*, defaults to 1.0): C, the L2 bound on the gradient of one microbatch over
+            all trainable parameters together.
+        target_delta (`float`, *optional*, defaults to `n ** -1.1`): δ.
+        accountant (`str`, *optional*, defaults to `"pld"`): `"pld"` or `"rdp"`.
+        clipping (`str`, *optional*, defaults to `"flat"`): `"flat"`, g · min(1, C / ||g||), or `"automatic"`,
+            g · C / (||g|| + γ).
+        target_epsilon (`float`, *optional*): the ε that training must not exceed, if one was promised.
+        privacy_unit (`str`, *optional*, defaults to `"record"`): `"record"`, or the column whose values are the units.
+        non_private (`bool`, *optional*, defaults to `False`): must be set for a plan without noise.
+
+    Raises `ValueError` for values that promise nothing: a batch larger than the dataset, δ >= 1/n, σ, C or ε that are
+    not positive and finite.
+
+    Formal guarantees:
+        T steps of a mechanism that follows the plan are (ε, δ)-differentially private with ε = `epsilon(T)` for the
+        addition or removal of one privacy unit: each is a Poisson-subsampled Gaussian of noise multiplier σ
+        (`docs/privacy.md`, "The theorem").
+    """
+
+    num_examples: int
+    expected_batch_size: int
+    num_microbatches: int
+    num_steps: int
+    noise_multiplier: float
+    max_grad_norm: float = 1.0
+    target_delta: float | None = None
+    accountant: str = "pld"
+    clipping: str = "flat"
+    target_epsilon: float | None = None
+    privacy_unit: str = "record"
+    non_private: bool = False
+
+    def __post_init__(self):
+        if self.target_delta is None:
+            object.__setattr__(self, "target_delta", default_delta(self.num_examples))
+        for name, possible, expected in self._requirements():
+            _require(possible, name, getattr(self, name), expected)
+
+    @classmethod
+    def calibrate(cls, *, target_epsilon: float, num_examples: int, target_delta: float | None = None, **fields):
+        """The plan whose noise puts ε of all `num_steps` steps within [0.99, 1.00] of `target_epsilon`.
+
+        Takes the same fields, less `noise_multiplier`. Raises `ValueError` as the plan itself does, and for a target
+        that no noise multiplier reaches.
+        """
+        plan = cls(num_examples=num_examples, target_delta=target_delta, noise_multiplier=1.0, **fields)
+        _require(_positive(target_epsilon), "target_epsilon", target_epsilon, "a positive, finite number, e.g. 3.0")
+        noise_multiplier = accounting.calibrate_noise_multiplier(
+            target_epsilon, plan.target_delta, plan.sampling_probability, plan.num_steps, plan.accountant
+        )
+        return dataclasses.replace(plan, noise_multiplier=noise_multiplier, target_epsilon=target_epsilon)
+
+    @property
+    def sampling_probability(self) -> float:
+        """q = B / n."""
+        return self.expected_batch_size / self.num_examples
+
+    @property
+    def microbatch_size(self) -> float:
+        """B / K, the expected number of units in a microbatch."""
+        return self.expected_batch_size / self.num_microbatches
+
+    @property
+    def one_unit_per_microbatch(self) -> bool:
+        """Whether every sampled unit is a microbatch of its own (K = B)."""
+        return self.num_microbatches == self.expected_batch_size
+
+    @property
+    def sensitivity(self) -> float:
+        """Δ, the L2 change of the summed clipped gradients when one unit is added or removed.
+
+        A unit changes the gradient of its whole microbatch, from one vector of norm C to another: 2C. Alone in its
+        microbatch, it adds one vector of norm C to the sum: C.
+        """
+        return self.max_grad_norm if self.one_unit_per_microbatch else 2 * self.max_grad_norm
+
+    @property
+    def noise_std(self) -> float:
+        """σΔ, the standard deviation of each coordinate of the noise on the summed clipped gradients."""
+        return self.noise_multiplier * self.sensitivity
+
+    def epsilon(self, steps: int | None = None) -> float:
+        """ε at `target_delta` after `steps` steps (*optional*, defaults to all `num_steps`)."""
+        steps = self.num_steps if steps is None else steps
+        _require(steps >= 0, "steps", steps, "0 or more")
+        return accounting.epsilon(
+            self.sampling_probability, self.noise_multiplier, steps, self.target_delta, self.accountant
+        )
+
+    def dp_event(self, steps: int | None = None):
+        """The same as a `dp_accounting.DpEvent`, for an auditor's own accountant."""
+        steps = self.num_steps if steps is None else steps
+        return accounting.dp_event(self.sampling_probability, self.noise_multiplier, steps)
+
+    def signal_to_noise(self, num_parameters: int) -> float:
+        """Ceiling of one step's signal-to-noise ratio: the norm K·C of K aligned clipped gradients over the expected
+        norm σΔ√d of the noise on d = `num_parameters` trainable parameters."""
+        noise = self.noise_std * math.sqrt(num_parameters)
+        return self.num_microbatches * self.max_grad_norm / noise if noise > 0 else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and, beside them, what follows from them; JSON-serialisable."""
+        return {**dataclasses.asdict(self), **self._derived(), "accountant_version": accountant_version()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "PrivacyPlan":
+        """Inverse of `to_dict`. Raises `ValueError` for missing or unknown entries and for derived ones that do not
+        follow from the fields."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        missing = names - values.keys()
+        unknown = values.keys() - names - {"accountant_version"} - set(cls._DERIVED)
+        if missing or unknown:
+            raise ValueError(f"not a privacy plan: missing {sorted(missing)}, unknown {sorted(unknown)}")
+        plan = cls(**{name: values[name] for name in names})
+        for name, value in plan._derived().items():
+            _require(values.get(name) == value, name, values.get(name), f"{value!r}, which follows from the fields")
+        return plan
+
+    _DERIVED = ("sampling_probability", "microbatch_size", "sensitivity", "noise_std", "adjacency", "sampler")
+
+    def _derived(self) -> dict[str, Any]:
+        fixed = {"adjacency": "add_or_remove_one", "sampler": "poisson"}
+        return {name: fixed.get(name) or getattr(self, name) for name in self._DERIVED}
+
+    def _requirements(self):
+        """Yields (field, whether its value is possible, what is), in an order in which each may rely on the former."""
+        for name in ("num_examples", "expected_batch_size", "num_microbatches", "num_steps"):
+            value = getattr(self, name)
+            yield name, isinstance(value, int) and value >= 1, "a whole number of at least 1"
+        n, batch = self.num_examples, self.expected_batch_size
+        yield "expected_batch_size", batch <= n, f"at most the {n} privacy units of the dataset; lower the batch size"
+        yield "num_microbatches", self.num_microbatches <= batch, f"at most expected_batch_size={batch}, one unit each"
+        yield "target_delta", 0 < self.target_delta < 1 / n, f"positive and below 1/n = {1 / n:.3g}; unset is n**-1.1"
+        yield "max_grad_norm", _positive(self.max_grad_norm), "a positive, finite number, e.g. 1.0"
+        noise = _positive(self.noise_multiplier) or (self.noise_multiplier == 0 and self.non_private)
+        yield "noise_multiplier", noise, "a positive, finite number (0 only with non_private=True)"
+        target = self.target_epsilon is None or _positive(self.target_epsilon)
+        yield "target_epsilon", target, "a positive, finite number, e.g. 3.0"
+        yield "accountant", self.accountant in accounting.ACCOUNTANTS, " or ".join(accounting.ACCOUNTANTS)
+        yield "clipping", self.clipping in CLIPPINGS, " or ".join(CLIPPINGS)
+
+
+def default_delta(num_examples: int) -> float:
+    """δ = n^-1.1, below the 1/n at which publishing one record outright would count as private."""
+    return max(num_examples, 1) ** -1.1
+
+
+def accountant_version() -> str:
+    """Name and version of the library that computes ε."""
+    return f"dp-accounting {version('dp-accounting')}"
+
+
+def _positive(value: float) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
+
+
+def _require(condition: bool, name: str, value: Any, expected: str):
+    if not condition:
+        raise ValueError(f"{name}={value!r} is not possible: expected {expected}.")

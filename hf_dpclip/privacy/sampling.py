@@ -1,0 +1,44 @@
+"""Who takes part in a step: Poisson sampling and microbatch labels."""
+
+import numpy as np
+
+from .plan import PrivacyPlan
+
+
+class PoissonSampler:
+    """Draws the microbatches of one step after another.
+
+    Args:
+        plan ([`PrivacyPlan`]): gives n, q and K.
+        generator (`np.random.Generator`): the run's sampling stream. Processes that hold the same stream draw the same
+            microbatches.
+
+    Formal guarantees:
+        Every unit joins a step independently of all others with probability q, and gets a uniform label in {1..K}
+        independently of all others. Adding or removing one unit therefore changes neither the law of who else is drawn
+        nor their labels: exactly one microbatch differs. Cutting the batch by position instead would shift all later
+        microbatches, and sensitivity would grow with K.
+    """
+
+    def __init__(self, plan: PrivacyPlan, generator: np.random.Generator):
+        self.plan = plan
+        self.generator = generator
+
+    def draw(self) -> list[np.ndarray]:
+        """The microbatches of one step: arrays of unit numbers in [0, n), some of them possibly empty.
+
+        K arrays, or one array of length 1 per drawn unit where a microbatch is one unit by construction. Time and
+        memory are O(batch) for any n.
+        """
+        units = self._draw_units()
+        if self.plan.one_unit_per_microbatch:
+            return list(units[:, None])
+        labels = self.generator.integers(self.plan.num_microbatches, size=len(units))
+        order = np.argsort(labels, kind="stable")
+        ends = np.cumsum(np.bincount(labels, minlength=self.plan.num_microbatches))
+        return np.split(units[order], ends[:-1])
+
+    def _draw_units(self) -> np.ndarray:
+        """n independent coin flips of probability q, as a Binomial(n, q) count and a uniform subset of that size."""
+        count = self.generator.binomial(self.plan.num_examples, self.plan.sampling_probability)
+        return self.generator.choice(self.plan.num_examples, size=count, replace=False, shuffle=False)

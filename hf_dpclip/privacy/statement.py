@@ -1,0 +1,81 @@
+"""`privacy.json`: the machine-readable privacy statement beside every set of weights."""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from .plan import PrivacyPlan, PrivacySpent
+
+
+STATEMENT_NAME = "privacy.json"
+_LIBRARIES = ("torch", "numpy", "dp-accounting")
+
+
+@dataclass(frozen=True)
+class PrivacyStatement:
+    """What may be claimed of the weights in a folder.
+
+    Args:
+        plan ([`PrivacyPlan`]): the run's plan.
+        steps (`int`): noisy releases so far.
+        not_private_because (`tuple[str]`): reasons why no guarantee holds; empty for a private run.
+    """
+
+    plan: PrivacyPlan
+    steps: int
+    not_private_because: tuple[str, ...] = ()
+
+    @property
+    def spent(self) -> PrivacySpent:
+        """ε of the steps taken, at the plan's δ."""
+        return PrivacySpent(self.plan.epsilon(self.steps), self.plan.target_delta, self.steps)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `privacy.json`, whole or not at all."""
+        path = Path(folder, STATEMENT_NAME)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self._to_dict(), indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "PrivacyStatement":
+        """Reads `privacy.json`. Raises `FileNotFoundError` or, for one that is damaged or edited, `ValueError`."""
+        path = Path(folder, STATEMENT_NAME)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist, so what the weights beside it cost is not known. Choose a checkpoint that "
+                "DPCLIPTrainer saved, or start a new run."
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            plan = PrivacyPlan.from_dict(values["plan"])
+            statement = cls(plan, values["steps"], tuple(values["not_private_because"]))
+            statement._check(values)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged or was edited ({error}). Restore it from a backup.") from error
+        return statement
+
+    def _to_dict(self) -> dict:
+        epsilon = self.spent.epsilon
+        return {
+            "private": not self.not_private_because,
+            "not_private_because": list(self.not_private_because),
+            "epsilon": epsilon if math.isfinite(epsilon) else None,
+            "delta": self.plan.target_delta,
+            "steps": self.steps,
+            "plan": self.plan.to_dict(),
+            "versions": {library: version(library) for library in _LIBRARIES},
+        }
+
+    def _check(self, values: dict) -> None:
+        """The claim must follow from the plan; another release of the accountant may differ in the fourth digit."""
+        expected = self._to_dict()
+        for name in ("private", "delta"):
+            if values[name] != expected[name]:
+                raise ValueError(f"{name} is {values[name]!r} but the plan gives {expected[name]!r}")
+        claimed, actual = values["epsilon"] or math.inf, expected["epsilon"] or math.inf
+        if self.steps and not math.isclose(claimed, actual, rel_tol=1e-3):
+            raise ValueError(f"epsilon is {claimed!r} but the plan and {self.steps} steps give {actual!r}")

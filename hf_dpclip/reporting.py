@@ -1,0 +1,74 @@
+"""What a run says of its privacy while it runs: the start-up summary, the progress bar, the stop at the target."""
+
+import math
+
+from torch import nn
+from transformers import ProgressCallback, TrainerCallback
+
+from .privacy import PrivacyPlan, PrivacySpent
+
+
+# Below this, all steps together add up to less signal than this share of their noise, and training mostly wanders.
+HOPELESS_SIGNAL_TO_NOISE = 0.3
+
+
+class PrivacyCallback(TrainerCallback):
+    """Prepares the mechanism when training begins and stops training when the privacy budget is spent."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.prepare_mechanism()
+        if state.is_world_process_zero:
+            print(
+                summary(self.trainer.plan, self.trainer.privacy_spent(), self.trainer.model, args.not_private_because)
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.remaining_steps == 0:
+            control.should_training_stop = True
+        return control
+
+
+class PrivacyProgressCallback(ProgressCallback):
+    """The usual progress bar with ε at its end."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if state.is_world_process_zero and self.training_bar is not None and "epsilon" in logs:
+            mark = " NOT PRIVATE" if args.not_private_because else ""
+            self.training_bar.set_postfix_str(f"ε={logs['epsilon']:.3g}{mark}")
+
+
+def summary(plan: PrivacyPlan, spent: PrivacySpent, model: nn.Module, not_private_because: tuple[str, ...]) -> str:
+    """The plan in words and figures, with a warning if it cannot work."""
+    num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    ceiling = plan.signal_to_noise(num_parameters)
+    lines = [
+        "***** Differentially private training *****",
+        f"  privacy units n = {plan.num_examples:,} (one unit = one {plan.privacy_unit})",
+        f"  expected batch size B = {plan.expected_batch_size:,}, sampled with q = {plan.sampling_probability:.4g}",
+        f"  microbatches per step K = {plan.num_microbatches:,} of about {plan.microbatch_size:.4g} units each",
+        f"  steps T = {plan.num_steps:,}, of which taken = {spent.steps:,}",
+        f"  clipping norm C = {plan.max_grad_norm:g} ({plan.clipping}), sensitivity Δ = {plan.sensitivity:g}",
+        f"  noise multiplier σ = {plan.noise_multiplier:.4g}, noise standard deviation σΔ = {plan.noise_std:.4g}",
+        f"  ε = {plan.epsilon():.4g} after all steps at δ = {plan.target_delta:.3g} ({plan.accountant} accountant)",
+        f"  trainable parameters d = {num_parameters:,}, signal-to-noise ceiling of a step = {ceiling:.3g}",
+        *(f"  NOT PRIVATE: {reason}" for reason in not_private_because),
+    ]
+    if ceiling * math.sqrt(plan.num_steps) < HOPELESS_SIGNAL_TO_NOISE:
+        lines.append(f"  WARNING: {advice(plan, num_parameters)}")
+    return "\n".join(lines)
+
+
+def advice(plan: PrivacyPlan, num_parameters: int) -> str:
+    """What to change when noise drowns the signal, with the factor that each change is worth."""
+    gains = []
+    if plan.num_microbatches < plan.expected_batch_size / 8:
+        gain = plan.expected_batch_size / 8 / plan.num_microbatches
+        gains.append(f"microbatch_size=8 (signal × {gain:.3g})")
+    if num_parameters > 1_000_000:
+        gains.append(f"LoRA with 300,000 parameters (noise ÷ {math.sqrt(num_parameters / 3e5):.2g})")
+    gains.append("a larger batch with the same microbatch_size (signal grows with it)")
+    return "noise drowns the signal in this plan; the model will hardly learn. Try " + ", ".join(gains) + "."

@@ -1,0 +1,298 @@
+"""`DPCLIPTrainer`: Hugging Face's `Trainer` with a differentially private gradient.
+
+One step, from the dataset to the optimizer: `get_train_dataloader` deals Poisson-drawn microbatches out to forward
+passes, `training_step` computes and clips the gradient of each, `_clip_grad_norm` (which the training loop calls once
+before every optimizer step) releases their noisy sum. Everything else is the `Trainer`'s.
+"""
+
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import ProcessorMixin, ProgressCallback, Trainer
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
+
+from . import validation
+from .arguments import DPTrainingArguments
+from .data import ImageTextCollator
+from .dataloader import ForwardBatchSampler, MicrobatchDataset, PrivacyUnits
+from .gradients import accumulate_gradient
+from .model_card import privacy_section
+from .privacy import GaussianMechanism, PoissonSampler, PrivacyPlan, PrivacySpent, PrivacyStatement, Randomness
+from .reporting import PrivacyCallback, PrivacyProgressCallback
+from .resuming import check_resumable, last_complete_checkpoint
+
+
+logger = logging.get_logger(__name__)
+
+# Statistics of the private data that the `Trainer` would log.
+PRIVATE_STATISTICS = ("loss", "train_loss")
+
+
+class DPCLIPTrainer(Trainer):
+    """
+    [`~transformers.Trainer`] whose result is (ε, δ)-differentially private in its training dataset.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): a `CLIPModel`, or any model that returns a loss.
+        args ([`DPTrainingArguments`]): training and privacy arguments.
+        data_collator (`Callable`, *optional*): collates the records of one microbatch. Defaults to
+            [`ImageTextCollator`] if `processing_class` is a processor and the dataset is not yet tokenized.
+        train_dataset: map-style dataset of the private records.
+        kwargs: everything else that [`~transformers.Trainer`] takes.
+
+    Raises `ValueError`, before any training, for whatever the guarantee would not cover.
+
+    Attributes:
+        plan ([`PrivacyPlan`]): the contract of the run.
+
+    Formal guarantees:
+        The weights after `steps` steps, with every log and checkpoint on the way, are a post-processing of `steps`
+        releases of [`~privacy.GaussianMechanism`] on Poisson samples, hence `privacy_spent()` = (ε, δ) of `plan`.
+        Several calls of `train` compose.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: DPTrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs,
+    ):
+        if not isinstance(args, DPTrainingArguments):
+            raise ValueError(
+                f"args must be DPTrainingArguments, which carry target_epsilon, not {type(args).__name__}."
+            )
+        if data_collator is None and _needs_processing(train_dataset, processing_class):
+            data_collator = ImageTextCollator(processing_class)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        forward = inspect.signature(_unwrapped(self.model).forward).parameters
+        # The Trainer looks for `return_loss=True` as the default, which no contrastive model has any more.
+        self.can_return_loss = "return_loss" in forward
+        validation.check_environment(self)
+        validation.check_model(self.model)
+        self.plan = None if train_dataset is None else self._make_plan()
+        self._steps_taken = 0
+        self._use_own_callbacks()
+
+    # ---- The plan and what was spent of it ----
+
+    def _make_plan(self) -> PrivacyPlan:
+        args = self.args
+        validation.check_dataset(self.train_dataset)
+        if not args.log_private_statistics:
+            validation.check_evaluation_data(self.train_dataset, self.eval_dataset)
+        contrasts_in_batch = self.can_return_loss and self.compute_loss_func is None
+        validation.check_loss_decomposes(args.microbatch_size, contrasts_in_batch)
+        self._units = PrivacyUnits(self.train_dataset, args.privacy_unit_column)
+        fields = {
+            "num_examples": len(self._units),
+            "expected_batch_size": args.expected_batch_size,
+            "num_microbatches": args.num_microbatches,
+            "num_steps": self._num_steps(),
+            "max_grad_norm": args.max_grad_norm,
+            "target_delta": args.target_delta,
+            "accountant": args.accountant,
+            "clipping": args.clipping,
+            "privacy_unit": args.privacy_unit_column or "record",
+        }
+        if args.target_epsilon is not None:
+            return PrivacyPlan.calibrate(target_epsilon=args.target_epsilon, **fields)
+        return PrivacyPlan(noise_multiplier=args.noise_multiplier or 0.0, non_private=args.non_private, **fields)
+
+    def _steps_per_epoch(self) -> int:
+        return math.ceil(len(self._units) / self.args.expected_batch_size)
+
+    def _num_steps(self) -> int:
+        """T, by the rule of the `Trainer`."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(self.args.num_train_epochs * self._steps_per_epoch())
+
+    @property
+    def remaining_steps(self) -> float:
+        """Steps left until the target ε would be exceeded; infinite where no target was promised."""
+        if self.plan.target_epsilon is None:
+            return math.inf
+        return max(self.plan.num_steps - self._steps_taken, 0)
+
+    def privacy_spent(self) -> PrivacySpent:
+        """(ε, δ) of the steps taken so far, in all calls of `train` and in the run that was resumed."""
+        return self._statement().spent
+
+    def _statement(self) -> PrivacyStatement:
+        return PrivacyStatement(self.plan, self._steps_taken, self.args.not_private_because)
+
+    # ---- One step ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Forward batches of Poisson-drawn microbatches, the share of this process."""
+        if self.plan is None:
+            raise ValueError(
+                "training needs a train_dataset: pass it to DPCLIPTrainer, so that its privacy is planned."
+            )
+        args = self.args
+        dataset, collator = self._remove_columns(self.train_dataset)
+        return DataLoader(
+            MicrobatchDataset(dataset, collator),
+            sampler=ForwardBatchSampler(
+                PoissonSampler(self.plan, self._randomness.sampling()),
+                self._units,
+                self._steps_per_epoch(),
+                args.gradient_accumulation_steps,
+                args.process_index,
+                args.world_size,
+            ),
+            batch_size=None,
+            collate_fn=_identity,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def prepare_mechanism(self) -> None:
+        """Binds the mechanism to the model's trainable parameters. Called when training begins."""
+        parameters = self._trainable_parameters()
+        validation.check_optimizer(self.optimizer, parameters)
+        process, num_processes = self.args.process_index, self.args.world_size
+        noise = self._randomness.noise(parameters[0].device, process)
+        self._mechanism = GaussianMechanism(self.plan, parameters, noise, process, num_processes)
+
+    def training_step(self, model: nn.Module, inputs: list[dict], num_items_in_batch: None = None) -> torch.Tensor:
+        """Adds the clipped gradients of the microbatches of one forward batch to the step's sum.
+
+        Returns 0, unless `log_private_statistics` asks for the raw loss.
+        """
+        # Not through DDP, which would average gradients over processes before each is clipped.
+        model = self.accelerator.unwrap_model(model)
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        for microbatch in inputs:
+            with self._mechanism.microbatch():
+                total += accumulate_gradient(
+                    lambda batch: self.compute_loss(model, self._prepare_inputs(batch)),
+                    self.accelerator.backward,
+                    microbatch,
+                )
+        return total / max(len(inputs), 1) if self.args.log_private_statistics else torch.zeros_like(total)
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        """Releases the step's noisy gradient. Returns its norm, which may be logged: noise is already in it."""
+        if self.remaining_steps == 0:
+            raise RuntimeError(f"another step would exceed target_epsilon={self.plan.target_epsilon}.")
+        if [id(p) for p in self._trainable_parameters()] != [id(p) for p in self._mechanism.parameters]:
+            raise RuntimeError("requires_grad changed during training: set it before DPCLIPTrainer.train is called.")
+        self._mechanism.release()
+        self._steps_taken += 1
+        return nn.utils.get_total_norm([parameter.grad for parameter in self._mechanism.parameters])
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
+        """As in the `Trainer`; contrastive models are asked for their loss."""
+        if self.can_return_loss:
+            inputs = {"return_loss": True, **inputs}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _trainable_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    # ---- A run ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+        """As in the `Trainer`, within the plan.
+
+        A second call composes with the first. Resuming continues the count of the checkpoint with fresh randomness.
+        Raises `ValueError` if the checkpoint's plan is not this one.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            statement = check_resumable(resume_from_checkpoint, self.plan)
+            self._steps_taken = max(self._steps_taken, statement.steps)
+        if self.plan is not None and self.remaining_steps == 0:
+            logger.warning(f"target_epsilon={self.plan.target_epsilon} is spent: no further step can be taken.")
+            return TrainOutput(self.state.global_step, math.nan, {})
+        # One root for all processes, so that they draw the same microbatches.
+        self._randomness = Randomness(*broadcast_object_list([Randomness(self.args.noise_seed).entropy]))
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.args.log_private_statistics:
+            return output
+        return TrainOutput(output.global_step, math.nan, self._without_private_statistics(output.metrics))
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """0: a count of the realised inputs would reveal the realised batch size."""
+        return 0
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As in the `Trainer`, with ε and without statistics of the private data."""
+        if not self.args.log_private_statistics:
+            logs = self._without_private_statistics(logs)
+        if self._steps_taken and not self.plan.non_private:
+            logs["epsilon"] = self.privacy_spent().epsilon
+        if self.args.not_private_because:
+            logs["NOT PRIVATE"] = 1.0
+        super().log(logs, *args, **kwargs)
+
+    @staticmethod
+    def _without_private_statistics(logs: dict[str, float]) -> dict[str, float]:
+        return {name: value for name, value in logs.items() if name not in PRIVATE_STATISTICS}
+
+    # ---- What is saved ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and self.plan is not None:
+            self._statement().save(output_dir or self.args.output_dir)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The Trainer copies the files it knows from the checkpoint to the folder that is uploaded.
+        if self.is_world_process_zero():
+            self._statement().save(self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """As in the `Trainer`, with a section on privacy."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero() and self.plan is not None:
+            card = Path(self.args.output_dir, "README.md")
+            card.write_text(card.read_text(encoding="utf-8") + privacy_section(self._statement()), encoding="utf-8")
+
+    # ---- Set-up ----
+
+    def _use_own_callbacks(self):
+        self.add_callback(PrivacyCallback(self))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(PrivacyProgressCallback())
+
+    def _remove_columns(self, dataset: Any) -> tuple[Any, Any]:
+        """The dataset and collator, with the columns that neither model nor collator read removed, as in `Trainer`."""
+        if hasattr(dataset, "remove_columns"):
+            return self._remove_unused_columns(dataset, description="training"), self.data_collator
+        return dataset, self._get_collator_with_removed_columns(self.data_collator, description="training")
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if isinstance(self.data_collator, ImageTextCollator):
+            self._signature_columns = [*self._signature_columns, *self.data_collator.columns]
+
+
+def _needs_processing(dataset: Any, processing_class: Any) -> bool:
+    """Whether records are raw images and texts that a processor has yet to encode."""
+    return isinstance(processing_class, ProcessorMixin) and "pixel_values" not in getattr(dataset, "column_names", ())
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _identity(value: Any) -> Any:
+    return value

@@ -1,0 +1,77 @@
+"""Refusals: what the guarantee does not cover is an error before the first step, with the remedy in its message."""
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.data import Dataset, IterableDataset
+from transformers import Trainer
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises `ValueError` for models whose update would carry more than the noisy gradient."""
+    model.train()
+    leaking = [name for name, module in model.named_modules() if _keeps_statistics(module)]
+    if leaking:
+        raise ValueError(
+            f"{leaking[0]} ({len(leaking)} such modules) keeps running statistics of the private data outside the "
+            "mechanism: replace BatchNorm by GroupNorm or LayerNorm, set track_running_stats=False, or fold the "
+            "statistics into the convolution before it."
+        )
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError("the model has no trainable parameter: set requires_grad=True on those to be trained.")
+    if len({parameter.device for parameter in trainable}) > 1:
+        raise ValueError("trainable parameters lie on several devices: load the model without device_map.")
+
+
+def check_dataset(dataset: Dataset) -> None:
+    """Raises `ValueError` for a dataset that Poisson sampling cannot draw from."""
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"{type(dataset).__name__} has no random access, which Poisson sampling needs: load the dataset with "
+            "streaming=False, or materialise it with datasets.Dataset.from_generator."
+        )
+
+
+def check_evaluation_data(train_dataset: Dataset, eval_dataset) -> None:
+    """Raises `ValueError` if metrics would be published of the private records themselves."""
+    candidates = eval_dataset.values() if type(eval_dataset) is dict else [eval_dataset]
+    if any(candidate is train_dataset for candidate in candidates):
+        raise ValueError(
+            "eval_dataset is the private training dataset, so its metrics would be raw statistics of private records: "
+            "hold records out with train_test_split, or set log_private_statistics=True on public data."
+        )
+
+
+def check_environment(trainer: Trainer) -> None:
+    """Raises `ValueError` for launcher settings that the arguments do not show."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "the launcher enabled FSDP or DeepSpeed, which reduce unclipped gradients: choose DDP instead."
+        )
+    if trainer.accelerator.scaler is not None:
+        raise ValueError("the launcher enabled fp16 loss scaling: use --mixed_precision bf16 or no instead.")
+
+
+def check_loss_decomposes(microbatch_size: int | None, in_batch_negatives: bool) -> None:
+    """Raises `ValueError` where a microbatch of one pair would have nothing to contrast with."""
+    if microbatch_size == 1 and in_batch_negatives:
+        raise ValueError(
+            "microbatch_size=1 leaves a contrastive loss without negatives, and its gradient is zero for every pair: "
+            "choose a microbatch_size of at least 2 (8 is a good start)."
+        )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Raises `ValueError` if the optimizer would step on parameters whose gradient does not pass the mechanism."""
+    known = {id(parameter) for parameter in parameters}
+    for group in optimizer.param_groups:
+        if any(parameter.requires_grad and id(parameter) not in known for parameter in group["params"]):
+            raise ValueError(
+                "the optimizer holds trainable parameters that are not the model's: their gradients would be neither "
+                "clipped nor noised. Make them part of the model, or remove them from the optimizer."
+            )
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _NormBase) and module.track_running_stats and module.training

@@ -1,0 +1,35 @@
+"""Package metadata of hf_dpclip."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "hf_dpclip" / "__init__.py").read_text(encoding="utf-8"))[1]
+
+EXAMPLES = ["mlxtend>=0.23"]
+TEST = [*EXAMPLES, "hypothesis>=6", "pytest>=8", "ruff>=0.14", "scipy>=1.11"]
+
+setup(
+    name="hf_dpclip",
+    version=VERSION,
+    description="Differentially private CLIP training for the Hugging Face ecosystem",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["hf_dpclip", "hf_dpclip.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "accelerate>=1.10,<2",
+        "datasets>=4.0",
+        "dp-accounting>=0.6,<0.7",
+        "evaluate>=0.4.6",
+        "peft>=0.18.1",
+        "pillow>=10",
+        "torch>=2.6",
+        "transformers>=5.3,<6",
+    ],
+    extras_require={"examples": EXAMPLES, "test": TEST},
+)
