@@ -1,0 +1,50 @@
+"""Models, datasets and arguments small enough for a training step to take milliseconds."""
+
+import torch
+from datasets import Dataset
+from transformers import CLIPConfig, CLIPModel
+
+from hf_dpclip import DPTrainingArguments
+
+
+BOS, EOS, PAD = 48, 49, 0
+VOCABULARY = 50
+IMAGE_SIZE = 8
+
+
+def tiny_clip(seed: int = 0) -> CLIPModel:
+    """A CLIP model of one layer per tower, the same weights for the same seed."""
+    torch.manual_seed(seed)
+    layer = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    config = CLIPConfig(
+        text_config={**layer, **special, "vocab_size": VOCABULARY, "max_position_embeddings": 16},
+        vision_config={**layer, "image_size": IMAGE_SIZE, "patch_size": 4},
+        projection_dim=8,
+    )
+    return CLIPModel(config)
+
+
+def pairs(n: int, seed: int = 0) -> Dataset:
+    """`n` encoded image-text pairs of noise, as torch tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(1, 47, (n, 5), generator=generator)
+    input_ids = torch.cat([torch.full((n, 1), BOS), words, torch.full((n, 1), EOS)], dim=1)
+    pixel_values = torch.randn(n, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    columns = {"pixel_values": pixel_values.numpy(), "input_ids": input_ids.numpy()}
+    return Dataset.from_dict(columns).with_format("torch")
+
+
+def arguments(output_dir, **overrides) -> DPTrainingArguments:
+    """Two quiet steps on the CPU that save nothing; σ = 1 unless `overrides` say otherwise."""
+    defaults = {
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 8,
+        "max_steps": 2,
+        "save_strategy": "no",
+    }
+    if not {"target_epsilon", "noise_multiplier", "non_private"} & overrides.keys():
+        defaults["noise_multiplier"] = 1.0
+    return DPTrainingArguments(output_dir=str(output_dir), **{**defaults, **overrides})

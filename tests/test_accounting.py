@@ -1,0 +1,91 @@
+"""ε and σ against three accountants of two libraries, and against each other."""
+
+import json
+import math
+from pathlib import Path
+
+import dp_accounting
+import pytest
+from dp_accounting import pld
+
+from hf_dpclip.privacy import PrivacyPlan
+from hf_dpclip.privacy.accounting import ADJACENCY, calibrate_noise_multiplier, epsilon
+
+
+CASES = json.loads(Path(__file__).with_name("accounting.json").read_text())["cases"]
+
+
+def case_id(case):
+    return "q={sampling_probability:.3g},sigma={noise_multiplier},T={steps}".format(**case)
+
+
+def epsilon_of(case, accountant):
+    return epsilon(case["sampling_probability"], case["noise_multiplier"], case["steps"], case["delta"], accountant)
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_pld_agrees_with_the_reference_and_never_promises_more(case):
+    ours, reference = epsilon_of(case, "pld"), case["epsilon_pld"]
+    assert ours == pytest.approx(reference, rel=0.01)
+    assert ours >= 0.995 * reference
+    assert ours <= case["epsilon_prv_upper"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_rdp_agrees_with_the_reference(case):
+    ours = epsilon_of(case, "rdp")
+    assert ours == pytest.approx(case["epsilon_rdp"], rel=0.01)
+    assert ours >= 0.995 * case["epsilon_pld"]
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_calibration_lands_just_below_the_target(case, accountant):
+    target, q = case["epsilon_pld"], case["sampling_probability"]
+    sigma = calibrate_noise_multiplier(target, case["delta"], q, case["steps"], accountant)
+    reached = epsilon(q, sigma, case["steps"], case["delta"], accountant)
+    assert 0.99 * target <= reached <= target
+
+
+@pytest.mark.parametrize("target", [0.05, 0.5, 8.0, 40.0])
+def test_calibration_covers_the_range_that_people_ask_for(target):
+    sigma = calibrate_noise_multiplier(target, 1e-5, 0.02, 200)
+    assert 0.99 * target <= epsilon(0.02, sigma, 200, 1e-5) <= target
+
+
+def test_no_steps_cost_nothing():
+    assert epsilon(0.1, 1.0, 0, 1e-5) == 0.0
+
+
+def test_no_noise_costs_everything():
+    assert epsilon(0.1, 0.0, 1, 1e-5) == math.inf
+
+
+def test_every_step_costs():
+    values = [epsilon(0.1, 1.0, steps, 1e-5) for steps in (1, 2, 10, 100)]
+    assert values == sorted(set(values))
+
+
+def test_the_event_gives_an_auditor_the_same_epsilon():
+    plan = PrivacyPlan(
+        num_examples=1000, expected_batch_size=50, num_microbatches=5, num_steps=40, noise_multiplier=1.0
+    )
+    accountant = pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    assert accountant.compose(plan.dp_event()).get_epsilon(plan.target_delta) == pytest.approx(
+        plan.epsilon(), rel=1e-6
+    )
+    assert dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE == ADJACENCY
+
+
+def test_noise_below_the_sensitivity_is_worth_what_the_spec_says():
+    """A claimed ε of 1 with σC instead of 2σC is an ε of about 8."""
+    claimed = PrivacyPlan.calibrate(
+        target_epsilon=1.0,
+        target_delta=1e-5,
+        num_examples=60_000,
+        expected_batch_size=256,
+        num_microbatches=1,
+        num_steps=2340,
+    )
+    actual = epsilon(claimed.sampling_probability, claimed.noise_multiplier / 2, 2340, 1e-5)
+    assert actual > 5

@@ -1,0 +1,138 @@
+"""The plan: what follows from it, what it refuses, that it survives JSON."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from hf_dpclip import PrivacyPlan
+
+
+FIELDS = {
+    "num_examples": 1000,
+    "expected_batch_size": 100,
+    "num_microbatches": 10,
+    "num_steps": 50,
+    "noise_multiplier": 1.5,
+    "max_grad_norm": 0.5,
+}
+
+
+def plan(**overrides):
+    return PrivacyPlan(**{**FIELDS, **overrides})
+
+
+def test_sampling_probability_and_microbatch_size_follow():
+    assert plan().sampling_probability == 0.1
+    assert plan().microbatch_size == 10
+
+
+@pytest.mark.parametrize("num_microbatches, factor", [(1, 2), (10, 2), (99, 2), (100, 1)])
+def test_sensitivity_is_2c_unless_units_are_microbatches_by_construction(num_microbatches, factor):
+    assert plan(num_microbatches=num_microbatches).sensitivity == factor * 0.5
+
+
+def test_noise_is_relative_to_the_sensitivity_not_to_the_clipping_norm():
+    assert plan().noise_std == 1.5 * 2 * 0.5
+    assert plan(num_microbatches=100).noise_std == 1.5 * 0.5
+
+
+def test_delta_defaults_to_less_than_one_over_n():
+    assert plan().target_delta == pytest.approx(1000**-1.1)
+
+
+def test_epsilon_defaults_to_all_steps():
+    assert plan().epsilon() == plan().epsilon(50) > plan().epsilon(49)
+
+
+def test_signal_to_noise_is_the_ratio_of_norms():
+    assert plan().signal_to_noise(400) == pytest.approx(10 * 0.5 / (1.5 * 20))
+    assert plan(noise_multiplier=0, non_private=True).signal_to_noise(400) == math.inf
+
+
+def test_plan_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan().noise_multiplier = 0.1
+
+
+def test_calibrate_reaches_the_target_and_remembers_it():
+    fields = {name: value for name, value in FIELDS.items() if name != "noise_multiplier"}
+    calibrated = PrivacyPlan.calibrate(target_epsilon=2.0, **fields)
+    assert 0.99 * 2.0 <= calibrated.epsilon() <= 2.0
+    assert calibrated.target_epsilon == 2.0
+
+
+def test_plan_survives_json():
+    original = plan(target_epsilon=3.0, clipping="automatic", accountant="rdp", privacy_unit="patient")
+    assert PrivacyPlan.from_dict(json.loads(json.dumps(original.to_dict()))) == original
+
+
+def test_dictionary_says_everything_the_guarantee_depends_on():
+    values = plan().to_dict()
+    assert values["sampling_probability"] == 0.1
+    assert values["sensitivity"] == 1.0
+    assert values["noise_std"] == 1.5
+    assert values["adjacency"] == "add_or_remove_one"
+    assert values["sampler"] == "poisson"
+    assert values["accountant_version"].startswith("dp-accounting ")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"sensitivity": 0.5},
+        {"noise_std": 9.0},
+        {"adjacency": "replace_one"},
+        {"sampler": "shuffle"},
+        {"sampling_probability": 0.01},
+        {"noise_multiplier": 3.0},
+        {"invented": 1},
+    ],
+    ids=lambda edit: next(iter(edit)),
+)
+def test_edited_dictionary_is_refused(edit):
+    with pytest.raises(ValueError, match=f"{next(iter(edit))}|noise_std"):
+        PrivacyPlan.from_dict({**plan().to_dict(), **edit})
+
+
+def test_incomplete_dictionary_is_refused():
+    values = plan().to_dict()
+    del values["num_steps"]
+    with pytest.raises(ValueError, match=r"missing.*num_steps"):
+        PrivacyPlan.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"num_examples": 0}, "num_examples=0"),
+        ({"num_examples": 10.5}, "whole number"),
+        ({"expected_batch_size": 0}, "expected_batch_size=0"),
+        ({"expected_batch_size": 1001}, "at most the 1000 privacy units"),
+        ({"num_microbatches": 0}, "num_microbatches=0"),
+        ({"num_microbatches": 101}, "one unit each"),
+        ({"num_steps": 0}, "num_steps=0"),
+        ({"noise_multiplier": 0}, "non_private=True"),
+        ({"noise_multiplier": -1.0}, "noise_multiplier=-1.0"),
+        ({"noise_multiplier": math.nan}, "noise_multiplier=nan"),
+        ({"noise_multiplier": math.inf}, "noise_multiplier=inf"),
+        ({"max_grad_norm": 0}, "max_grad_norm=0"),
+        ({"max_grad_norm": math.inf}, "max_grad_norm=inf"),
+        ({"target_delta": 0}, "target_delta=0"),
+        ({"target_delta": 1e-3}, "below 1/n"),
+        ({"target_epsilon": 0}, "target_epsilon=0"),
+        ({"target_epsilon": math.nan}, "target_epsilon=nan"),
+        ({"accountant": "moments"}, "pld or rdp"),
+        ({"clipping": "none"}, "flat or automatic"),
+    ],
+    ids=str,
+)
+def test_values_that_promise_nothing_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        plan(**overrides)
+
+
+def test_negative_steps_are_refused():
+    with pytest.raises(ValueError, match="steps=-1"):
+        plan().epsilon(-1)
