@@ -1,10 +1,15 @@
-"""Collators and prompts for image-text pairs."""
+"""Loading, captioning and collating image-text pairs."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
 from transformers import ProcessorMixin
+
+
+FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
 @dataclass
@@ -61,3 +66,57 @@ def class_prompts(class_names: list[str], template: str = "a photo of a {}.") ->
             f"prompt template {template!r} has no {{}} for the class name: write e.g. 'a photo of a {{}}.'"
         )
     return [template.format(name) for name in class_names]
+
+
+def caption_by_label(dataset: Dataset, label_column: str, template: str, caption_column: str = "caption") -> Dataset:
+    """Adds a column with the prompt of each record's class.
+
+    Raises `ValueError` if `label_column` is not a column of class labels.
+    """
+    feature = dataset.features.get(label_column)
+    if not isinstance(feature, ClassLabel):
+        raise ValueError(
+            f"label column {label_column!r} is not a ClassLabel column of the dataset ({dict(dataset.features)}): "
+            f"name one, or convert it with dataset.class_encode_column({label_column!r})."
+        )
+    prompts = class_prompts(feature.names, template)
+    return dataset.add_column(caption_column, [prompts[label] for label in dataset[label_column]])
+
+
+def load_pairs(name: str, image_column: str = "image") -> DatasetDict:
+    """Image-text pairs by any name that `datasets` knows.
+
+    Args:
+        name (`str`): a `.parquet`, `.csv` or `.json` file, a folder written by `save_to_disk`, a folder of images with
+            a `metadata.csv`, or a dataset on the Hub.
+        image_column (`str`, *optional*, defaults to `"image"`): images, or paths relative to the file that names them.
+
+    Raises `FileNotFoundError` for a path that does not exist and `ValueError` for a missing image column.
+    """
+    path = Path(name)
+    if path.suffix in FILE_FORMATS:
+        splits = _load_file(path, image_column)
+    elif Path(path, "dataset_dict.json").is_file() or Path(path, "state.json").is_file():
+        loaded = load_from_disk(name)
+        splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+    elif path.is_dir():
+        splits = load_dataset("imagefolder", data_dir=name)
+    else:
+        splits = load_dataset(name)
+    columns = next(iter(splits.values())).column_names
+    if image_column not in columns:
+        raise ValueError(f"{name} has no image column {image_column!r}, only {columns}: name one of these.")
+    return splits
+
+
+def _load_file(path: Path, image_column: str) -> DatasetDict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: check the path (it is relative to {Path.cwd()}).")
+    splits = load_dataset(FILE_FORMATS[path.suffix], data_files=str(path))
+    dataset = splits["train"]
+    if dataset.features.get(image_column) == Value("string"):
+        paths = [str(path.parent / image) for image in dataset[image_column]]
+        dataset = (
+            dataset.remove_columns(image_column).add_column(image_column, paths).cast_column(image_column, Image())
+        )
+    return DatasetDict(train=dataset)

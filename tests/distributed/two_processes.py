@@ -1,0 +1,100 @@
+"""Run under a launcher: train on every process and write down what each of them saw, for the tests to judge.
+
+python -m torch.distributed.run --nproc_per_node 2 two_processes.py FOLDER
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from checks import flat_weights, one_update
+from factories import arguments, pairs, tiny_clip
+
+from hf_dpclip import DPCLIPTrainer
+
+
+LOUD = 30.0
+DRAWS = 4000
+
+
+def noisy_update(folder: Path) -> torch.Tensor:
+    """One step so loud that the released gradient is all noise; with the reductions that it took."""
+    reduced = []
+    all_reduce = torch.distributed.all_reduce
+
+    def counting(tensor, *args, **kwargs):
+        reduced.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    torch.distributed.all_reduce = counting
+    update, trainer = one_update(folder, noise_multiplier=LOUD, microbatch_size=4, max_steps=3)
+    torch.distributed.all_reduce = all_reduce
+    facts = {
+        "reduced": reduced,
+        "trainable": len(update),
+        "steps": trainer.privacy_spent().steps,
+        "num_microbatches": trainer.plan.num_microbatches,
+        "num_processes": trainer.args.world_size,
+    }
+    (folder / f"facts-{trainer.args.process_index}.json").write_text(json.dumps(facts))
+    return update
+
+
+def exact_update(folder: Path) -> torch.Tensor:
+    """One step without noise whose draws are reproducible: the same as that of one process."""
+    settings = {"non_private": True, "noise_seed": 5, "microbatch_size": 2, "optim": "sgd", "learning_rate": 1.0}
+    batch = 16 // int(os.environ["WORLD_SIZE"])
+    update, _ = one_update(folder, per_device_train_batch_size=batch, **settings)
+    return update
+
+
+def draws(folder: Path) -> np.ndarray:
+    """Which of 60 units this process was dealt in each of many steps, and in which of its microbatches."""
+    args = arguments(folder, per_device_train_batch_size=6, microbatch_size=3, max_steps=1)
+    trainer = DPCLIPTrainer(tiny_clip(), args, train_dataset=pairs(60))
+    trainer.train()
+    sampler = trainer.get_train_dataloader().sampler
+    dealt = np.zeros((DRAWS, 60), dtype=np.int64)
+    for step in range(DRAWS):
+        (forward_batch,) = list(sampler)[:1]
+        for label, units in enumerate(forward_batch):
+            dealt[step, units] = label + 1
+    return dealt
+
+
+def mostly_empty(folder: Path) -> torch.Tensor:
+    """Steps in which hardly anybody is drawn must not leave a process waiting for the other."""
+    args = arguments(
+        folder, per_device_train_batch_size=2, microbatch_size=1, max_steps=30, gradient_accumulation_steps=1
+    )
+    model = tiny_clip()
+    dataset = [{"pixel_values": pair["pixel_values"], "input_ids": pair["input_ids"]} for pair in pairs(400)]
+    trainer = DPCLIPTrainer(
+        model, args, train_dataset=dataset, compute_loss_func=lambda outputs, *_, **__: outputs.loss
+    )
+    trainer.train()
+    return flat_weights(model)
+
+
+def main():
+    folder, process = Path(sys.argv[1]), os.environ["RANK"]
+    results = {
+        "noisy": noisy_update(folder).numpy(),
+        "exact": exact_update(folder).numpy(),
+        "empty": mostly_empty(folder).numpy(),
+        "draws": draws(folder),
+    }
+    np.savez(folder / f"process-{process}.npz", **results)
+    PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Two processes under the real launchers: one mechanism, not two."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checks import check_independent_labels, check_noise_law, check_poisson_batches, check_uncorrelated, one_update
+
+
+SCRIPT = Path(__file__).parent / "distributed" / "two_processes.py"
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc_per_node", "2"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+}
+
+
+@pytest.fixture(scope="module", params=LAUNCHERS, ids=str)
+def run(request, tmp_path_factory):
+    """What each process wrote down."""
+    folder = tmp_path_factory.mktemp(request.param)
+    command = [sys.executable, "-m", *LAUNCHERS[request.param], str(SCRIPT), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {
+        "results": [dict(np.load(folder / f"process-{process}.npz")) for process in range(2)],
+        "facts": [json.loads((folder / f"facts-{process}.json").read_text()) for process in range(2)],
+    }
+
+
+def test_there_are_two_processes_and_their_microbatches_add_up(run):
+    assert [facts["num_processes"] for facts in run["facts"]] == [2, 2]
+    # 8 examples per device in microbatches of 4, on two devices.
+    assert run["facts"][0]["num_microbatches"] == 4
+
+
+@pytest.mark.parametrize("name", ["noisy", "exact", "empty"])
+def test_weights_are_identical_on_all_processes(run, name):
+    first, second = (results[name] for results in run["results"])
+    assert np.array_equal(first, second)
+
+
+def test_one_reduction_of_the_trainable_parameters_per_step(run):
+    for facts in run["facts"]:
+        large = [numel for numel in facts["reduced"] if numel > 100]
+        assert large == [facts["trainable"]] * facts["steps"] == [facts["trainable"]] * 3
+
+
+def test_noise_has_the_planned_variance_after_the_reduction(run):
+    # Three steps of K = 4: the sum of three independent draws.
+    check_noise_law(torch.tensor(run["results"][0]["noisy"]) * 4, 30.0 * 2 * 3**0.5)
+
+
+def test_the_shares_of_noise_are_independent(run):
+    values = torch.tensor(run["results"][0]["noisy"])
+    check_uncorrelated(*(half[: len(values) // 2] for half in values.tensor_split(2)))
+
+
+def test_two_processes_compute_what_one_computes(run, tmp_path):
+    settings = {"non_private": True, "noise_seed": 5, "microbatch_size": 2, "per_device_train_batch_size": 16}
+    update, _ = one_update(tmp_path, **settings)
+    assert torch.allclose(torch.tensor(run["results"][0]["exact"]), update, atol=1e-6)
+
+
+def as_draws(results):
+    """The microbatches of both processes, step by step: labels 1 and 2 of each are four microbatches in all."""
+    shares = [result["draws"] for result in results]
+    return [
+        [np.flatnonzero(share[step] == label) for share in shares for label in (1, 2)]
+        for step in range(len(shares[0]))
+    ]
+
+
+def test_batches_over_both_processes_are_poisson_samples(run):
+    check_poisson_batches(as_draws(run["results"]), 60, 0.2)
+
+
+def test_no_unit_is_dealt_to_both_processes(run):
+    first, second = (result["draws"] > 0 for result in run["results"])
+    assert not (first & second).any()
+
+
+def test_labels_over_both_processes_are_independent(run):
+    both = [[np.concatenate(step[:2]), np.concatenate(step[2:])] for step in as_draws(run["results"])]
+    check_independent_labels(both, 60, 0.2)
