@@ -8,203 +8,249 @@ handwritten digits at ε = 8:
 Your own data and a model from the Hub:
 
     accelerate launch examples/train.py --model_name_or_path openai/clip-vit-base-patch32 \
-        --dataset_name path/to/pairs --image_column scan --caption_column report \
+        --dataset_name path/to/pairs.csv --image_column scan --caption_column report \
         --target_epsilon 3 --per_device_train_batch_size 64 --microbatch_size 8 --num_train_epochs 5
+
+`--lora_rank 0` trains all parameters. `--help` lists every argument of `DPTrainingArguments` too.
 """
 
+import copy
+import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict
-from peft import get_peft_model
+from datasets import Dataset, DatasetDict, disable_progress_bars
+from peft import PeftModel, get_peft_model
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from hf_dpclip import DPCLIPTrainer, DPTrainingArguments, ImageTextCollator, lora_config
 from hf_dpclip.data import caption_by_label, class_prompts, load_pairs
 from hf_dpclip.evaluation import zero_shot_accuracy
 from hf_dpclip.presets import PRESETS
+from hf_dpclip.privacy import STATEMENT_NAME
 
 
 TINY_CLIP = Path(__file__).parent / "tiny-clip"
 
-# Chosen by measurement for the embedded default (see README.md); arguments on the command line take precedence.
+# Chosen by measurement for the embedded data (docs/benchmarks.md); what is given on the command line goes first.
 DEFAULTS = {
     "output_dir": "outputs/private-clip",
     "target_epsilon": 8.0,
     "per_device_train_batch_size": 512,
     "microbatch_size": 8,
     "num_train_epochs": 10.0,
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-3,
     "lr_scheduler_type": "constant",
     "logging_steps": 20,
     "save_strategy": "no",
     "report_to": "none",
+    "remove_unused_columns": False,
+    "dataloader_pin_memory": torch.cuda.is_available(),
 }
 
 
 @dataclass
-class ModelArguments:
-    """What is fine-tuned."""
+class ExampleArguments:
+    """The model and the data."""
 
     model_name_or_path: str = field(default=str(TINY_CLIP), metadata={"help": "Dual encoder: Hub name or folder."})
     lora_rank: int = field(default=8, metadata={"help": "Rank of the LoRA adapters; 0 trains all parameters."})
-
-
-@dataclass
-class DataArguments:
-    """What it learns from."""
-
     dataset_name: str = field(
         default="mnist-5k",
         metadata={
-            "help": f"One of {', '.join(PRESETS)}; a Hub name; a folder saved by datasets; an image folder with "
-            "metadata; or a .parquet, .csv or .json file."
+            "help": f"One of {', '.join(PRESETS)}; a .csv, .json or .parquet file; a folder written by save_to_disk; "
+            "a folder of images with a metadata.csv; or a dataset on the Hub."
         },
     )
-    image_column: str = field(default="image", metadata={"help": "Column with the images, or their paths."})
+    image_column: str = field(default="image", metadata={"help": "Column with the images, or paths to them."})
     caption_column: str | None = field(default=None, metadata={"help": "Column with the captions."})
     label_column: str | None = field(default=None, metadata={"help": "Column with class labels, instead of captions."})
-    prompt_template: str | None = field(default=None, metadata={"help": "Caption of a class, e.g. 'a photo of a {}'."})
+    prompt_template: str | None = field(default=None, metadata={"help": "Caption of a class: 'a photo of a {}'."})
     train_split: str = field(default="train", metadata={"help": "Split with the private records."})
-    eval_split: str | None = field(
-        default="test", metadata={"help": "Split to evaluate on; held out if it is absent."}
-    )
+    eval_split: str = field(default="test", metadata={"help": "Split to evaluate on; if absent, 10 % are held out."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many private records."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many records for evaluation."})
-    compare_non_private: bool = field(default=True, metadata={"help": "Also train without privacy, to compare."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on only so many records."})
+    compare_non_private: bool = field(
+        default=False,
+        metadata={"help": "Also train without privacy. Its accuracy is not private. On for the embedded data."},
+    )
+
+
+@dataclass
+class Job:
+    """Everything that is needed to train, checked."""
+
+    arguments: ExampleArguments
+    trainer: DPCLIPTrainer
+    accuracy: Callable | None
 
 
 def main():
-    model_args, data_args, args = parse_arguments(sys.argv[1:])
-    set_seed(args.seed)
-    processor = AutoProcessor.from_pretrained(model_args.model_name_or_path)
-    train_dataset, eval_dataset, prompts = load_data(data_args)
-
-    def accuracy(model) -> float | None:
-        if prompts is None:
-            return None
-        return zero_shot_accuracy(
-            model, processor, eval_dataset, prompts, data_args.image_column, data_args.label_column
-        )
-
-    collator = ImageTextCollator(processor, data_args.image_column, data_args.caption_column)
-    model = load_model(model_args)
-    before = accuracy(model)
-    trainer = DPCLIPTrainer(model, args, collator, train_dataset, processing_class=processor)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    after = accuracy(trainer.model)
-    save(trainer, processor)
-
-    baseline = None
-    if data_args.compare_non_private and prompts is not None:
-        baseline = accuracy(train_without_privacy(load_model(model_args), args, collator, train_dataset))
-    if trainer.is_world_process_zero():
-        report(trainer, before, after, baseline)
+    disable_progress_bars()
+    try:
+        job = prepare(*parse_arguments(sys.argv[1:]))
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"train.py: {error}")
+    score = job.accuracy or (lambda model: job.trainer.evaluate()["eval_loss"])
+    before = score(job.trainer.model)
+    job.trainer.train(resume_from_checkpoint=job.trainer.args.resume_from_checkpoint)
+    scores = {"before": before, "after": score(job.trainer.model)}
+    folder = save(job.trainer)
+    if job.arguments.compare_non_private and job.accuracy:
+        scores["without privacy"] = job.accuracy(train_without_privacy(job))
+    if job.trainer.is_world_process_zero():
+        report(job, scores, folder)
     PartialState().destroy_process_group()
 
 
-def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, DPTrainingArguments]:
-    """The three groups of arguments, with `DEFAULTS` for what was not given."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, DPTrainingArguments))
-    noise_given = any(argument.startswith(("--noise_multiplier", "--non_private")) for argument in argv)
-    parser.set_defaults(**{name: value for name, value in DEFAULTS.items() if not (noise_given and "epsilon" in name)})
+def parse_arguments(argv: list[str]) -> tuple[ExampleArguments, DPTrainingArguments]:
+    """The arguments, with `DEFAULTS` for what was not given."""
+    parser = HfArgumentParser((ExampleArguments, DPTrainingArguments))
+    given = {argument.split("=")[0].removeprefix("--") for argument in argv if argument.startswith("--")}
+    defaults = {**DEFAULTS, "compare_non_private": "dataset_name" not in given}
+    if given & {"noise_multiplier", "non_private"}:
+        del defaults["target_epsilon"]
+    parser.set_defaults(**defaults)
     return parser.parse_args_into_dataclasses(argv)
 
 
-def load_model(model_args: ModelArguments):
-    """The model to fine-tune: with adapters and everything else frozen, or in full."""
-    model = AutoModel.from_pretrained(model_args.model_name_or_path)
-    if model_args.lora_rank:
-        return get_peft_model(model, lora_config(model, r=model_args.lora_rank))
+def prepare(arguments: ExampleArguments, args: DPTrainingArguments) -> Job:
+    """Loads model and data, and lets every part check what it was given before any work is done."""
+    set_seed(args.seed)
+    processor = load_processor(arguments.model_name_or_path)
+    train_dataset, eval_dataset, prompts = load_data(arguments)
+    if arguments.lora_rank:
+        # The adapters live in a folder of their own; the merged model goes to the folder above.
+        args.output_dir = str(Path(args.output_dir, "adapter"))
+    trainer = DPCLIPTrainer(
+        load_model(arguments),
+        args,
+        ImageTextCollator(processor, arguments.image_column, arguments.caption_column),
+        train_dataset,
+        eval_dataset,
+        processor,
+    )
+
+    def accuracy(model) -> float:
+        columns = arguments.image_column, arguments.label_column
+        return zero_shot_accuracy(model, processor, eval_dataset, prompts, *columns)
+
+    return Job(arguments, trainer, accuracy if prompts else None)
+
+
+def load_processor(name: str):
+    try:
+        return AutoProcessor.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"--model_name_or_path {name} is neither a folder here nor on the Hub: {error}") from error
+
+
+def load_model(arguments: ExampleArguments):
+    """The model to fine-tune: adapters with everything else frozen, or all parameters but the temperature."""
+    model = AutoModel.from_pretrained(arguments.model_name_or_path)
+    if arguments.lora_rank:
+        return get_peft_model(model, lora_config(model, r=arguments.lora_rank))
     # One scalar whose gradient can take up most of the clipping norm, and which noise would move at random.
     model.logit_scale.requires_grad_(False)
     return model
 
 
-def load_data(data_args: DataArguments) -> tuple[Dataset, Dataset, list[str] | None]:
-    """The private records, those held out for evaluation, and a prompt for each class (`None` for captioned data)."""
-    if data_args.dataset_name in PRESETS:
-        preset = PRESETS[data_args.dataset_name]
-        splits = preset.load()
-        data_args.label_column = "label"
-        data_args.prompt_template = data_args.prompt_template or preset.template
-    else:
-        splits = load_pairs(data_args.dataset_name, data_args.image_column)
-    train, held_out = split(splits, data_args)
-    if data_args.label_column is None:
+def load_data(arguments: ExampleArguments) -> tuple[Dataset, Dataset, list[str] | None]:
+    """The private records, held-out ones, and a prompt for each class (`None` where records have captions)."""
+    splits = load_splits(arguments)
+    train, held_out = private_and_held_out(splits, arguments)
+    if arguments.label_column is None:
+        if arguments.caption_column not in train.column_names:
+            raise ValueError(
+                f"--caption_column {arguments.caption_column} is not a column of {arguments.dataset_name}, which has "
+                f"{train.column_names}: name one, or name a column of class labels with --label_column."
+            )
         return train, held_out, None
-    template = data_args.prompt_template or "a photo of a {}"
-    train = caption_by_label(train, data_args.label_column, template)
-    data_args.caption_column = "caption"
-    return train, held_out, class_prompts(train.features[data_args.label_column].names, template)
+    template = arguments.prompt_template or "a photo of a {}"
+    arguments.caption_column = "caption"
+    train, held_out = (caption_by_label(split, arguments.label_column, template) for split in (train, held_out))
+    return train, held_out, class_prompts(train.features[arguments.label_column].names, template)
 
 
-def split(splits: DatasetDict, data_args: DataArguments) -> tuple[Dataset, Dataset]:
-    """Private records and held-out records, cut down to the sizes asked for."""
-    if data_args.train_split not in splits:
-        raise ValueError(f"--train_split {data_args.train_split} is not in the dataset, which has {list(splits)}.")
-    if data_args.eval_split not in splits:
-        splits = splits[data_args.train_split].train_test_split(test_size=0.1, seed=0)
-        data_args = DataArguments(
-            max_train_samples=data_args.max_train_samples, max_eval_samples=data_args.max_eval_samples
-        )
-    train, held_out = splits[data_args.train_split], splits[data_args.eval_split]
-    train = train.select(range(min(len(train), data_args.max_train_samples or len(train))))
-    return train, held_out.select(range(min(len(held_out), data_args.max_eval_samples or len(held_out))))
+def load_splits(arguments: ExampleArguments) -> DatasetDict:
+    if arguments.dataset_name not in PRESETS:
+        return load_pairs(arguments.dataset_name, arguments.image_column)
+    preset = PRESETS[arguments.dataset_name]
+    arguments.label_column = "label"
+    arguments.prompt_template = arguments.prompt_template or preset.template
+    return preset.load()
 
 
-def train_without_privacy(model, args: DPTrainingArguments, collator, train_dataset: Dataset):
-    """What the same start, data and epochs give with the ordinary `Trainer`."""
+def private_and_held_out(splits: DatasetDict, arguments: ExampleArguments) -> list[Dataset]:
+    """The two datasets, cut down to the sizes asked for."""
+    if arguments.train_split not in splits:
+        raise ValueError(f"--train_split {arguments.train_split} is not a split of the dataset ({', '.join(splits)}).")
+    pair = [splits[arguments.train_split], splits.get(arguments.eval_split)]
+    if pair[1] is None:
+        pair = list(pair[0].train_test_split(test_size=0.1, seed=0).values())
+    limits = arguments.max_train_samples, arguments.max_eval_samples
+    return [dataset.select(range(min(len(dataset), limit or len(dataset)))) for dataset, limit in zip(pair, limits)]
+
+
+def train_without_privacy(job: Job):
+    """What the same start, data and number of epochs give with the ordinary `Trainer` at an ordinary batch size."""
+    args, collator = job.trainer.args, job.trainer.data_collator
     plain_args = TrainingArguments(
         output_dir=str(Path(args.output_dir, "non-private")),
-        per_device_train_batch_size=min(args.per_device_train_batch_size, 64),
+        per_device_train_batch_size=64,
         num_train_epochs=args.num_train_epochs,
         max_steps=args.max_steps,
-        learning_rate=args.learning_rate,
-        use_cpu=args.use_cpu,
-        remove_unused_columns=False,
+        learning_rate=1e-3,
+        logging_strategy="no",
         save_strategy="no",
         report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=args.dataloader_pin_memory,
+        use_cpu=args.use_cpu,
+        seed=args.seed,
     )
+    print("Training once more without privacy, to compare.")
 
     def with_loss(records):
         return {**collator(records), "return_loss": True}
 
-    trainer = Trainer(model, plain_args, with_loss, train_dataset)
+    trainer = Trainer(load_model(job.arguments), plain_args, with_loss, job.trainer.train_dataset)
     trainer.train()
     return trainer.model
 
 
-def save(trainer: DPCLIPTrainer, processor):
-    """A folder that `from_pretrained` and `pipeline` open; adapters are saved apart and merged into the weights."""
-    folder = Path(trainer.args.output_dir)
+def save(trainer: DPCLIPTrainer) -> Path:
+    """A folder that `from_pretrained` and `pipeline` open: adapters are merged into the weights."""
     trainer.save_model()
-    if trainer.is_world_process_zero() and hasattr(trainer.model, "merge_and_unload"):
-        trainer.model.save_pretrained(folder / "adapter")
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            (folder / name).unlink()
-        trainer.model.merge_and_unload().save_pretrained(folder)
+    folder = Path(trainer.args.output_dir)
+    if not isinstance(trainer.model, PeftModel):
+        return folder
+    if trainer.is_world_process_zero():
+        merged = copy.deepcopy(trainer.model).merge_and_unload()
+        merged.save_pretrained(folder.parent)
+        trainer.processing_class.save_pretrained(folder.parent)
+        shutil.copy(folder / STATEMENT_NAME, folder.parent)
+    return folder.parent
 
 
-def report(trainer: DPCLIPTrainer, before: float | None, after: float | None, baseline: float | None):
+def report(job: Job, scores: dict[str, float], folder: Path):
     """What was learnt, at what price, and how to load it."""
-    spent, folder = trainer.privacy_spent(), trainer.args.output_dir
-    print("\n***** Result *****")
-    for name, value in {
-        "before": before,
-        f"after, at ε = {spent.epsilon:.3g}": after,
-        "without privacy": baseline,
-    }.items():
-        if value is not None:
-            print(f"  zero-shot accuracy on held-out images {name}: {value:.1%}")
-    mark = (
-        "" if not trainer.args.not_private_because else " NOT PRIVATE: " + "; ".join(trainer.args.not_private_because)
-    )
-    print(f"  privacy: ε = {spent.epsilon:.4g}, δ = {spent.delta:.3g} after {spent.steps} steps.{mark}")
-    print(f'\n  from transformers import CLIPModel, CLIPProcessor\n  model = CLIPModel.from_pretrained("{folder}")')
-    print(f'  processor = CLIPProcessor.from_pretrained("{folder}")')
+    spent, reasons = job.trainer.privacy_spent(), job.trainer.args.not_private_because
+    measure = "zero-shot accuracy on held-out images" if job.accuracy else "contrastive loss on held-out pairs"
+    print(f"\n***** Result: {measure} *****")
+    for name, value in scores.items():
+        print(f"  {name:16} {value:.1%}" if job.accuracy else f"  {name:16} {value:.3f}")
+    print(f"\nPrivacy: ε = {spent.epsilon:.4g} at δ = {spent.delta:.3g} after {spent.steps} steps.")
+    print("".join(f"NOT PRIVATE: {reason}\n" for reason in reasons))
+    model = job.trainer.model
+    name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+    print(f"from transformers import AutoProcessor, {name}")
+    print(f'model = {name}.from_pretrained("{folder}")')
+    print(f'processor = AutoProcessor.from_pretrained("{folder}")')
 
 
 if __name__ == "__main__":

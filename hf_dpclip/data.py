@@ -102,11 +102,20 @@ def load_pairs(name: str, image_column: str = "image") -> DatasetDict:
     elif path.is_dir():
         splits = load_dataset("imagefolder", data_dir=name)
     else:
-        splits = load_dataset(name)
+        splits = _load_from_hub(name)
     columns = next(iter(splits.values())).column_names
     if image_column not in columns:
         raise ValueError(f"{name} has no image column {image_column!r}, only {columns}: name one of these.")
     return splits
+
+
+def _load_from_hub(name: str) -> DatasetDict:
+    try:
+        return load_dataset(name)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{name} is neither a file or folder here nor a dataset that the Hub gave ({error}): check the spelling."
+        ) from error
 
 
 def _load_file(path: Path, image_column: str) -> DatasetDict:
@@ -114,7 +123,7 @@ def _load_file(path: Path, image_column: str) -> DatasetDict:
         raise FileNotFoundError(f"{path} does not exist: check the path (it is relative to {Path.cwd()}).")
     splits = load_dataset(FILE_FORMATS[path.suffix], data_files=str(path))
     dataset = splits["train"]
-    if dataset.features.get(image_column) == Value("string"):
+    if isinstance(dataset.features.get(image_column), Value):
         paths = [str(path.parent / image) for image in dataset[image_column]]
         dataset = (
             dataset.remove_columns(image_column).add_column(image_column, paths).cast_column(image_column, Image())

@@ -1,0 +1,153 @@
+"""The example scripts as a stranger runs them, mistakes included."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as PILImage
+from transformers import CLIPModel, CLIPProcessor, pipeline
+
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--max_steps", "2", "--max_eval_samples", "60", "--use_cpu"]
+
+
+def load_script(path):
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(specification)
+    # Dataclasses look their own module up.
+    sys.modules[path.stem] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+TRAIN = load_script(ROOT / "examples" / "train.py")
+
+
+def run_train(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    TRAIN.main()
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory):
+    """The embedded default, cut short: its output and its folder."""
+    folder = tmp_path_factory.mktemp("default")
+    command = [sys.executable, str(ROOT / "examples" / "train.py"), "--output_dir", str(folder), *QUICK]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout, folder
+
+
+def test_default_reports_accuracy_before_and_after_and_without_privacy(default_run):
+    output, _ = default_run
+    for expected in ("before", "after", "without privacy", "ε = ", "δ = 0.000109 after 2 steps"):
+        assert expected in output
+    assert "NOT PRIVATE" not in output
+
+
+def test_default_output_opens_with_transformers(default_run):
+    _, folder = default_run
+    model, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
+    inputs = processor(images=[digit()], text=["three", "four"], padding=True, return_tensors="pt")
+    assert torch.isfinite(model(**inputs).logits_per_image).all()
+    answer = pipeline("zero-shot-image-classification", model=str(folder))(digit(), candidate_labels=["three", "four"])
+    assert {row["label"] for row in answer} == {"three", "four"}
+
+
+def test_merged_weights_are_base_and_adapter_together(default_run):
+    from peft import PeftModel
+
+    _, folder = default_run
+    base = CLIPModel.from_pretrained(ROOT / "examples" / "tiny-clip")
+    merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
+    saved = CLIPModel.from_pretrained(folder).state_dict()
+    assert all(torch.allclose(saved[name], value, atol=1e-6) for name, value in merged.state_dict().items())
+
+
+def test_default_output_says_what_was_spent(default_run):
+    _, folder = default_run
+    statement = json.loads((folder / "privacy.json").read_text())
+    assert statement["private"] and statement["steps"] == 2
+    assert 0.99 * 8 <= statement["epsilon"] <= 8
+
+
+def digit(seed=0):
+    return PILImage.fromarray(np.random.default_rng(seed).integers(0, 255, (28, 28), dtype=np.uint8))
+
+
+@pytest.fixture
+def captioned_csv(tmp_path):
+    """Twenty images in a folder and a table of their paths and captions."""
+    rows = ["file,report"]
+    for index in range(20):
+        digit(index).save(tmp_path / f"{index}.png")
+        rows.append(f"{index}.png,scan number {index}")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    return tmp_path / "pairs.csv"
+
+
+SMALL = [*QUICK, "--per_device_train_batch_size", "8", "--microbatch_size", "4"]
+
+
+def test_captioned_pairs_in_a_csv_file(captioned_csv, tmp_path, monkeypatch, capsys):
+    columns = ["--image_column", "file", "--caption_column", "report"]
+    run_train(monkeypatch, "--dataset_name", captioned_csv, *columns, *SMALL, "--output_dir", tmp_path / "out")
+    assert "contrastive loss on held-out pairs" in capsys.readouterr().out
+    assert CLIPModel.from_pretrained(tmp_path / "out").num_parameters() > 0
+
+
+def test_labelled_images_on_disk_in_full_fine_tuning(tmp_path, monkeypatch, capsys):
+    features = Features({"picture": Image(), "kind": Value("string")})
+    records = {"picture": [digit(i) for i in range(20)], "kind": ["three", "four"] * 10}
+    dataset = Dataset.from_dict(records, features=features).class_encode_column("kind")
+    dataset.save_to_disk(tmp_path / "data")
+    columns = ["--image_column", "picture", "--label_column", "kind", "--prompt_template", "the digit {}"]
+    settings = [*SMALL, "--lora_rank", "0", "--output_dir", tmp_path / "out"]
+    run_train(monkeypatch, "--dataset_name", tmp_path / "data", *columns, *settings)
+    output = capsys.readouterr().out
+    assert "zero-shot accuracy" in output and "without privacy" not in output
+    assert (tmp_path / "out" / "privacy.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "mistake, message",
+    [
+        ("--dataset_name no/such/pairs.csv", "no/such/pairs.csv does not exist"),
+        ("--dataset_name no-such-dataset", "neither a file or folder here nor a dataset that the Hub gave"),
+        ("--model_name_or_path no/such-model", "no/such-model is neither a folder here nor on the Hub"),
+        ("--train_split training", "--train_split training is not a split of the dataset (train, test)"),
+        ("--prompt_template photo", "has no {} for the class name"),
+        ("--target_epsilon 0", "target_epsilon=0.0 is not possible"),
+        ("--target_epsilon 3 --noise_multiplier 1", "both of target_epsilon and noise_multiplier"),
+        ("--microbatch_size 7", "microbatch_size=7 does not divide"),
+        ("--microbatch_size 1", "choose a microbatch_size of at least 2"),
+        ("--per_device_train_batch_size 8000", "at most the 4000 privacy units"),
+        ("--target_delta 0.1", "below 1/n"),
+        ("--fp16", "use bf16=True instead"),
+    ],
+)
+def test_mistakes_get_one_line_that_says_how_to_mend_them(tmp_path, monkeypatch, mistake, message):
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        run_train(monkeypatch, *mistake.split(), "--output_dir", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ("--image_column file --caption_column text", "--caption_column text is not a column"),
+        ("--image_column file", "--caption_column None is not a column"),
+        ("--caption_column report", "no image column 'image', only ['file', 'report']"),
+        ("--image_column file --label_column report", "'report' is not a ClassLabel column"),
+    ],
+)
+def test_wrong_columns_are_named(captioned_csv, monkeypatch, columns, message):
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        run_train(monkeypatch, "--dataset_name", captioned_csv, *columns.split())
