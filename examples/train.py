@@ -43,7 +43,7 @@ DEFAULTS = {
     "per_device_train_batch_size": 512,
     "microbatch_size": 8,
     "num_train_epochs": 10.0,
-    "learning_rate": 3e-3,
+    "learning_rate": 1e-2,
     "lr_scheduler_type": "constant",
     "logging_steps": 20,
     "save_strategy": "no",
@@ -239,13 +239,14 @@ def save(trainer: DPCLIPTrainer) -> Path:
 
 def report(job: Job, scores: dict[str, float], folder: Path):
     """What was learnt, at what price, and how to load it."""
-    spent, reasons = job.trainer.privacy_spent(), job.trainer.args.not_private_because
+    statement = job.trainer.privacy_statement()
     measure = "zero-shot accuracy on held-out images" if job.accuracy else "contrastive loss on held-out pairs"
     print(f"\n***** Result: {measure} *****")
     for name, value in scores.items():
         print(f"  {name:16} {value:.1%}" if job.accuracy else f"  {name:16} {value:.3f}")
+    spent = statement.spent
     print(f"\nPrivacy: ε = {spent.epsilon:.4g} at δ = {spent.delta:.3g} after {spent.steps} steps.")
-    print("".join(f"NOT PRIVATE: {reason}\n" for reason in reasons))
+    print("".join(f"NOT PRIVATE: {reason}\n" for reason in statement.not_private_because))
     model = job.trainer.model
     name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
     print(f"from transformers import AutoProcessor, {name}")

@@ -5,7 +5,7 @@ import math
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback
 
-from .privacy import PrivacyPlan, PrivacySpent
+from .privacy import PrivacyPlan, PrivacyStatement
 
 
 # Below this, all steps together add up to less signal than this share of their noise, and training mostly wanders.
@@ -21,9 +21,7 @@ class PrivacyCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.prepare_mechanism()
         if state.is_world_process_zero:
-            print(
-                summary(self.trainer.plan, self.trainer.privacy_spent(), self.trainer.model, args.not_private_because)
-            )
+            print(summary(self.trainer.privacy_statement(), self.trainer.model))
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.remaining_steps == 0:
@@ -37,12 +35,13 @@ class PrivacyProgressCallback(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         super().on_log(args, state, control, logs=logs, **kwargs)
         if state.is_world_process_zero and self.training_bar is not None and "epsilon" in logs:
-            mark = " NOT PRIVATE" if args.not_private_because else ""
+            mark = " NOT PRIVATE" if "NOT PRIVATE" in logs else ""
             self.training_bar.set_postfix_str(f"ε={logs['epsilon']:.3g}{mark}")
 
 
-def summary(plan: PrivacyPlan, spent: PrivacySpent, model: nn.Module, not_private_because: tuple[str, ...]) -> str:
+def summary(statement: PrivacyStatement, model: nn.Module) -> str:
     """The plan in words and figures, with a warning if it cannot work."""
+    plan = statement.plan
     num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     ceiling = plan.signal_to_noise(num_parameters)
     lines = [
@@ -50,12 +49,12 @@ def summary(plan: PrivacyPlan, spent: PrivacySpent, model: nn.Module, not_privat
         f"  privacy units n = {plan.num_examples:,} (one unit = one {plan.privacy_unit})",
         f"  expected batch size B = {plan.expected_batch_size:,}, sampled with q = {plan.sampling_probability:.4g}",
         f"  microbatches per step K = {plan.num_microbatches:,} of about {plan.microbatch_size:.4g} units each",
-        f"  steps T = {plan.num_steps:,}, of which taken = {spent.steps:,}",
+        f"  steps T = {plan.num_steps:,}, of which taken = {statement.steps:,}",
         f"  clipping norm C = {plan.max_grad_norm:g} ({plan.clipping}), sensitivity Δ = {plan.sensitivity:g}",
         f"  noise multiplier σ = {plan.noise_multiplier:.4g}, noise standard deviation σΔ = {plan.noise_std:.4g}",
         f"  ε = {plan.epsilon():.4g} after all steps at δ = {plan.target_delta:.3g} ({plan.accountant} accountant)",
         f"  trainable parameters d = {num_parameters:,}, signal-to-noise ceiling of a step = {ceiling:.3g}",
-        *(f"  NOT PRIVATE: {reason}" for reason in not_private_because),
+        *(f"  NOT PRIVATE: {reason}" for reason in statement.not_private_because),
     ]
     if ceiling * math.sqrt(plan.num_steps) < HOPELESS_SIGNAL_TO_NOISE:
         lines.append(f"  WARNING: {advice(plan, num_parameters)}")

@@ -24,6 +24,7 @@ from .data import ImageTextCollator
 from .dataloader import ForwardBatchSampler, MicrobatchDataset, PrivacyUnits
 from .gradients import accumulate_gradient
 from .model_card import privacy_section
+from .planning import make_plan, steps_per_epoch
 from .privacy import GaussianMechanism, PoissonSampler, PrivacyPlan, PrivacySpent, PrivacyStatement, Randomness
 from .reporting import PrivacyCallback, PrivacyProgressCallback
 from .resuming import check_resumable, last_complete_checkpoint
@@ -82,6 +83,7 @@ class DPCLIPTrainer(Trainer):
         validation.check_model(self.model)
         self.plan = None if train_dataset is None else self._make_plan()
         self._steps_taken = 0
+        self._not_private_because = self.args.not_private_because
         self._use_own_callbacks()
 
     # ---- The plan and what was spent of it ----
@@ -92,31 +94,9 @@ class DPCLIPTrainer(Trainer):
         if not args.log_private_statistics:
             validation.check_evaluation_data(self.train_dataset, self.eval_dataset)
         contrasts_in_batch = self.can_return_loss and self.compute_loss_func is None
-        validation.check_loss_decomposes(args.microbatch_size, contrasts_in_batch)
+        validation.check_loss_decomposes(args.expected_batch_size // args.num_microbatches, contrasts_in_batch)
         self._units = PrivacyUnits(self.train_dataset, args.privacy_unit_column)
-        fields = {
-            "num_examples": len(self._units),
-            "expected_batch_size": args.expected_batch_size,
-            "num_microbatches": args.num_microbatches,
-            "num_steps": self._num_steps(),
-            "max_grad_norm": args.max_grad_norm,
-            "target_delta": args.target_delta,
-            "accountant": args.accountant,
-            "clipping": args.clipping,
-            "privacy_unit": args.privacy_unit_column or "record",
-        }
-        if args.target_epsilon is not None:
-            return PrivacyPlan.calibrate(target_epsilon=args.target_epsilon, **fields)
-        return PrivacyPlan(noise_multiplier=args.noise_multiplier or 0.0, non_private=args.non_private, **fields)
-
-    def _steps_per_epoch(self) -> int:
-        return math.ceil(len(self._units) / self.args.expected_batch_size)
-
-    def _num_steps(self) -> int:
-        """T, by the rule of the `Trainer`."""
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        return math.ceil(self.args.num_train_epochs * self._steps_per_epoch())
+        return make_plan(args, len(self._units))
 
     @property
     def remaining_steps(self) -> float:
@@ -127,10 +107,11 @@ class DPCLIPTrainer(Trainer):
 
     def privacy_spent(self) -> PrivacySpent:
         """(ε, δ) of the steps taken so far, in all calls of `train` and in the run that was resumed."""
-        return self._statement().spent
+        return self.privacy_statement().spent
 
-    def _statement(self) -> PrivacyStatement:
-        return PrivacyStatement(self.plan, self._steps_taken, self.args.not_private_because)
+    def privacy_statement(self) -> PrivacyStatement:
+        """What may be claimed of the weights as they are now."""
+        return PrivacyStatement(self.plan, self._steps_taken, self._not_private_because)
 
     # ---- One step ----
 
@@ -147,7 +128,7 @@ class DPCLIPTrainer(Trainer):
             sampler=ForwardBatchSampler(
                 PoissonSampler(self.plan, self._randomness.sampling()),
                 self._units,
-                self._steps_per_epoch(),
+                steps_per_epoch(self.plan.num_examples, self.plan.expected_batch_size),
                 args.gradient_accumulation_steps,
                 args.process_index,
                 args.world_size,
@@ -218,6 +199,8 @@ class DPCLIPTrainer(Trainer):
         if resume_from_checkpoint:
             statement = check_resumable(resume_from_checkpoint, self.plan)
             self._steps_taken = max(self._steps_taken, statement.steps)
+            # What the resumed steps lost, the steps to come cannot restore.
+            self._not_private_because = tuple(dict.fromkeys(self._not_private_because + statement.not_private_because))
         if self.plan is not None and self.remaining_steps == 0:
             logger.warning(f"target_epsilon={self.plan.target_epsilon} is spent: no further step can be taken.")
             return TrainOutput(self.state.global_step, math.nan, {})
@@ -238,7 +221,7 @@ class DPCLIPTrainer(Trainer):
             logs = self._without_private_statistics(logs)
         if self._steps_taken and not self.plan.non_private:
             logs["epsilon"] = self.privacy_spent().epsilon
-        if self.args.not_private_because:
+        if self._not_private_because:
             logs["NOT PRIVATE"] = 1.0
         super().log(logs, *args, **kwargs)
 
@@ -251,12 +234,12 @@ class DPCLIPTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save and self.plan is not None:
-            self._statement().save(output_dir or self.args.output_dir)
+            self.privacy_statement().save(output_dir or self.args.output_dir)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The Trainer copies the files it knows from the checkpoint to the folder that is uploaded.
         if self.is_world_process_zero():
-            self._statement().save(self.args.output_dir)
+            self.privacy_statement().save(self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args, **kwargs) -> None:
@@ -264,7 +247,9 @@ class DPCLIPTrainer(Trainer):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero() and self.plan is not None:
             card = Path(self.args.output_dir, "README.md")
-            card.write_text(card.read_text(encoding="utf-8") + privacy_section(self._statement()), encoding="utf-8")
+            card.write_text(
+                card.read_text(encoding="utf-8") + privacy_section(self.privacy_statement()), encoding="utf-8"
+            )
 
     # ---- Set-up ----
 

@@ -53,12 +53,12 @@ def check_environment(trainer: Trainer) -> None:
         raise ValueError("the launcher enabled fp16 loss scaling: use --mixed_precision bf16 or no instead.")
 
 
-def check_loss_decomposes(microbatch_size: int | None, in_batch_negatives: bool) -> None:
+def check_loss_decomposes(microbatch_size: int, in_batch_negatives: bool) -> None:
     """Raises `ValueError` where a microbatch of one pair would have nothing to contrast with."""
     if microbatch_size == 1 and in_batch_negatives:
         raise ValueError(
             "microbatch_size=1 leaves a contrastive loss without negatives, and its gradient is zero for every pair: "
-            "choose a microbatch_size of at least 2 (8 is a good start)."
+            "choose a microbatch_size (by default per_device_train_batch_size) of at least 2; 8 is a good start."
         )
 
 

@@ -1,10 +1,19 @@
 """Models, datasets and arguments small enough for a training step to take milliseconds."""
 
+import string
+
 import torch
 from datasets import Dataset
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from hf_dpclip import DPTrainingArguments
+
+
+try:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+except ModuleNotFoundError:
+    # Where it has no module of its own, it is the only one.
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 
 BOS, EOS, PAD = 48, 49, 0
@@ -23,6 +32,19 @@ def tiny_clip(seed: int = 0) -> CLIPModel:
         projection_dim=8,
     )
     return CLIPModel(config)
+
+
+def tiny_processor() -> CLIPProcessor:
+    """Tokenizer and image processor for [`tiny_clip`]: one token per letter from a to w, no torchvision."""
+    letters = string.ascii_lowercase[:23]
+    inside = {letter: number for number, letter in enumerate(letters, start=1)}
+    last = {f"{letter}</w>": number for number, letter in enumerate(letters, start=24)}
+    vocabulary = {**inside, **last, "<|startoftext|>": BOS, "<|endoftext|>": EOS}
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return CLIPProcessor(
+        tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16),
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size),
+    )
 
 
 def pairs(n: int, seed: int = 0) -> Dataset:

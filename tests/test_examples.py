@@ -128,7 +128,7 @@ def test_labelled_images_on_disk_in_full_fine_tuning(tmp_path, monkeypatch, caps
         ("--target_epsilon 0", "target_epsilon=0.0 is not possible"),
         ("--target_epsilon 3 --noise_multiplier 1", "both of target_epsilon and noise_multiplier"),
         ("--microbatch_size 7", "microbatch_size=7 does not divide"),
-        ("--microbatch_size 1", "choose a microbatch_size of at least 2"),
+        ("--microbatch_size 1", "of at least 2; 8 is a good start"),
         ("--per_device_train_batch_size 8000", "at most the 4000 privacy units"),
         ("--target_delta 0.1", "below 1/n"),
         ("--fp16", "use bf16=True instead"),

@@ -140,6 +140,7 @@ class PrivacyPlan:
     def from_dict(cls, values: dict[str, Any]) -> "PrivacyPlan":
         """Inverse of `to_dict`. Raises `ValueError` for missing or unknown entries and for derived ones that do not
         follow from the fields."""
+        _require(isinstance(values, dict), "plan", values, "the dictionary that to_dict returns")
         names = {field.name for field in dataclasses.fields(cls)}
         missing = names - values.keys()
         unknown = values.keys() - names - {"accountant_version"} - set(cls._DERIVED)

@@ -72,10 +72,12 @@ class PrivacyStatement:
 
     def _check(self, values: dict) -> None:
         """The claim must follow from the plan; another release of the accountant may differ in the fourth digit."""
+        if not isinstance(self.steps, int) or self.steps < 0:
+            raise ValueError(f"steps is {self.steps!r}, not a number of steps")
         expected = self._to_dict()
         for name in ("private", "delta"):
             if values[name] != expected[name]:
                 raise ValueError(f"{name} is {values[name]!r} but the plan gives {expected[name]!r}")
-        claimed, actual = values["epsilon"] or math.inf, expected["epsilon"] or math.inf
-        if self.steps and not math.isclose(claimed, actual, rel_tol=1e-3):
+        claimed, actual = (math.inf if each["epsilon"] is None else each["epsilon"] for each in (values, expected))
+        if not math.isclose(claimed, actual, rel_tol=1e-3):
             raise ValueError(f"epsilon is {claimed!r} but the plan and {self.steps} steps give {actual!r}")

@@ -1,0 +1,36 @@
+"""From training arguments and a dataset size to the privacy plan of the run."""
+
+import math
+
+from .arguments import DPTrainingArguments
+from .privacy import PrivacyPlan
+
+
+def make_plan(args: DPTrainingArguments, num_examples: int) -> PrivacyPlan:
+    """The plan of a run on `num_examples` privacy units. Raises `ValueError` as [`PrivacyPlan`] does."""
+    fields = {
+        "num_examples": num_examples,
+        "expected_batch_size": args.expected_batch_size,
+        "num_microbatches": args.num_microbatches,
+        "num_steps": _num_steps(args, num_examples),
+        "max_grad_norm": args.max_grad_norm,
+        "target_delta": args.target_delta,
+        "accountant": args.accountant,
+        "clipping": args.clipping,
+        "privacy_unit": args.privacy_unit_column or "record",
+    }
+    if args.target_epsilon is not None:
+        return PrivacyPlan.calibrate(target_epsilon=args.target_epsilon, **fields)
+    return PrivacyPlan(noise_multiplier=args.noise_multiplier or 0.0, non_private=args.non_private, **fields)
+
+
+def steps_per_epoch(num_examples: int, expected_batch_size: int) -> int:
+    """Steps in which as many units as the dataset has are drawn, in expectation."""
+    return math.ceil(num_examples / expected_batch_size)
+
+
+def _num_steps(args: DPTrainingArguments, num_examples: int) -> int:
+    """T, by the rule of the `Trainer`."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * steps_per_epoch(num_examples, args.expected_batch_size))

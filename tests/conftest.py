@@ -1,0 +1,45 @@
+"""Fixtures shared by all tests."""
+
+import gc
+import os
+
+
+# Before any Hugging Face library is imported: a test that reaches for the network must fail, not wait.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from factories import arguments, pairs, tiny_clip
+
+from hf_dpclip import DPCLIPTrainer
+
+
+def pytest_collection_finish():
+    # Every training begins with a garbage collection, which would go through all that the imports left each time.
+    gc.freeze()
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """A trainer of a tiny CLIP on 64 pairs; `trainer_options` go to the trainer, `overrides` to its arguments."""
+
+    def make(model=None, train_dataset=None, trainer_options=None, **overrides) -> DPCLIPTrainer:
+        return DPCLIPTrainer(
+            model=tiny_clip() if model is None else model,
+            # The other accountant takes half a second for every new number of steps.
+            args=arguments(tmp_path, **{"accountant": "rdp", **overrides}),
+            train_dataset=pairs(64) if train_dataset is None else train_dataset,
+            **(trainer_options or {}),
+        )
+
+    return make
+
+
+@pytest.fixture
+def weights_of():
+    """A copy of all parameters of a model, as one vector."""
+
+    def weights(model: torch.nn.Module) -> torch.Tensor:
+        return torch.cat([parameter.detach().float().flatten() for parameter in model.parameters()])
+
+    return weights

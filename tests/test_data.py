@@ -1,0 +1,189 @@
+"""Collating, captioning and loading image-text pairs."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from factories import BOS, EOS, tiny_clip, tiny_processor
+from PIL import Image as PILImage
+
+from hf_dpclip import ImageTextCollator
+from hf_dpclip.data import caption_by_label, class_prompts, load_pairs
+
+
+CAPTIONS = ["a cat", "a red dog", "u"]
+
+
+def pictures(n: int, mode: str = "RGB") -> list[PILImage.Image]:
+    pixels = np.random.default_rng(0).integers(256, size=(n, 10, 12, 3), dtype=np.uint8)
+    return [PILImage.fromarray(image).convert(mode) for image in pixels]
+
+
+def raw_pairs(n: int = 3, image: str = "image", text: str = "text") -> Dataset:
+    captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(n)]
+    return Dataset.from_dict({image: pictures(n), text: captions}).cast_column(image, Image())
+
+
+@pytest.fixture(autouse=True)
+def cache_in_the_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+# ---- Collating ----
+
+
+def test_the_collator_pads_captions_to_the_longest_of_its_records():
+    batch = ImageTextCollator(tiny_processor())(list(raw_pairs()))
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, len("areddog") + 2)
+    assert batch["attention_mask"].sum(dim=1).tolist() == [6, 9, 3]
+
+
+def test_the_collator_encodes_captions_between_their_special_tokens():
+    (ids,) = ImageTextCollator(tiny_processor())(list(raw_pairs(1)))["input_ids"].tolist()
+    assert (ids[0], ids[-1], len(ids)) == (BOS, EOS, len("acat") + 2)
+
+
+def test_the_collator_truncates_captions_to_what_the_tokenizer_allows():
+    record = {**raw_pairs(1)[0], "text": "a" * 50}
+    assert ImageTextCollator(tiny_processor())([record])["input_ids"].shape == (1, 16)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK"])
+def test_images_of_any_mode_become_three_channels(mode):
+    # Not every processor converts them itself.
+    processor = tiny_processor()
+    processor.image_processor.do_convert_rgb = False
+    (image,) = pictures(1, mode)
+    batch = ImageTextCollator(processor)([{"image": image, "text": "a"}])
+    assert batch["pixel_values"].shape == (1, 3, 8, 8)
+    assert batch["pixel_values"].dtype == torch.float32
+
+
+def test_the_collator_reads_the_columns_that_it_is_told():
+    collator = ImageTextCollator(tiny_processor(), image_column="scan", text_column="report")
+    expected = ImageTextCollator(tiny_processor())(list(raw_pairs()))
+    batch = collator(list(raw_pairs(image="scan", text="report")))
+    assert collator.columns == ["scan", "report"]
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("columns", "missing"), [(("scan", "text"), "image"), (("image", "report"), "text")])
+def test_a_missing_column_is_named(columns, missing):
+    with pytest.raises(ValueError, match=f"no column '{missing}' .it has .*image_column=..., text_column=..."):
+        ImageTextCollator(tiny_processor())(list(raw_pairs(1, *columns)))
+
+
+# ---- The collator in the trainer ----
+
+
+def test_raw_pairs_are_collated_by_the_processor_without_further_ado(make_trainer):
+    trainer = make_trainer(train_dataset=raw_pairs(16), trainer_options={"processing_class": tiny_processor()})
+    trainer.train()
+    assert isinstance(trainer.data_collator, ImageTextCollator)
+    assert trainer.privacy_spent().steps == 2
+
+
+def test_columns_of_other_names_are_kept_for_the_collator_that_reads_them(make_trainer):
+    collator = ImageTextCollator(tiny_processor(), image_column="scan", text_column="report")
+    dataset = raw_pairs(16, "scan", "report").add_column("patient", list(range(16)))
+    trainer = make_trainer(train_dataset=dataset, trainer_options={"data_collator": collator})
+    trainer.train()
+    assert trainer.privacy_spent().steps == 2
+
+
+def test_encoded_pairs_are_not_processed_again(make_trainer):
+    trainer = make_trainer(trainer_options={"processing_class": tiny_processor()})
+    assert not isinstance(trainer.data_collator, ImageTextCollator)
+
+
+def test_a_column_that_the_dataset_does_not_have_stops_training_before_its_first_step(make_trainer, weights_of):
+    model = tiny_clip()
+    before = weights_of(model)
+    dataset = raw_pairs(16, "scan", "text")
+    with pytest.raises(ValueError, match="no column 'image'"):
+        make_trainer(model, dataset, {"processing_class": tiny_processor()}).train()
+    assert torch.equal(weights_of(model), before)
+
+
+# ---- Captions ----
+
+
+def test_class_prompts_put_each_name_into_the_template():
+    assert class_prompts(["cat", "dog"], "one {} here") == ["one cat here", "one dog here"]
+
+
+def test_a_template_without_a_place_for_the_name_is_refused():
+    with pytest.raises(ValueError, match=r"prompt template 'a photo' has no \{\} for the class name"):
+        class_prompts(["cat"], "a photo")
+
+
+def labelled(feature) -> Dataset:
+    return Dataset.from_dict({"label": [1, 0, 1]}, features=Features({"label": feature}))
+
+
+def test_captions_follow_the_labels():
+    dataset = caption_by_label(labelled(ClassLabel(names=["cat", "dog"])), "label", "a {}")
+    assert list(dataset["caption"]) == ["a dog", "a cat", "a dog"]
+
+
+@pytest.mark.parametrize("column", ["label", "absent"])
+def test_captions_need_a_column_of_class_labels(column):
+    with pytest.raises(ValueError, match=f"'{column}' is not a ClassLabel column.*class_encode_column"):
+        caption_by_label(labelled(Value("int64")), column, "a {}")
+
+
+# ---- Loading ----
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl"])
+def test_images_named_by_a_file_are_found_beside_it(tmp_path, suffix):
+    (tmp_path / "images").mkdir()
+    names = [f"images/{i}.png" for i in range(3)]
+    for name, picture in zip(names, pictures(3)):
+        picture.save(tmp_path / name)
+    table = Dataset.from_dict({"image": names, "text": CAPTIONS})
+    path = tmp_path / f"pairs.{suffix}"
+    _ = table.to_csv(path) if suffix == "csv" else table.to_json(path)
+    dataset = load_pairs(str(path))["train"]
+    assert list(dataset["text"]) == CAPTIONS
+    assert np.array_equal(np.asarray(dataset[1]["image"]), np.asarray(pictures(3)[1]))
+
+
+def test_a_parquet_file_holds_its_images_itself(tmp_path):
+    raw_pairs().to_parquet(tmp_path / "pairs.parquet")
+    dataset = load_pairs(str(tmp_path / "pairs.parquet"))["train"]
+    assert dataset[2]["text"] == CAPTIONS[2]
+    assert dataset[2]["image"].size == (12, 10)
+
+
+@pytest.mark.parametrize("with_splits", [False, True])
+def test_a_folder_that_save_to_disk_wrote_is_loaded(tmp_path, with_splits):
+    splits = DatasetDict(train=raw_pairs(), test=raw_pairs(2))
+    (splits if with_splits else splits["train"]).save_to_disk(tmp_path / "saved")
+    loaded = load_pairs(str(tmp_path / "saved"))
+    assert {name: len(split) for name, split in loaded.items()} == (
+        {"train": 3, "test": 2} if with_splits else {"train": 3}
+    )
+
+
+def test_a_folder_of_images_with_their_metadata_is_loaded(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number, picture in enumerate(pictures(3)):
+        picture.save(folder / f"{number}.png")
+    names = [f"{number}.png" for number in range(3)]
+    Dataset.from_dict({"file_name": names, "text": CAPTIONS}).to_json(folder / "metadata.jsonl")
+    dataset = load_pairs(str(folder))["train"]
+    assert sorted(dataset["text"]) == sorted(CAPTIONS)
+
+
+def test_a_file_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent.csv does not exist: check the path"):
+        load_pairs(str(tmp_path / "absent.csv"))
+
+
+def test_an_image_column_that_does_not_exist_is_refused(tmp_path):
+    raw_pairs().to_parquet(tmp_path / "pairs.parquet")
+    with pytest.raises(ValueError, match=r"no image column 'scan', only \['image', 'text'\]"):
+        load_pairs(str(tmp_path / "pairs.parquet"), image_column="scan")

@@ -1,0 +1,24 @@
+"""That private training learns something, on real images."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_the_embedded_default_learns_real_digits(tmp_path):
+    """The README's first command in full: well above its start, and within the ε it promises."""
+    command = [sys.executable, str(ROOT / "examples" / "train.py"), "--output_dir", str(tmp_path), "--use_cpu"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=1200).stdout
+    before, after, without_privacy = (
+        float(re.search(rf"{name} +([\d.]+)%", output)[1]) for name in ("before", "after", "without privacy")
+    )
+    assert after > before + 4
+    assert without_privacy > after
+    assert 7.9 < float(re.search(r"Privacy: ε = ([\d.]+)", output)[1]) <= 8

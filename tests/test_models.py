@@ -1,0 +1,366 @@
+"""The models and `Trainer` options that users combine: each trains, saves, and loads again."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from factories import BOS, EOS, IMAGE_SIZE, PAD, VOCABULARY, pairs, tiny_clip
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    BertConfig,
+    BlipConfig,
+    BlipForQuestionAnswering,
+    CLIPModel,
+    SiglipConfig,
+    SiglipModel,
+    TrainerCallback,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+    ViTConfig,
+)
+
+from hf_dpclip import DPTrainingArguments, PrivacyStatement, lora_config
+
+
+LAYER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 16,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+}
+IMAGE = {"image_size": IMAGE_SIZE, "patch_size": 4}
+
+
+def tiny_siglip() -> SiglipModel:
+    text = {**LAYER, **TEXT, "projection_size": 16}
+    return SiglipModel(SiglipConfig(text_config=text, vision_config={**LAYER, **IMAGE}))
+
+
+def tiny_dual_encoder() -> VisionTextDualEncoderModel:
+    # At the usual 0.02, so narrow a tower gives nearly the same embedding for every input.
+    wide = {**LAYER, "initializer_range": 0.3}
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(
+        ViTConfig(**wide, **IMAGE), BertConfig(**wide, **TEXT), projection_dim=8
+    )
+    return VisionTextDualEncoderModel(config)
+
+
+def tiny_blip() -> BlipForQuestionAnswering:
+    text = {**LAYER, **TEXT, "encoder_hidden_size": 16, "projection_dim": 8, "sep_token_id": EOS}
+    return BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config={**LAYER, **IMAGE}, projection_dim=8))
+
+
+def questions(n: int = 64, seed: int = 0) -> Dataset:
+    """Pairs in which the text is a question and part of it the answer."""
+    dataset = pairs(n, seed)
+    return dataset.add_column("labels", dataset.with_format("numpy")[:]["input_ids"][:, :3].tolist())
+
+
+MODELS = {
+    "clip": (tiny_clip, pairs),
+    "siglip": (tiny_siglip, pairs),
+    "dual_encoder": (tiny_dual_encoder, pairs),
+    "blip_question_answering": (tiny_blip, questions),
+}
+EACH_MODEL = pytest.mark.parametrize(("make_model", "make_dataset"), MODELS.values(), ids=MODELS)
+
+
+@pytest.fixture(autouse=True)
+def same_initial_weights():
+    torch.manual_seed(0)
+
+
+class Gradients(TrainerCallback):
+    """Records what the optimizer sees."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append([parameter.grad.clone() for parameter in model.parameters()])
+
+
+def assert_noise_only_has_scale(gradients: list[torch.Tensor], std: float) -> None:
+    """The noise drowns a gradient of norm C spread over thousands of coordinates, so their spread is the noise's."""
+    values = torch.cat([gradient.float().flatten() for gradient in gradients])
+    assert values.std().item() == pytest.approx(std, rel=6 / math.sqrt(2 * len(values)) + 0.01)
+
+
+# ---- Architectures ----
+
+
+@EACH_MODEL
+def test_training_moves_every_parameter(make_trainer, make_model, make_dataset):
+    model = make_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    make_trainer(model, make_dataset(64), learning_rate=0.01).train()
+    assert not [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
+
+
+@EACH_MODEL
+def test_saved_weights_load_again_with_their_privacy_statement(make_trainer, make_model, make_dataset, tmp_path):
+    model = make_model()
+    trainer = make_trainer(model, make_dataset(64))
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    loaded = type(model).from_pretrained(tmp_path / "saved").state_dict()
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+    assert PrivacyStatement.load(tmp_path / "saved").spent == trainer.privacy_spent()
+
+
+@EACH_MODEL
+def test_without_noise_the_loss_on_training_pairs_falls(make_trainer, make_model, make_dataset):
+    model, dataset = make_model(), make_dataset(16)
+    trainer = make_trainer(
+        model,
+        dataset,
+        {"eval_dataset": dataset},
+        non_private=True,
+        log_private_statistics=True,
+        max_steps=30,
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=16,
+        learning_rate=0.002,
+        lr_scheduler_type="constant",
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.9 * before
+
+
+def test_a_loss_over_labels_may_be_clipped_per_example(make_trainer):
+    trainer = make_trainer(tiny_blip(), questions(64), microbatch_size=1)
+    trainer.train()
+    assert trainer.plan.num_microbatches == 8
+    assert trainer.plan.sensitivity == trainer.plan.max_grad_norm
+
+
+def test_a_pair_of_towers_has_a_loss_only_if_the_trainer_asks_for_it(make_trainer):
+    assert make_trainer(tiny_clip()).can_return_loss
+    assert not make_trainer(tiny_blip(), questions(64)).can_return_loss
+
+
+# ---- LoRA ----
+
+
+@pytest.fixture
+def trained_adapters(make_trainer, tmp_path):
+    """A CLIP with adapters after two steps, in evaluation mode, and the folder it was saved to."""
+    model = get_peft_model(tiny_clip(), lora_config(tiny_clip(), r=2))
+    trainer = make_trainer(model, learning_rate=0.05)
+    trainer.train()
+    trainer.save_model(tmp_path / "adapters")
+    return trainer.model.eval(), tmp_path / "adapters"
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(**pairs(4, seed=1)[:]).logits_per_image
+
+
+def test_adapters_are_in_both_towers_and_both_projections():
+    model = get_peft_model(tiny_clip(), lora_config(tiny_clip(), r=2))
+    adapted = {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+    prefix = "base_model.model."
+    attention = [f"{tower}_model.encoder.layers.0.self_attn" for tower in ("text", "vision")]
+    expected = {f"{prefix}{path}.{name}" for path in attention for name in ("q_proj", "v_proj")}
+    assert adapted == expected | {f"{prefix}{name}" for name in ("text_projection", "visual_projection")}
+
+
+@pytest.mark.parametrize("make_model", [tiny_siglip, tiny_dual_encoder])
+def test_adapters_are_in_both_towers_of_other_dual_encoders(make_model):
+    model = get_peft_model(make_model(), lora_config(make_model(), r=2))
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert any("text_model" in name for name in trainable)
+    assert any("vision_model" in name for name in trainable)
+
+
+def test_only_adapters_are_trainable():
+    model = get_peft_model(tiny_clip(), lora_config(tiny_clip()))
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trainable
+    assert all(".lora_" in name for name in trainable)
+
+
+def test_a_model_without_known_layers_is_refused():
+    with pytest.raises(ValueError, match=r"Sequential has no query, value or projection layers.*target_modules"):
+        lora_config(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_lora_config_passes_further_fields_on():
+    config = lora_config(tiny_clip(), r=4, lora_dropout=0.1)
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 8, 0.1)
+
+
+def test_training_adapters_leaves_the_base_weights_alone(trained_adapters):
+    model, _ = trained_adapters
+    base = dict(tiny_clip().named_parameters())
+    kept = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" not in name
+    }
+    assert kept.keys() == base.keys()
+    assert all(torch.equal(parameter, base[name]) for name, parameter in kept.items())
+
+
+def test_saved_adapters_load_onto_the_same_base(trained_adapters):
+    model, folder = trained_adapters
+    loaded = PeftModel.from_pretrained(tiny_clip(), folder).eval()
+    assert torch.equal(logits(loaded), logits(model))
+    assert not torch.equal(logits(loaded), logits(tiny_clip().eval()))
+
+
+def test_only_adapters_are_saved_with_their_privacy_statement(trained_adapters):
+    _, folder = trained_adapters
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert not (folder / "model.safetensors").exists()
+    assert PrivacyStatement.load(folder).steps == 2
+
+
+def test_merged_adapters_compute_the_same(trained_adapters):
+    model, _ = trained_adapters
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    assert type(merged) is CLIPModel
+    torch.testing.assert_close(logits(merged), expected)
+
+
+# ---- Precision ----
+
+
+def test_autocast_to_bfloat16_keeps_weights_and_noise_in_float32(make_trainer):
+    gradients = Gradients()
+    model = tiny_clip()
+    make_trainer(model, trainer_options={"callbacks": [gradients]}, bf16=True).train()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert {gradient.dtype for gradient in gradients.steps[0]} == {torch.float32}
+    assert_noise_only_has_scale(gradients.steps[0], std=2.0)
+
+
+@pytest.mark.parametrize(("noise_multiplier", "microbatch_size"), [(1.0, 8), (4.0, 8), (4.0, 2)])
+def test_bfloat16_weights_get_noise_of_the_right_scale(make_trainer, noise_multiplier, microbatch_size):
+    gradients = Gradients()
+    model = tiny_clip().to(torch.bfloat16)
+    trainer = make_trainer(
+        model,
+        trainer_options={"callbacks": [gradients]},
+        noise_multiplier=noise_multiplier,
+        microbatch_size=microbatch_size,
+        max_steps=1,
+    )
+    trainer.train()
+    assert {gradient.dtype for gradient in gradients.steps[0]} == {torch.bfloat16}
+    num_microbatches = 8 // microbatch_size
+    assert_noise_only_has_scale(gradients.steps[0], std=noise_multiplier * 2 / num_microbatches)
+
+
+def test_bfloat16_weights_are_saved_as_such(make_trainer, tmp_path):
+    trainer = make_trainer(tiny_clip().to(torch.bfloat16), learning_rate=0.1)
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    loaded = CLIPModel.from_pretrained(tmp_path / "saved", dtype="auto")
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(loaded.visual_projection.weight, trainer.model.visual_projection.weight)
+
+
+# ---- Options of the Trainer ----
+
+
+def test_activation_checkpointing_changes_nothing(make_trainer, weights_of):
+    # transformers renamed the argument within the releases that are supported.
+    names = {"activation_checkpointing", "gradient_checkpointing"} & DPTrainingArguments.__dataclass_fields__.keys()
+    trained = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(tiny_clip(), noise_seed=1, **{min(names): checkpointing})
+        trainer.train()
+        trained.append(weights_of(trainer.model))
+    torch.testing.assert_close(*trained)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "rmsprop"])
+def test_optimizers_step_on_the_noisy_gradient(make_trainer, weights_of, optim):
+    trainer = make_trainer(optim=optim, learning_rate=0.01)
+    before = weights_of(trainer.model)
+    trainer.train()
+    after = weights_of(trainer.model)
+    assert torch.isfinite(after).all()
+    assert (after != before).float().mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "rates"),
+    [
+        ("constant", [1.0, 1.0, 1.0, 1.0]),
+        ("linear", [1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]),
+    ],
+)
+def test_schedulers_follow_the_planned_steps(make_trainer, scheduler, rates):
+    trainer = make_trainer(lr_scheduler_type=scheduler, max_steps=4, logging_steps=1, learning_rate=1.0, optim="sgd")
+    trainer.train()
+    logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert logged == pytest.approx(rates)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batch", "accumulation"), [(1, 8, 1), (2.5, 8, 1), (2, 5, 1), (2, 5, 3), (0.5, 8, 2)]
+)
+def test_epochs_take_the_planned_number_of_steps(make_trainer, epochs, batch, accumulation):
+    trainer = make_trainer(
+        num_train_epochs=epochs,
+        max_steps=-1,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+    )
+    trainer.train()
+    planned = math.ceil(epochs * math.ceil(64 / (batch * accumulation)))
+    assert trainer.plan.num_steps == trainer.state.global_step == trainer.privacy_spent().steps == planned
+
+
+def test_evaluation_during_training_reports_loss_and_metrics(make_trainer):
+    trainer = make_trainer(
+        tiny_blip(),
+        questions(64),
+        {"eval_dataset": questions(8, seed=1), "compute_metrics": lambda result: {"rows": len(result.label_ids)}},
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    trainer.train()
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [1, 2]
+    assert all(entry["eval_rows"] == 8 for entry in evaluations)
+
+
+def test_contrastive_models_report_an_evaluation_loss(make_trainer):
+    trainer = make_trainer(trainer_options={"eval_dataset": pairs(16, seed=1)}, eval_strategy="epoch", max_steps=8)
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert math.isfinite(entry["eval_loss"])
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end_with_the_cost_of_all_steps(make_trainer):
+    trainer = make_trainer(
+        trainer_options={"eval_dataset": pairs(16, seed=1)},
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        metric_for_best_model="eval_loss",
+        load_best_model_at_end=True,
+        max_steps=3,
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint is not None
+    assert trainer.privacy_spent().steps == 3
+
+
+def test_only_the_last_checkpoints_are_kept_each_with_its_own_statement(make_trainer, tmp_path):
+    make_trainer(max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2).train()
+    steps = {path.name: PrivacyStatement.load(path).steps for path in tmp_path.glob("checkpoint-*")}
+    assert steps == {"checkpoint-3": 3, "checkpoint-4": 4}

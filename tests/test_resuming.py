@@ -1,0 +1,279 @@
+"""Resuming and repeating `train`: the count goes on, under the same plan, with fresh randomness."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from factories import pairs, tiny_clip
+from transformers import CLIPModel, TrainerCallback
+
+from hf_dpclip import PrivacyStatement
+from hf_dpclip.resuming import check_resumable, last_complete_checkpoint
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
+
+
+class StopAfter(TrainerCallback):
+    """Interrupts a run, orderly."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+@pytest.fixture
+def interrupted(make_trainer, tmp_path):
+    """The folder of a run of 4 planned steps that ended after the second."""
+    trainer = make_trainer(trainer_options={"callbacks": [StopAfter(2)]}, max_steps=4, **SAVING)
+    trainer.train()
+    return tmp_path
+
+
+# ---- Which checkpoint ----
+
+
+def checkpoint(folder, name: str, complete: bool = True):
+    path = folder / name
+    path.mkdir()
+    if complete:
+        (path / "trainer_state.json").write_text("{}", encoding="utf-8")
+    return path
+
+
+def test_the_last_checkpoint_is_the_one_of_most_steps(tmp_path):
+    for steps in (9, 10, 2):
+        checkpoint(tmp_path, f"checkpoint-{steps}")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path):
+    checkpoint(tmp_path, "checkpoint-1")
+    checkpoint(tmp_path, "checkpoint-2", complete=False)
+    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-1")
+
+
+@pytest.mark.parametrize("name", ["checkpoint-3-backup", "checkpoint-", "tmp-checkpoint-3"])
+def test_other_folders_are_no_checkpoints(tmp_path, name):
+    checkpoint(tmp_path, "checkpoint-1")
+    checkpoint(tmp_path, name)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+@pytest.mark.parametrize("unfinished", [0, 2])
+def test_without_a_complete_checkpoint_there_is_nothing_to_resume(make_trainer, tmp_path, unfinished):
+    for steps in range(unfinished):
+        checkpoint(tmp_path, f"checkpoint-{steps}", complete=False)
+    with pytest.raises(
+        ValueError, match=rf"no complete checkpoint in .*\({unfinished} unfinished\): check output_dir"
+    ):
+        make_trainer().train(resume_from_checkpoint=True)
+
+
+# ---- The count goes on ----
+
+
+@pytest.mark.parametrize("which", [True, "checkpoint-2"], ids=["the_last", "by_name"])
+def test_a_resumed_run_continues_the_count(make_trainer, interrupted, which):
+    trainer = make_trainer(max_steps=4, **SAVING)
+    trainer.train(resume_from_checkpoint=which if which is True else str(interrupted / which))
+    assert trainer.state.global_step == 4
+    assert trainer.privacy_spent().steps == 4
+    assert trainer.privacy_spent().epsilon == trainer.plan.epsilon()
+    logged = {entry["step"]: entry["epsilon"] for entry in trainer.state.log_history if "epsilon" in entry}
+    assert [logged[step] for step in (3, 4)] == [trainer.plan.epsilon(step) for step in (3, 4)]
+
+
+def test_a_resumed_run_saves_the_count_of_both_parts(make_trainer, interrupted):
+    make_trainer(max_steps=4, **SAVING).train(resume_from_checkpoint=True)
+    assert {n: PrivacyStatement.load(interrupted / f"checkpoint-{n}").steps for n in (2, 3, 4)} == {2: 2, 3: 3, 4: 4}
+
+
+def test_a_resumed_run_starts_from_the_weights_of_the_checkpoint(make_trainer, interrupted, weights_of):
+    trainer = make_trainer(tiny_clip(seed=5), max_steps=4, **SAVING)
+    trainer.train(resume_from_checkpoint=True)
+    saved = CLIPModel.from_pretrained(interrupted / "checkpoint-2")
+    # Two steps of the default learning rate move a weight by 1e-4 or so, another initialisation by far more.
+    assert (weights_of(trainer.model) - weights_of(saved)).abs().max() < 1e-3
+    assert (weights_of(tiny_clip(seed=5)) - weights_of(saved)).abs().max() > 1e-2
+
+
+def test_a_resumed_run_draws_fresh_randomness(make_trainer, interrupted, weights_of):
+    trained = []
+    for _ in range(2):
+        trainer = make_trainer(max_steps=4)
+        trainer.train(resume_from_checkpoint=str(interrupted / "checkpoint-2"))
+        trained.append(weights_of(trainer.model))
+    assert not torch.equal(*trained)
+
+
+def test_a_resumed_run_differs_from_the_uninterrupted_one(make_trainer, tmp_path, weights_of):
+    whole = make_trainer(max_steps=4, **SAVING)
+    whole.train()
+    resumed = make_trainer(max_steps=4, **SAVING)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not torch.equal(weights_of(whole.model), weights_of(resumed.model))
+
+
+def test_nothing_that_was_saved_holds_the_entropy_or_the_state_of_the_noise(make_trainer, tmp_path):
+    trainer = make_trainer(**SAVING)
+    trainer.train()
+    trainer.save_model()
+    entropy = trainer._randomness.entropy
+    secrets = {
+        "entropy in decimal": str(entropy).encode(),
+        "entropy in hexadecimal": f"{entropy:x}".encode(),
+        "entropy, low byte first": entropy.to_bytes(16, "little"),
+        "entropy, high byte first": entropy.to_bytes(16, "big"),
+        "state": trainer._mechanism.generator.get_state().numpy().tobytes()[24:88],
+    }
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"rng_state.pth", "trainer_state.json", "training_args.bin", "privacy.json"} <= {f.name for f in files}
+    found = [(path.name, name) for path in files for name, secret in secrets.items() if secret in path.read_bytes()]
+    assert not found
+
+
+def test_an_earlier_checkpoint_does_not_undo_what_this_process_has_spent(make_trainer, interrupted):
+    trainer = make_trainer(max_steps=4, **SAVING)
+    trainer.train()
+    trainer.train(resume_from_checkpoint=str(interrupted / "checkpoint-2"))
+    assert trainer.privacy_spent().steps == 6
+
+
+def test_a_run_that_spent_its_target_resumes_without_a_further_step(make_trainer, tmp_path, weights_of):
+    settings = {"target_epsilon": 2.0, "max_steps": 2, **SAVING}
+    make_trainer(**settings).train()
+    resumed = make_trainer(**settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.privacy_spent().steps == 2
+    assert resumed.privacy_spent().epsilon <= 2.0
+
+
+# ---- Under the same plan ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"noise_multiplier": 1.5}, "noise_multiplier was 1.0, is 1.5"),
+        ({"per_device_train_batch_size": 16}, "expected_batch_size was 8, is 16"),
+        ({"gradient_accumulation_steps": 2}, "expected_batch_size was 8, is 16; num_microbatches was 1, is 2"),
+        ({"microbatch_size": 4}, "num_microbatches was 1, is 2"),
+        ({"max_steps": 6}, "num_steps was 4, is 6"),
+        ({"max_grad_norm": 0.5}, "max_grad_norm was 1.0, is 0.5"),
+        ({"target_delta": 1e-4}, "target_delta was .*, is 0.0001"),
+        ({"accountant": "pld"}, "accountant was 'rdp', is 'pld'"),
+        ({"clipping": "automatic"}, "clipping was 'flat', is 'automatic'"),
+        ({"target_epsilon": 3.0}, "noise_multiplier was 1.0, is .*target_epsilon was None, is 3.0"),
+        ({"non_private": True}, "noise_multiplier was 1.0, is 0.0.*non_private was False, is True"),
+        ({"train_dataset": pairs(65)}, "num_examples was 64, is 65"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_plan_is_refused(make_trainer, interrupted, weights_of, changes, message):
+    model = tiny_clip()
+    before = weights_of(model)
+    trainer = make_trainer(model, **{"max_steps": 4, **SAVING, **changes})
+    with pytest.raises(ValueError, match=f"trained under another privacy plan: .*{message}.*Restore these settings"):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.privacy_spent().steps == 0
+    assert torch.equal(weights_of(model), before)
+
+
+def test_another_learning_rate_is_no_other_plan(make_trainer, interrupted):
+    trainer = make_trainer(max_steps=4, learning_rate=0.01, **SAVING)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.privacy_spent().steps == 4
+
+
+def test_a_checkpoint_without_a_statement_is_refused(make_trainer, interrupted):
+    (interrupted / "checkpoint-2" / "privacy.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"privacy.json does not exist"):
+        make_trainer(max_steps=4, **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_with_an_edited_statement_is_refused(make_trainer, interrupted):
+    path = interrupted / "checkpoint-2" / "privacy.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**values, "steps": 1}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"privacy.json is damaged or was edited"):
+        make_trainer(max_steps=4, **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_the_statement_of_a_checkpoint_of_the_same_plan_is_returned(make_trainer, interrupted):
+    plan = make_trainer(max_steps=4, **SAVING).plan
+    assert check_resumable(interrupted / "checkpoint-1", plan) == PrivacyStatement(plan, 1)
+
+
+def test_a_run_resumed_with_a_noise_seed_is_not_private(make_trainer, interrupted):
+    trainer = make_trainer(max_steps=4, noise_seed=1, **SAVING)
+    trainer.train(resume_from_checkpoint=True)
+    assert PrivacyStatement.load(interrupted / "checkpoint-4").not_private_because
+
+
+@pytest.mark.parametrize("setting", [{"noise_seed": 1}, {"log_private_statistics": True}], ids=lambda s: next(iter(s)))
+def test_a_run_that_was_not_private_stays_so_when_resumed_without_what_made_it_so(make_trainer, tmp_path, setting):
+    make_trainer(trainer_options={"callbacks": [StopAfter(2)]}, max_steps=4, **setting, **SAVING).train()
+    resumed = make_trainer(max_steps=4, **SAVING)
+    resumed.train(resume_from_checkpoint=True)
+    (reason,) = PrivacyStatement.load(tmp_path / "checkpoint-4").not_private_because
+    assert reason.startswith(next(iter(setting)))
+
+
+# ---- Several calls of train ----
+
+
+def test_a_second_training_composes_with_the_first(make_trainer):
+    trainer = make_trainer(max_steps=3)
+    trainer.train()
+    trainer.train()
+    assert trainer.privacy_spent().steps == 6
+    assert trainer.privacy_spent().epsilon == trainer.plan.epsilon(6)
+
+
+def test_a_second_training_stops_at_the_target(make_trainer, weights_of, caplog):
+    trainer = make_trainer(target_epsilon=2.0, max_steps=3)
+    trainer.train()
+    before = weights_of(trainer.model)
+    output = trainer.train()
+    assert output.global_step == 3
+    assert math.isnan(output.training_loss)
+    assert torch.equal(weights_of(trainer.model), before)
+    assert trainer.privacy_spent().steps == 3
+    assert trainer.privacy_spent().epsilon <= 2.0
+    assert "target_epsilon=2.0 is spent" in caplog.text
+
+
+def test_training_stops_at_the_target_although_the_loop_would_go_on(make_trainer):
+    class Longer(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            state.max_steps = 5
+
+    options = {"callbacks": [Longer()]}
+    trainer = make_trainer(trainer_options=options, target_epsilon=2.0, max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == trainer.privacy_spent().steps == 2
+
+
+def test_no_callback_can_push_training_beyond_the_target(make_trainer):
+    class Unstoppable(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = False
+
+    trainer = make_trainer(target_epsilon=2.0, max_steps=2)
+    # Added last, it has the last word.
+    trainer.add_callback(Unstoppable())
+    with pytest.raises(RuntimeError, match=r"another step would exceed target_epsilon=2\.0"):
+        trainer.train()
+    assert trainer.privacy_spent().steps == 2
+
+
+def test_a_copied_checkpoint_is_as_good_as_the_original(make_trainer, interrupted):
+    shutil.copytree(interrupted / "checkpoint-2", interrupted / "elsewhere")
+    trainer = make_trainer(max_steps=4, **SAVING)
+    trainer.train(resume_from_checkpoint=str(interrupted / "elsewhere"))
+    assert trainer.privacy_spent().steps == 4
