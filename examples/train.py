@@ -109,8 +109,9 @@ def main():
 
 def parse_arguments(argv: list[str]) -> tuple[ExampleArguments, DPTrainingArguments]:
     """The arguments, with `DEFAULTS` for what was not given."""
-    parser = HfArgumentParser((ExampleArguments, DPTrainingArguments))
-    given = {argument.split("=")[0].removeprefix("--") for argument in argv if argument.startswith("--")}
+    parser = HfArgumentParser((ExampleArguments, DPTrainingArguments), allow_abbrev=False)
+    options = [argument.split("=")[0] for argument in argv if argument.startswith("--")]
+    given = {option.removeprefix("--").replace("-", "_") for option in options}
     defaults = {**DEFAULTS, "compare_non_private": "dataset_name" not in given}
     if given & {"noise_multiplier", "non_private"}:
         del defaults["target_epsilon"]
@@ -213,7 +214,8 @@ def train_without_privacy(job: Job):
         use_cpu=args.use_cpu,
         seed=args.seed,
     )
-    print("Training once more without privacy, to compare.")
+    if job.trainer.is_world_process_zero():
+        print("Training once more without privacy, to compare.")
 
     def with_loss(records):
         return {**collator(records), "return_loss": True}

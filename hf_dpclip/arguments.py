@@ -77,6 +77,9 @@ class DPTrainingArguments(TrainingArguments):
         self.ignore_data_skip = True
         self._check_noise()
         self._check_mechanism()
+        # Before the Trainer looks for the library.
+        if self.deepspeed:
+            raise ValueError("DeepSpeed reduces gradients before they are clipped: use DDP (torchrun).")
         super().__post_init__()
         self._check_compatible()
 
@@ -110,28 +113,32 @@ class DPTrainingArguments(TrainingArguments):
                 "noise_multiplier: remove one or the other."
             )
         if not self.non_private and (self.target_epsilon is None) == (self.noise_multiplier is None):
-            both = self.target_epsilon is not None
+            given = "neither" if self.target_epsilon is None else "both"
             raise ValueError(
-                f"{'both' if both else 'neither'} of target_epsilon and noise_multiplier {'were' if both else 'was'} "
-                "given: set exactly one, e.g. target_epsilon=3.0. (non_private=True trains without any noise.)"
+                f"{given} of target_epsilon and noise_multiplier given: set exactly one, e.g. target_epsilon=3.0. "
+                "(non_private=True trains without any noise.)"
             )
         for name in ("target_epsilon", "noise_multiplier"):
             self._check_positive(name, None if self.non_private else getattr(self, name))
 
     def _check_mechanism(self):
-        self._check_positive("max_grad_norm", self.max_grad_norm)
+        self._check_positive("max_grad_norm", self.max_grad_norm or 0)
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "microbatch_size"):
+            value = getattr(self, name)
+            if not ((isinstance(value, int) and value >= 1) or (name == "microbatch_size" and value is None)):
+                raise ValueError(f"{name}={value!r} is not possible: it must be a whole number of at least 1.")
         size, batch = self.microbatch_size, self.per_device_train_batch_size
-        if size is not None and (size < 1 or batch % size):
+        if size is not None and batch % size:
             raise ValueError(
                 f"microbatch_size={size} does not divide per_device_train_batch_size={batch}: choose a divisor of it, "
-                f"or raise per_device_train_batch_size to a multiple of {max(size, 1)}."
+                f"or raise per_device_train_batch_size to a multiple of {size}."
             )
         for name, choices in {"clipping": CLIPPINGS, "accountant": ACCOUNTANTS}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose one of {', '.join(choices)}.")
 
     def _check_positive(self, name: str, value: float | None):
-        if value is not None and not 0 < value < math.inf:
+        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
             hint = (
                 " (Training without noise takes non_private=True.)" if value == 0 and name != "max_grad_norm" else ""
             )
@@ -149,7 +156,6 @@ class DPTrainingArguments(TrainingArguments):
         shows_batch = self.include_num_input_tokens_seen != "no" or not self.skip_memory_metrics
         return [
             (self.fp16, "fp16 scales the loss, and with it the gradients to be clipped: use bf16=True instead."),
-            (bool(self.deepspeed), "DeepSpeed reduces gradients before they are clipped: use DDP (torchrun)."),
             (bool(self.fsdp), "FSDP reduces gradients before they are clipped: use DDP (torchrun), with LoRA."),
             (self.parallelism_config is not None, "parallelism_config is not supported: use DDP (torchrun)."),
             (
@@ -169,6 +175,10 @@ class DPTrainingArguments(TrainingArguments):
                 shows_batch and not self.log_private_statistics,
                 "token counts and memory metrics reveal realised batch sizes: leave "
                 "include_num_input_tokens_seen='no' and skip_memory_metrics=True.",
+            ),
+            (
+                bool(self.debug) and not self.log_private_statistics,
+                f"debug={self.debug} prints activations of private records and stops where they overflow: remove it.",
             ),
             (
                 self.n_gpu > 1,

@@ -38,7 +38,6 @@ class ImageTextCollator:
         return [self.image_column, self.text_column]
 
     def __call__(self, records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        self._check_columns(records[0])
         return self.processor(
             images=[record[self.image_column].convert("RGB") for record in records],
             text=[record[self.text_column] for record in records],
@@ -47,11 +46,12 @@ class ImageTextCollator:
             return_tensors="pt",
         )
 
-    def _check_columns(self, record: dict[str, Any]):
-        missing = [column for column in self.columns if column not in record]
+    def check_columns(self, names: list[str]) -> None:
+        """Raises `ValueError` unless both columns are among `names`."""
+        missing = [column for column in self.columns if column not in names]
         if missing:
             raise ValueError(
-                f"the dataset has no column {missing[0]!r} (it has {sorted(record)}): pass "
+                f"the dataset has no column {missing[0]!r} (it has {sorted(names)}): pass "
                 "data_collator=ImageTextCollator(processor, image_column=..., text_column=...) with its own names."
             )
 

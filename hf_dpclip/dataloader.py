@@ -5,13 +5,15 @@ from typing import Any
 
 import datasets
 import numpy as np
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .arguments import DPTrainingArguments
 from .privacy import PoissonSampler
+from .seeding import seeded
 
 
-# The records of one forward batch, microbatch by microbatch.
-ForwardBatch = list[np.ndarray]
+# The microbatches of one forward pass: of each, the seed of its randomness and its record numbers.
+ForwardBatch = list[tuple[int, np.ndarray]]
 
 
 class PrivacyUnits:
@@ -20,9 +22,12 @@ class PrivacyUnits:
     Args:
         dataset: a map-style dataset.
         column (`str`, *optional*): the column whose values are the units; by default each record is a unit of its own.
+
+    Raises `ValueError` if `column` is not a column of ids.
     """
 
     def __init__(self, dataset: Dataset, column: str | None = None):
+        self.dataset = dataset
         self.num_records = len(dataset)
         self._records = None if column is None else _records_by_value(dataset, column)
 
@@ -31,7 +36,7 @@ class PrivacyUnits:
         return self.num_records if self._records is None else len(self._records)
 
     def records(self, units: np.ndarray) -> np.ndarray:
-        """All records of the given units."""
+        """The numbers of all records of the given units, both 1-dimensional."""
         if self._records is None or len(units) == 0:
             return units
         return np.concatenate([self._records[unit] for unit in units])
@@ -72,17 +77,18 @@ class ForwardBatchSampler(Sampler[ForwardBatch]):
 
     def __iter__(self) -> Iterator[ForwardBatch]:
         for _ in range(self.steps):
-            own = self.sampler.draw()[self.process :: self.num_processes]
+            drawn = self.sampler.draw()
+            own = list(zip(self.sampler.draw_seeds(len(drawn)), drawn))[self.process :: self.num_processes]
             for forward_pass in range(self.forward_passes):
-                drawn = own[forward_pass :: self.forward_passes]
-                yield [self.units.records(units) for units in drawn if len(units)]
+                share = own[forward_pass :: self.forward_passes]
+                yield [(seed, self.units.records(units)) for seed, units in share if len(units)]
 
 
 class MicrobatchDataset(Dataset):
     """Turns a forward batch of record numbers into collated microbatches.
 
-    Each microbatch is collated by itself, so that nothing in it, not even its padding, depends on the records of
-    another one.
+    Each microbatch is collated by itself and with random numbers of its own, so that nothing in it, neither its
+    padding nor its augmentation, depends on the records of another one.
     """
 
     def __init__(self, dataset: Dataset, collator: Callable[[list[Any]], dict[str, Any]]):
@@ -92,13 +98,37 @@ class MicrobatchDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, forward_batch: ForwardBatch) -> list[dict[str, Any]]:
-        return [dict(self.collator(self._fetch(records.tolist()))) for records in forward_batch]
+    def __getitem__(self, forward_batch: ForwardBatch) -> list[tuple[int, dict[str, Any]]]:
+        return [(seed, self._collate(seed, records.tolist())) for seed, records in forward_batch]
+
+    def _collate(self, seed: int, records: list[int]) -> dict[str, Any]:
+        with seeded(seed):
+            return dict(self.collator(self._fetch(records)))
 
     def _fetch(self, records: list[int]) -> list[Any]:
         if isinstance(self.dataset, datasets.Dataset):
             return self.dataset.__getitems__(records)
         return [self.dataset[record] for record in records]
+
+
+def make_dataloader(
+    dataset: MicrobatchDataset, sampler: ForwardBatchSampler, args: DPTrainingArguments
+) -> DataLoader[ForwardBatch]:
+    """A loader with the workers and the pinning that `args` ask for. One item is one forward batch."""
+    return DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=None,
+        collate_fn=_identity,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+
+
+def _identity(value: Any) -> Any:
+    return value
 
 
 def _records_by_value(dataset: Dataset, column: str) -> Sequence[np.ndarray]:
@@ -109,6 +139,12 @@ def _records_by_value(dataset: Dataset, column: str) -> Sequence[np.ndarray]:
             f"privacy_unit_column={column!r} is not a column of the training dataset (it has {names or 'none'}): "
             "name one of its columns, or leave privacy_unit_column unset to protect single records."
         )
-    _, unit_of_record = np.unique(np.asarray(dataset.with_format(None)[column][:]), return_inverse=True)
+    values = dataset.with_format(None)[column][:]
+    if not all(isinstance(value, str | int) for value in values):
+        raise ValueError(
+            f"privacy_unit_column={column!r} has values that are neither strings nor whole numbers: give every record "
+            "the id of its unit; a record that belongs to nobody else needs an id of its own."
+        )
+    _, unit_of_record = np.unique(values, return_inverse=True)
     order = np.argsort(unit_of_record, kind="stable")
     return np.split(order, np.cumsum(np.bincount(unit_of_record))[:-1])

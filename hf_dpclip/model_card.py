@@ -20,7 +20,7 @@ def privacy_section(statement: PrivacyStatement) -> str:
         "clipping norm C": f"{plan.max_grad_norm:g} ({plan.clipping})",
         "sensitivity Δ": f"{plan.sensitivity:g}",
         "noise multiplier σ": f"{plan.noise_multiplier:.4g}",
-        "steps taken": f"{spent.steps:,} of {plan.num_steps:,}",
+        "steps taken": f"{spent.steps:,} (planned: {plan.num_steps:,})",
         "accountant": f"{plan.accountant} ({plan.to_dict()['accountant_version']})",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

@@ -34,9 +34,9 @@ class PrivacyProgressCallback(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         super().on_log(args, state, control, logs=logs, **kwargs)
-        if state.is_world_process_zero and self.training_bar is not None and "epsilon" in logs:
-            mark = " NOT PRIVATE" if "NOT PRIVATE" in logs else ""
-            self.training_bar.set_postfix_str(f"ε={logs['epsilon']:.3g}{mark}")
+        if state.is_world_process_zero and self.training_bar is not None:
+            epsilon = f"ε={logs['epsilon']:.3g} " if "epsilon" in logs else ""
+            self.training_bar.set_postfix_str(epsilon + ("NOT PRIVATE" if "NOT PRIVATE" in logs else ""))
 
 
 def summary(statement: PrivacyStatement, model: nn.Module) -> str:

@@ -1,12 +1,17 @@
 """Which checkpoint a run may continue from."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
 
 from .privacy import PrivacyPlan, PrivacyStatement
+
+
+logger = logging.get_logger(__name__)
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str:
@@ -15,25 +20,25 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
     The trainer's state is the last file of a checkpoint, so one without it was cut short and is passed over. Raises
     `ValueError` if there is none.
     """
-    checkpoints = [
-        path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)
-    ]
+    checkpoints = _checkpoints_in(output_dir)
     complete = [path for path in checkpoints if Path(path, TRAINER_STATE_NAME).is_file()]
     if not complete:
         raise ValueError(
             f"no complete checkpoint in {output_dir} ({len(checkpoints)} unfinished): check output_dir, or start anew "
             "with resume_from_checkpoint=None."
         )
-    return str(max(complete, key=lambda path: int(path.name.removeprefix("checkpoint-"))))
+    return str(complete[-1])
 
 
 def check_resumable(checkpoint: str | Path, plan: PrivacyPlan) -> PrivacyStatement:
     """The statement of a checkpoint that was trained under `plan`.
 
     Raises `FileNotFoundError` or `ValueError` if the checkpoint has none, or that of another plan: its ε would then be
-    neither plan's.
+    neither plan's. Warns if the run had gone on beyond this checkpoint.
     """
     statement = PrivacyStatement.load(checkpoint)
+    if _same_calibration(plan, statement.plan):
+        plan = dataclasses.replace(plan, noise_multiplier=statement.plan.noise_multiplier)
     saved, current = dataclasses.asdict(statement.plan), dataclasses.asdict(plan)
     differences = [
         f"{name} was {saved[name]!r}, is {current[name]!r}" for name in saved if saved[name] != current[name]
@@ -43,4 +48,32 @@ def check_resumable(checkpoint: str | Path, plan: PrivacyPlan) -> PrivacyStateme
             f"{checkpoint} was trained under another privacy plan: {'; '.join(differences)}. Restore these settings, "
             "or start a new run with resume_from_checkpoint=None and account for both."
         )
+    _warn_of_lost_steps(Path(checkpoint))
     return statement
+
+
+def _same_calibration(plan: PrivacyPlan, saved: PrivacyPlan) -> bool:
+    """Whether σ was calibrated to a target both times and differs by no more than another machine's rounding."""
+    return plan.target_epsilon is not None and math.isclose(
+        plan.noise_multiplier, saved.noise_multiplier, rel_tol=1e-6
+    )
+
+
+def _warn_of_lost_steps(checkpoint: Path) -> None:
+    later = [path.name for path in _checkpoints_in(checkpoint.parent) if _step(path) > _step(checkpoint)]
+    if later:
+        logger.warning(
+            f"{', '.join(later)} beside {checkpoint} came from steps that ε of the resumed run will not contain: if "
+            "anybody saw them, account for both runs."
+        )
+
+
+def _checkpoints_in(folder: str | Path) -> list[Path]:
+    """The checkpoint folders, finished or not, in the order of their steps."""
+    return sorted((path for path in Path(folder).glob("checkpoint-*") if _step(path) >= 0), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    """The step in the folder's name, -1 if there is none."""
+    match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    return int(match[1]) if match else -1

@@ -21,13 +21,15 @@ from transformers.utils import logging
 from . import validation
 from .arguments import DPTrainingArguments
 from .data import ImageTextCollator
-from .dataloader import ForwardBatchSampler, MicrobatchDataset, PrivacyUnits
+from .dataloader import ForwardBatchSampler, MicrobatchDataset, PrivacyUnits, make_dataloader
 from .gradients import accumulate_gradient
+from .guard import StepGuard
 from .model_card import privacy_section
 from .planning import make_plan, steps_per_epoch
 from .privacy import GaussianMechanism, PoissonSampler, PrivacyPlan, PrivacySpent, PrivacyStatement, Randomness
 from .reporting import PrivacyCallback, PrivacyProgressCallback
 from .resuming import check_resumable, last_complete_checkpoint
+from .seeding import seeded
 
 
 logger = logging.get_logger(__name__)
@@ -83,7 +85,9 @@ class DPCLIPTrainer(Trainer):
         validation.check_model(self.model)
         self.plan = None if train_dataset is None else self._make_plan()
         self._steps_taken = 0
-        self._not_private_because = self.args.not_private_because
+        # Reasons of the past; those of today follow from the arguments.
+        self._not_private_because: tuple[str, ...] = ()
+        self._planned_forward_passes = args.gradient_accumulation_steps
         self._use_own_callbacks()
 
     # ---- The plan and what was spent of it ----
@@ -95,6 +99,8 @@ class DPCLIPTrainer(Trainer):
             validation.check_evaluation_data(self.train_dataset, self.eval_dataset)
         contrasts_in_batch = self.can_return_loss and self.compute_loss_func is None
         validation.check_loss_decomposes(args.expected_batch_size // args.num_microbatches, contrasts_in_batch)
+        if isinstance(self.data_collator, ImageTextCollator):
+            self.data_collator.check_columns(list(self.train_dataset[0]))
         self._units = PrivacyUnits(self.train_dataset, args.privacy_unit_column)
         return make_plan(args, len(self._units))
 
@@ -110,46 +116,48 @@ class DPCLIPTrainer(Trainer):
         return self.privacy_statement().spent
 
     def privacy_statement(self) -> PrivacyStatement:
-        """What may be claimed of the weights as they are now."""
-        return PrivacyStatement(self.plan, self._steps_taken, self._not_private_because)
+        """What may be claimed of the weights as they are now. Raises `ValueError` if there is no training dataset."""
+        self._check_planned()
+        reasons = dict.fromkeys(self._not_private_because + self.args.not_private_because)
+        return PrivacyStatement(self.plan, self._steps_taken, tuple(reasons))
+
+    def _check_planned(self):
+        if self.plan is None:
+            raise ValueError("there is no privacy plan without a train_dataset: pass it to DPCLIPTrainer.")
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As in the `Trainer`. Raises `ValueError` for the private training dataset."""
+        if not self.args.log_private_statistics:
+            validation.check_evaluation_data(self.train_dataset, eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
 
     # ---- One step ----
 
     def get_train_dataloader(self) -> DataLoader:
         """Forward batches of Poisson-drawn microbatches, the share of this process."""
-        if self.plan is None:
-            raise ValueError(
-                "training needs a train_dataset: pass it to DPCLIPTrainer, so that its privacy is planned."
-            )
-        args = self.args
+        if self.train_dataset is not self._units.dataset:
+            raise ValueError("the privacy plan was made for another train_dataset: make a new DPCLIPTrainer for this.")
         dataset, collator = self._remove_columns(self.train_dataset)
-        return DataLoader(
-            MicrobatchDataset(dataset, collator),
-            sampler=ForwardBatchSampler(
-                PoissonSampler(self.plan, self._randomness.sampling()),
-                self._units,
-                steps_per_epoch(self.plan.num_examples, self.plan.expected_batch_size),
-                args.gradient_accumulation_steps,
-                args.process_index,
-                args.world_size,
-            ),
-            batch_size=None,
-            collate_fn=_identity,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
+        sampler = ForwardBatchSampler(
+            self._sampler,
+            self._units,
+            steps_per_epoch(self.plan.num_examples, self.plan.expected_batch_size),
+            self._planned_forward_passes,
+            self.args.process_index,
+            self.args.world_size,
         )
+        return make_dataloader(MicrobatchDataset(dataset, collator), sampler, self.args)
 
     def prepare_mechanism(self) -> None:
         """Binds the mechanism to the model's trainable parameters. Called when training begins."""
-        parameters = self._trainable_parameters()
+        validation.check_model(self.model)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         validation.check_optimizer(self.optimizer, parameters)
         process, num_processes = self.args.process_index, self.args.world_size
-        noise = self._randomness.noise(parameters[0].device, process)
-        self._mechanism = GaussianMechanism(self.plan, parameters, noise, process, num_processes)
+        self._mechanism = GaussianMechanism(self.plan, parameters, self._noise, process, num_processes)
+        self._guard = StepGuard(self.model, self._planned_forward_passes)
 
-    def training_step(self, model: nn.Module, inputs: list[dict], num_items_in_batch: None = None) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: list[tuple[int, dict]], *_) -> torch.Tensor:
         """Adds the clipped gradients of the microbatches of one forward batch to the step's sum.
 
         Returns 0, unless `log_private_statistics` asks for the raw loss.
@@ -157,9 +165,11 @@ class DPCLIPTrainer(Trainer):
         # Not through DDP, which would average gradients over processes before each is clipped.
         model = self.accelerator.unwrap_model(model)
         model.train()
+        self.optimizer.train()
+        self._guard.count_forward_pass()
         total = torch.zeros((), device=self.args.device)
-        for microbatch in inputs:
-            with self._mechanism.microbatch():
+        for seed, microbatch in inputs:
+            with self._mechanism.microbatch(), seeded(seed):
                 total += accumulate_gradient(
                     lambda batch: self.compute_loss(model, self._prepare_inputs(batch)),
                     self.accelerator.backward,
@@ -171,10 +181,10 @@ class DPCLIPTrainer(Trainer):
         """Releases the step's noisy gradient. Returns its norm, which may be logged: noise is already in it."""
         if self.remaining_steps == 0:
             raise RuntimeError(f"another step would exceed target_epsilon={self.plan.target_epsilon}.")
-        if [id(p) for p in self._trainable_parameters()] != [id(p) for p in self._mechanism.parameters]:
-            raise RuntimeError("requires_grad changed during training: set it before DPCLIPTrainer.train is called.")
+        self._guard.check()
         self._mechanism.release()
         self._steps_taken += 1
+        self._not_private_because = self.privacy_statement().not_private_because
         return nn.utils.get_total_norm([parameter.grad for parameter in self._mechanism.parameters])
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
@@ -183,33 +193,42 @@ class DPCLIPTrainer(Trainer):
             inputs = {"return_loss": True, **inputs}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def _trainable_parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
     # ---- A run ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs) -> TrainOutput:
         """As in the `Trainer`, within the plan.
 
         A second call composes with the first. Resuming continues the count of the checkpoint with fresh randomness.
         Raises `ValueError` if the checkpoint's plan is not this one.
         """
+        self._check_planned()
+        if trial is not None:
+            raise ValueError(
+                "hyperparameter_search is not supported: every trial spends privacy and needs a plan of its own. Make "
+                "one DPCLIPTrainer per trial and account for all of them."
+            )
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
             statement = check_resumable(resume_from_checkpoint, self.plan)
+            self.plan = statement.plan
             self._steps_taken = max(self._steps_taken, statement.steps)
             # What the resumed steps lost, the steps to come cannot restore.
-            self._not_private_because = tuple(dict.fromkeys(self._not_private_because + statement.not_private_because))
-        if self.plan is not None and self.remaining_steps == 0:
+            self._not_private_because += statement.not_private_because
+        if self.remaining_steps == 0:
             logger.warning(f"target_epsilon={self.plan.target_epsilon} is spent: no further step can be taken.")
             return TrainOutput(self.state.global_step, math.nan, {})
-        # One root for all processes, so that they draw the same microbatches.
-        self._randomness = Randomness(*broadcast_object_list([Randomness(self.args.noise_seed).entropy]))
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._draw_randomness()
+        output = super().train(resume_from_checkpoint, **kwargs)
         if self.args.log_private_statistics:
             return output
         return TrainOutput(output.global_step, math.nan, self._without_private_statistics(output.metrics))
+
+    def _draw_randomness(self) -> None:
+        """Fresh streams, from one root for all processes, so that they draw the same microbatches."""
+        root = Randomness(*broadcast_object_list([Randomness(self.args.noise_seed).entropy]))
+        self._sampler = PoissonSampler(self.plan, root.sampling())
+        self._noise = root.noise(self.args.device, self.args.process_index)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """0: a count of the realised inputs would reveal the realised batch size."""
@@ -221,7 +240,7 @@ class DPCLIPTrainer(Trainer):
             logs = self._without_private_statistics(logs)
         if self._steps_taken and not self.plan.non_private:
             logs["epsilon"] = self.privacy_spent().epsilon
-        if self._not_private_because:
+        if self.plan is not None and self.privacy_statement().not_private_because:
             logs["NOT PRIVATE"] = 1.0
         super().log(logs, *args, **kwargs)
 
@@ -277,7 +296,3 @@ def _needs_processing(dataset: Any, processing_class: Any) -> bool:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _identity(value: Any) -> Any:
-    return value

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer
@@ -9,8 +10,9 @@ from transformers import Trainer
 
 def check_model(model: nn.Module) -> None:
     """Raises `ValueError` for models whose update would carry more than the noisy gradient."""
-    model.train()
-    leaking = [name for name, module in model.named_modules() if _keeps_statistics(module)]
+    was_training = model.training
+    leaking = [name for name, module in model.train().named_modules() if _keeps_statistics(module)]
+    model.train(was_training)
     if leaking:
         raise ValueError(
             f"{leaking[0]} ({len(leaking)} such modules) keeps running statistics of the private data outside the "
@@ -20,12 +22,23 @@ def check_model(model: nn.Module) -> None:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("the model has no trainable parameter: set requires_grad=True on those to be trained.")
-    if len({parameter.device for parameter in trainable}) > 1:
-        raise ValueError("trainable parameters lie on several devices: load the model without device_map.")
+    if len({parameter.device for parameter in trainable}) > 1 or any(isinstance(p, DTensor) for p in trainable):
+        raise ValueError(
+            "trainable parameters are spread over devices: load the model without device_map or sharding."
+        )
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in trainable):
+        raise ValueError(
+            "a hook on a parameter would see its gradient before it is clipped and noised: remove it (and unset "
+            "WANDB_WATCH)."
+        )
 
 
 def check_dataset(dataset: Dataset) -> None:
     """Raises `ValueError` for a dataset that Poisson sampling cannot draw from."""
+    if isinstance(dataset, dict):
+        raise ValueError(
+            f"train_dataset has several splits ({', '.join(dataset)}): pass one of them, as dataset['train']."
+        )
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise ValueError(
             f"{type(dataset).__name__} has no random access, which Poisson sampling needs: load the dataset with "
@@ -33,10 +46,10 @@ def check_dataset(dataset: Dataset) -> None:
         )
 
 
-def check_evaluation_data(train_dataset: Dataset, eval_dataset) -> None:
-    """Raises `ValueError` if metrics would be published of the private records themselves."""
-    candidates = eval_dataset.values() if type(eval_dataset) is dict else [eval_dataset]
-    if any(candidate is train_dataset for candidate in candidates):
+def check_evaluation_data(train_dataset: Dataset, eval_dataset: Dataset | dict[str, Dataset] | None) -> None:
+    """Raises `ValueError` if metrics would be computed on the private records themselves."""
+    candidates = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    if train_dataset is not None and any(candidate is train_dataset for candidate in candidates):
         raise ValueError(
             "eval_dataset is the private training dataset, so its metrics would be raw statistics of private records: "
             "hold records out with train_test_split, or set log_private_statistics=True on public data."
@@ -49,15 +62,17 @@ def check_environment(trainer: Trainer) -> None:
         raise ValueError(
             "the launcher enabled FSDP or DeepSpeed, which reduce unclipped gradients: choose DDP instead."
         )
+    if trainer.accelerator.parallelism_config is not None:
+        raise ValueError("the launcher enabled tensor, context or sequence parallelism: choose DDP instead.")
     if trainer.accelerator.scaler is not None:
         raise ValueError("the launcher enabled fp16 loss scaling: use --mixed_precision bf16 or no instead.")
 
 
 def check_loss_decomposes(microbatch_size: int, in_batch_negatives: bool) -> None:
-    """Raises `ValueError` where a microbatch of one pair would have nothing to contrast with."""
+    """Raises `ValueError` where a microbatch of one pair would have nothing to tell it apart from."""
     if microbatch_size == 1 and in_batch_negatives:
         raise ValueError(
-            "microbatch_size=1 leaves a contrastive loss without negatives, and its gradient is zero for every pair: "
+            "microbatch_size=1 leaves a contrastive loss without negatives, so there is nothing to learn from: "
             "choose a microbatch_size (by default per_device_train_batch_size) of at least 2; 8 is a good start."
         )
 

@@ -71,7 +71,7 @@ def test_the_collator_reads_the_columns_that_it_is_told():
 @pytest.mark.parametrize(("columns", "missing"), [(("scan", "text"), "image"), (("image", "report"), "text")])
 def test_a_missing_column_is_named(columns, missing):
     with pytest.raises(ValueError, match=f"no column '{missing}' .it has .*image_column=..., text_column=..."):
-        ImageTextCollator(tiny_processor())(list(raw_pairs(1, *columns)))
+        ImageTextCollator(tiny_processor()).check_columns(raw_pairs(1, *columns).column_names)
 
 
 # ---- The collator in the trainer ----

@@ -1,5 +1,7 @@
 """From Poisson draws to collated microbatches: nothing is lost, doubled, or mixed on the way."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -20,12 +22,15 @@ class Scripted:
     def draw(self) -> list[np.ndarray]:
         return [np.array(microbatch, dtype=np.int64) for microbatch in next(self.steps)]
 
+    def draw_seeds(self, count: int) -> list[int]:
+        return list(range(count))
+
 
 def deal(steps, units, num_processes: int, forward_passes: int) -> list[list[list[list[int]]]]:
     """For each process, its forward batches, each a list of microbatches of record numbers."""
     return [
         [
-            [records.tolist() for records in forward_batch]
+            [records.tolist() for _, records in forward_batch]
             for forward_batch in ForwardBatchSampler(
                 Scripted(steps), units, len(steps), forward_passes, process, num_processes
             )
@@ -122,9 +127,9 @@ def test_all_records_of_a_unit_land_in_one_microbatch():
     plan = PrivacyPlan(12, expected_batch_size=6, num_microbatches=3, num_steps=40, noise_multiplier=1.0)
     sampler = PoissonSampler(plan, np.random.default_rng(0))
     for forward_batch in ForwardBatchSampler(sampler, units, steps=40, forward_passes=1):
-        places = [set(users[records]) for records in forward_batch]
+        places = [set(users[records]) for _, records in forward_batch]
         assert sum(map(len, places)) == len(set().union(*places)), "a user is in two microbatches"
-        for records, present in zip(forward_batch, places):
+        for (_, records), present in zip(forward_batch, places):
             assert sorted(records) == [record for record in range(60) if users[record] in present]
 
 
@@ -141,7 +146,7 @@ def ragged(*lengths: int) -> list[dict]:
 
 def test_padding_of_a_microbatch_does_not_depend_on_another_one():
     dataset = MicrobatchDataset(ragged(2, 3, 9), padding_collator)
-    first, second = dataset[[np.array([0, 1]), np.array([2])]]
+    (_, first), (_, second) = dataset[[(5, np.array([0, 1])), (6, np.array([2]))]]
     assert first["ids"].shape == (2, 3)
     assert second["ids"].shape == (1, 9)
 
@@ -150,9 +155,27 @@ def test_padding_of_a_microbatch_does_not_depend_on_another_one():
 def test_a_microbatch_holds_the_records_that_were_drawn(as_list):
     records = pairs(6)
     dataset = MicrobatchDataset(list(records) if as_list else records, torch.utils.data.default_collate)
-    (microbatch,) = dataset[[np.array([4, 1])]]
+    ((seed, microbatch),) = dataset[[(5, np.array([4, 1]))]]
+    assert seed == 5
     assert torch.equal(microbatch["pixel_values"], records[[4, 1]]["pixel_values"])
     assert torch.equal(microbatch["input_ids"], records[[4, 1]]["input_ids"])
+
+
+def test_augmentation_of_a_microbatch_depends_on_its_own_seed_only():
+    def augmenting(records):
+        return {"ids": torch.rand(len(records)), "python": random.random(), "numpy": np.random.rand()}
+
+    dataset = MicrobatchDataset(ragged(*[1] * 5), augmenting)
+    (_, alone), *_ = dataset[[(7, np.array([0, 1]))]]
+    _, (_, after_others) = dataset[[(3, np.array([2, 3, 4])), (7, np.array([0, 1]))]]
+    assert torch.equal(alone["ids"], after_others["ids"])
+    assert (alone["python"], alone["numpy"]) == (after_others["python"], after_others["numpy"])
+
+
+@pytest.mark.parametrize("bad", [[1, None], [[1], [2]]], ids=["missing", "lists"])
+def test_units_that_are_not_ids_are_refused(bad):
+    with pytest.raises(ValueError, match="neither strings nor whole numbers"):
+        grouped(*bad)
 
 
 def test_an_empty_forward_batch_collates_to_no_microbatch():
@@ -174,7 +197,7 @@ def test_the_trainer_draws_anew_in_every_epoch(make_trainer):
     trainer = make_trainer()
     trainer.train()
     loader = trainer.get_train_dataloader()
-    first, second = ([m["input_ids"].tolist() for batch in loader for m in batch] for _ in range(2))
+    first, second = ([m["input_ids"].tolist() for batch in loader for _, m in batch] for _ in range(2))
     assert first != second
 
 

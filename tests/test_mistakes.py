@@ -35,8 +35,9 @@ LOUD = 30.0
 class NoiseRelativeToC(GaussianMechanism):
     """σC on whole batches, whose sensitivity is 2C."""
 
-    def _add_noise_(self, values):
-        values.add_(torch.empty_like(values).normal_(0, self.plan.noise_std / 2, generator=self.generator))
+    def _add_noise_(self, tensors):
+        for values in tensors:
+            values.add_(torch.empty_like(values).normal_(0, self.plan.noise_std / 2, generator=self.generators[0]))
 
 
 class ClipsEachTensor(GaussianMechanism):
@@ -99,18 +100,20 @@ class StopsOnNaN(LetsNaNPass):
 class ReusesGeneratorState(GaussianMechanism):
     """Each tensor starts from the same state."""
 
-    def _add_noise_(self, values):
-        state = self.generator.get_state()
-        super()._add_noise_(values)
-        self.generator.set_state(state)
+    def _add_noise_(self, tensors):
+        state = self.generators[0].get_state()
+        for values in tensors:
+            self.generators[0].set_state(state)
+            values.add_(torch.empty_like(values).normal_(0, self.plan.noise_std, generator=self.generators[0]))
 
 
 class HalfPrecisionNoise(GaussianMechanism):
     """Noise in bfloat16, which knows 128 values between two powers of two."""
 
-    def _add_noise_(self, values):
-        noise = torch.empty_like(values, dtype=torch.bfloat16)
-        values.copy_(values.bfloat16() + noise.normal_(0, self.plan.noise_std, generator=self.generator))
+    def _add_noise_(self, tensors):
+        for values in tensors:
+            noise = torch.empty_like(values, dtype=torch.bfloat16)
+            values.copy_(values.bfloat16() + noise.normal_(0, self.plan.noise_std, generator=self.generators[0]))
 
 
 class ScaledLoss(GaussianMechanism):
@@ -125,8 +128,9 @@ class ScaledLoss(GaussianMechanism):
 class GlobalGenerator(GaussianMechanism):
     """Noise from the generator that `transformers` seeds with 42."""
 
-    def _add_noise_(self, values):
-        values.add_(torch.randn_like(values), alpha=self.plan.noise_std)
+    def _add_noise_(self, tensors):
+        for values in tensors:
+            values.add_(torch.randn_like(values), alpha=self.plan.noise_std)
 
 
 def plant(monkeypatch, double):

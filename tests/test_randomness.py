@@ -9,7 +9,8 @@ from hf_dpclip.privacy import Randomness, randomness
 
 
 def noise(source, process=0, size=20_000):
-    return torch.empty(size).normal_(generator=source.noise("cpu", process))
+    streams = source.noise("cpu", process)
+    return torch.cat([torch.empty(size // len(streams)).normal_(generator=stream) for stream in streams])
 
 
 def test_noise_is_standard_normal():
@@ -18,6 +19,10 @@ def test_noise_is_standard_normal():
 
 def test_two_runs_share_nothing():
     check_uncorrelated(noise(Randomness()), noise(Randomness()))
+
+
+def test_streams_of_one_process_share_no_noise():
+    check_uncorrelated(*noise(Randomness()).chunk(4)[:2])
 
 
 def test_processes_of_one_run_share_no_noise():
@@ -66,7 +71,7 @@ def test_noise_depends_on_more_than_32_bits_of_the_seed():
 
 
 def test_the_whole_state_is_filled():
-    state = Randomness().noise().get_state()[randomness._WORDS].numpy().view(np.uint64)
+    state = Randomness().noise()[0].get_state()[randomness._WORDS].numpy().view(np.uint64)
     assert len(np.unique(state)) > 620
 
 

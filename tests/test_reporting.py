@@ -262,7 +262,7 @@ def test_the_model_card_states_the_guarantee_and_the_mechanism(run):
         "| clipping norm C | 1 (flat) |",
         "| sensitivity Δ | 2 |",
         "| noise multiplier σ | 1 |",
-        "| steps taken | 2 of 2 |",
+        "| steps taken | 2 (planned: 2) |",
     ):
         assert row in card
     assert "| accountant | pld (dp-accounting " in card

@@ -10,6 +10,7 @@ from factories import pairs, tiny_clip
 from transformers import CLIPModel, TrainerCallback
 
 from hf_dpclip import PrivacyStatement
+from hf_dpclip.privacy import Randomness
 from hf_dpclip.resuming import check_resumable, last_complete_checkpoint
 
 
@@ -119,17 +120,25 @@ def test_a_resumed_run_differs_from_the_uninterrupted_one(make_trainer, tmp_path
     assert not torch.equal(weights_of(whole.model), weights_of(resumed.model))
 
 
-def test_nothing_that_was_saved_holds_the_entropy_or_the_state_of_the_noise(make_trainer, tmp_path):
+def test_nothing_that_was_saved_holds_the_entropy_or_the_state_of_the_noise(make_trainer, tmp_path, monkeypatch):
+    roots = []
+
+    class Remembered(Randomness):
+        def __init__(self, seed=None):
+            super().__init__(seed)
+            roots.append(self.entropy)
+
+    monkeypatch.setattr("hf_dpclip.trainer.Randomness", Remembered)
     trainer = make_trainer(**SAVING)
     trainer.train()
     trainer.save_model()
-    entropy = trainer._randomness.entropy
+    entropy = roots[-1]
     secrets = {
         "entropy in decimal": str(entropy).encode(),
         "entropy in hexadecimal": f"{entropy:x}".encode(),
         "entropy, low byte first": entropy.to_bytes(16, "little"),
         "entropy, high byte first": entropy.to_bytes(16, "big"),
-        "state": trainer._mechanism.generator.get_state().numpy().tobytes()[24:88],
+        "state": trainer._mechanism.generators[0].get_state().numpy().tobytes()[24:88],
     }
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"rng_state.pth", "trainer_state.json", "training_args.bin", "privacy.json"} <= {f.name for f in files}

@@ -143,19 +143,25 @@ class PrivacyPlan:
         _require(isinstance(values, dict), "plan", values, "the dictionary that to_dict returns")
         names = {field.name for field in dataclasses.fields(cls)}
         missing = names - values.keys()
-        unknown = values.keys() - names - {"accountant_version"} - set(cls._DERIVED)
-        if missing or unknown:
-            raise ValueError(f"not a privacy plan: missing {sorted(missing)}, unknown {sorted(unknown)}")
+        if missing:
+            raise ValueError(f"not a privacy plan: missing {sorted(missing)}")
         plan = cls(**{name: values[name] for name in names})
+        unknown = values.keys() - plan.to_dict().keys()
+        if unknown:
+            raise ValueError(f"not a privacy plan: unknown {sorted(unknown)}")
         for name, value in plan._derived().items():
             _require(values.get(name) == value, name, values.get(name), f"{value!r}, which follows from the fields")
         return plan
 
-    _DERIVED = ("sampling_probability", "microbatch_size", "sensitivity", "noise_std", "adjacency", "sampler")
-
     def _derived(self) -> dict[str, Any]:
-        fixed = {"adjacency": "add_or_remove_one", "sampler": "poisson"}
-        return {name: fixed.get(name) or getattr(self, name) for name in self._DERIVED}
+        return {
+            "sampling_probability": self.sampling_probability,
+            "microbatch_size": self.microbatch_size,
+            "sensitivity": self.sensitivity,
+            "noise_std": self.noise_std,
+            "adjacency": "add_or_remove_one",
+            "sampler": "poisson",
+        }
 
     def _requirements(self):
         """Yields (field, whether its value is possible, what is), in an order in which each may rely on the former."""

@@ -10,6 +10,8 @@ import torch
 
 
 _SAMPLING, _NOISE = 0, 1
+# Independent streams of one process's noise on the CPU, which are drawn from in parallel.
+_CPU_STREAMS = 4
 _MT19937_WORDS = 624
 # torch's CPU generator state: an 8-byte seed, two 4-byte counters (`left`, `seeded`), an 8-byte index, then the words.
 _COUNTERS = slice(8, 16)
@@ -36,13 +38,14 @@ class Randomness:
         """The stream of Poisson draws and microbatch labels: the same on every process of a run."""
         return np.random.Generator(np.random.PCG64DXSM(self._spawn(_SAMPLING)))
 
-    def noise(self, device: torch.device | str = "cpu", process: int = 0) -> torch.Generator:
-        """The stream of Gaussian noise of one process, on the device that holds its gradients."""
-        seed = self._spawn(_NOISE, process)
-        generator = torch.Generator(device)
-        if generator.device.type == "cpu":
-            return _fill_state(generator, np.random.MT19937(seed))
-        return generator.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
+    def noise(self, device: torch.device | str = "cpu", process: int = 0) -> list[torch.Generator]:
+        """The streams of Gaussian noise of one process, on the device that holds its gradients."""
+        if torch.device(device).type == "cpu":
+            seeds = [self._spawn(_NOISE, process, stream) for stream in range(_CPU_STREAMS)]
+            return [_fill_state(torch.Generator(), np.random.MT19937(seed)) for seed in seeds]
+        # Accelerators take 64 bits.
+        seed = self._spawn(_NOISE, process).generate_state(1, np.uint64)[0]
+        return [torch.Generator(device).manual_seed(int(seed))]
 
     def _spawn(self, *key: int) -> np.random.SeedSequence:
         return np.random.SeedSequence(self.entropy, spawn_key=key)

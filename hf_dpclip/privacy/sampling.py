@@ -38,6 +38,11 @@ class PoissonSampler:
         ends = np.cumsum(np.bincount(labels, minlength=self.plan.num_microbatches))
         return np.split(units[order], ends[:-1])
 
+    def draw_seeds(self, count: int) -> list[int]:
+        """One seed per microbatch of a step, for whatever its model and data pipeline draw at random (dropout,
+        augmentation). Given all seeds, the gradient of a microbatch depends on its own records only."""
+        return self.generator.integers(2**32, size=count).tolist()
+
     def _draw_units(self) -> np.ndarray:
         """n independent coin flips of probability q, as a Binomial(n, q) count and a uniform subset of that size."""
         count = self.generator.binomial(self.plan.num_examples, self.plan.sampling_probability)

@@ -72,6 +72,8 @@ class PrivacyStatement:
 
     def _check(self, values: dict) -> None:
         """The claim must follow from the plan; another release of the accountant may differ in the fourth digit."""
+        if not isinstance(values["not_private_because"], list):
+            raise ValueError("not_private_because is not a list of reasons")
         if not isinstance(self.steps, int) or self.steps < 0:
             raise ValueError(f"steps is {self.steps!r}, not a number of steps")
         expected = self._to_dict()

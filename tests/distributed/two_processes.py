@@ -65,7 +65,7 @@ def draws(folder: Path) -> np.ndarray:
     dealt = np.zeros((DRAWS, 60), dtype=np.int64)
     for step in range(DRAWS):
         (forward_batch,) = list(sampler)[:1]
-        for label, units in enumerate(forward_batch):
+        for label, (_, units) in enumerate(forward_batch):
             dealt[step, units] = label + 1
     return dealt
 

@@ -1,0 +1,26 @@
+"""Randomness of models and data pipelines: dropout, augmentation, NEFTune."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from transformers import set_seed
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The global generators of Python, numpy and torch start from `seed` inside, and go on afterwards as if nothing
+    had been drawn.
+
+    What is drawn for one microbatch then depends neither on how much was drawn for those before it, which would carry
+    one record's presence into all of them, nor shows in the generators' state, which checkpoints hold.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        set_seed(seed)
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)

@@ -1,0 +1,216 @@
+"""What users of `Trainer` do, and what would silently break the guarantee: refused, or marked, or without effect."""
+
+import pytest
+import torch
+from checks import Given, check_bounded, vectors
+from datasets import DatasetDict
+from factories import arguments, pairs, tiny_clip
+from torch import nn
+from transformers import TrainerCallback
+
+from hf_dpclip import DPCLIPTrainer
+from hf_dpclip.privacy import PrivacyPlan, clip_
+
+
+# ---- Randomness of model and data ----
+
+
+class Dropping(Given):
+    """Drops coordinates at random, as many draws as the microbatch has records."""
+
+    def forward(self, vector, labels=None):
+        return super().forward(nn.functional.dropout(vector, 0.5))
+
+
+def sum_of_clipped(tmp_path, monkeypatch, microbatches):
+    """The sum that one noiseless step releases on given microbatches with given seeds."""
+    monkeypatch.setattr(
+        "hf_dpclip.trainer.PoissonSampler.draw", lambda self: [torch.tensor(m).numpy() for m in microbatches]
+    )
+    monkeypatch.setattr("hf_dpclip.trainer.PoissonSampler.draw_seeds", lambda self, count: list(range(count)))
+    generator = torch.Generator().manual_seed(0)
+    records = vectors(*torch.randn(40, 6, generator=generator).tolist())
+    args = arguments(tmp_path, non_private=True, optim="sgd", learning_rate=1.0, max_steps=1, microbatch_size=1)
+    model = Dropping(6)
+    DPCLIPTrainer(model, args, train_dataset=records).train()
+    return model.weight.detach() * args.num_microbatches
+
+
+def neighbours(tmp_path, monkeypatch):
+    others = [[2 * j, 2 * j + 1] for j in range(1, 16)]
+    with_it = sum_of_clipped(tmp_path, monkeypatch, [[0, 1, 39], *others])
+    return with_it - sum_of_clipped(tmp_path, monkeypatch, [[0, 1], *others])
+
+
+def test_dropout_does_not_carry_a_record_into_later_microbatches(tmp_path, monkeypatch):
+    check_bounded(neighbours(tmp_path, monkeypatch), 2.0)
+
+
+def test_shared_dropout_would(tmp_path, monkeypatch):
+    """The same with one stream for all microbatches, which is what frameworks do by default."""
+
+    class OneStream:
+        def __init__(self, seed):
+            pass
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr("hf_dpclip.trainer.seeded", OneStream)
+    with pytest.raises(AssertionError, match="norm"):
+        check_bounded(neighbours(tmp_path, monkeypatch), 2.0)
+
+
+@pytest.mark.parametrize("drawn", [[], [0], list(range(30))], ids=len)
+def test_the_saved_generator_state_does_not_show_the_batch(tmp_path, monkeypatch, drawn):
+    torch.manual_seed(0)
+    expected = torch.random.get_rng_state()
+    monkeypatch.setattr("hf_dpclip.trainer.PoissonSampler.draw", lambda self: [torch.tensor(drawn).long().numpy()])
+    args = arguments(tmp_path, max_steps=1, seed=0, save_strategy="steps", save_steps=1)
+    trainer = DPCLIPTrainer(Dropping(6), args, train_dataset=vectors(*[[1.0] * 6] * 40))
+    torch.random.set_rng_state(expected)
+    trainer.train()
+    states = [torch.load(tmp_path / "checkpoint-1" / "rng_state.pth", weights_only=False)["cpu"]]
+    torch.random.set_rng_state(expected)
+    # One base seed for the data loader is drawn whatever the batch.
+    torch.empty((), dtype=torch.int64).random_()
+    assert torch.equal(states[0], torch.random.get_rng_state())
+
+
+# ---- The clipping bound ----
+
+
+def plan(bound):
+    return PrivacyPlan(1000, 10, 1, 1, noise_multiplier=1.0, max_grad_norm=bound)
+
+
+@pytest.mark.parametrize("size", [25_000_000])
+def test_millions_of_small_entries_do_not_slip_through_the_norm(size):
+    """Their squares are lost when they are added up in float32."""
+    gradient = torch.full((size,), 1e-3)
+    gradient[:10] = 3.0
+    clip_([gradient], plan(1.0))
+    check_bounded(gradient, 1.0)
+
+
+def test_squares_that_underflow_count():
+    gradient = torch.full((10_000,), 1e-24)
+    clip_([gradient], plan(1e-25))
+    check_bounded(gradient * 1e24, 1e-1)
+
+
+# ---- Changes after construction ----
+
+
+class Change(TrainerCallback):
+    """Applies a change in the middle of training."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.change(args)
+
+
+def trainer(tmp_path, callback=None, **overrides):
+    model, args = tiny_clip(), arguments(tmp_path, **{"max_steps": 6, **overrides})
+    return DPCLIPTrainer(model, args, train_dataset=pairs(64), callbacks=[callback] if callback else None)
+
+
+def test_accumulating_more_forward_passes_midway_is_refused(tmp_path):
+    run = trainer(tmp_path, Change(lambda args: setattr(args, "gradient_accumulation_steps", 2)))
+    with pytest.raises(RuntimeError, match="forward passes instead of 1"):
+        run.train()
+
+
+@pytest.mark.parametrize("name, value", [("noise_seed", 3), ("log_private_statistics", True)])
+def test_arguments_that_are_changed_later_mark_the_run_for_good(tmp_path, name, value):
+    run = trainer(tmp_path)
+    setattr(run.args, name, value)
+    run.train()
+    setattr(run.args, name, type(value)() if value is True else None)
+    assert [reason for reason in run.privacy_statement().not_private_because if name in reason]
+
+
+def test_another_training_dataset_is_refused(tmp_path):
+    run = trainer(tmp_path)
+    run.train_dataset = pairs(64, seed=1)
+    with pytest.raises(ValueError, match="made for another train_dataset"):
+        run.train()
+
+
+def test_evaluating_on_the_private_records_is_refused(tmp_path):
+    run = trainer(tmp_path)
+    with pytest.raises(ValueError, match="private training dataset"):
+        run.evaluate(run.train_dataset)
+
+
+@pytest.mark.parametrize("wrap", [lambda d: {"train": d}, lambda d: DatasetDict(train=d)], ids=["dict", "DatasetDict"])
+def test_private_records_among_several_evaluation_datasets_are_refused(tmp_path, wrap):
+    dataset = pairs(64)
+    with pytest.raises(ValueError, match="private training dataset"):
+        DPCLIPTrainer(tiny_clip(), arguments(tmp_path), train_dataset=dataset, eval_dataset=wrap(dataset))
+
+
+def test_several_splits_are_no_training_dataset(tmp_path):
+    with pytest.raises(ValueError, match=r"several splits \(train\)"):
+        DPCLIPTrainer(tiny_clip(), arguments(tmp_path), train_dataset=DatasetDict(train=pairs(64)))
+
+
+# ---- What sees the gradient or the data before the noise ----
+
+
+def test_optimizers_in_the_backward_pass_are_refused(tmp_path):
+    run = trainer(tmp_path)
+    next(run.model.parameters()).register_post_accumulate_grad_hook(lambda parameter: None)
+    with pytest.raises(ValueError, match="a hook on a parameter"):
+        run.train()
+
+
+def test_watching_gradients_is_refused(tmp_path):
+    run = trainer(tmp_path)
+    next(run.model.parameters()).register_hook(lambda gradient: None)
+    with pytest.raises(ValueError, match="WANDB_WATCH"):
+        run.train()
+
+
+class Queue(Given):
+    """Keeps the last vector that it saw, as a momentum queue does."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("queue", torch.zeros(4))
+
+    def forward(self, vector, labels=None):
+        self.queue.copy_(vector.mean(0))
+        return super().forward(vector)
+
+
+def test_buffers_that_remember_the_data_are_refused(tmp_path):
+    model = Queue()
+    run = DPCLIPTrainer(model, arguments(tmp_path, max_steps=5), train_dataset=vectors(*[[1.0] * 4] * 8))
+    with pytest.raises(RuntimeError, match="keeps statistics of the private data"):
+        run.train()
+    assert model.weight.abs().max() == 0
+
+
+def test_printing_activations_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="prints activations"):
+        arguments(tmp_path, debug="underflow_overflow")
+
+
+def test_hyperparameter_trials_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="one DPCLIPTrainer per trial"):
+        trainer(tmp_path).train(trial={"learning_rate": 1.0})
+
+
+def test_resuming_before_the_last_checkpoint_says_what_is_not_counted(tmp_path, caplog):
+    saving = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, **saving).train()
+    with caplog.at_level("WARNING"):
+        trainer(tmp_path, **saving).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert "checkpoint-2, checkpoint-3 beside" in caplog.text
