@@ -91,7 +91,7 @@ class PrivacyPlan:
 
     @property
     def microbatch_size(self) -> float:
-        """B / K, the expected number of units in a microbatch."""
+        """B / K."""
         return self.expected_batch_size / self.num_microbatches
 
     @property
@@ -143,12 +143,10 @@ class PrivacyPlan:
         _require(isinstance(values, dict), "plan", values, "the dictionary that to_dict returns")
         names = {field.name for field in dataclasses.fields(cls)}
         missing = names - values.keys()
-        if missing:
-            raise ValueError(f"not a privacy plan: missing {sorted(missing)}")
+        _require(not missing, "missing", sorted(missing), "a complete plan")
         plan = cls(**{name: values[name] for name in names})
         unknown = values.keys() - plan.to_dict().keys()
-        if unknown:
-            raise ValueError(f"not a privacy plan: unknown {sorted(unknown)}")
+        _require(not unknown, "unknown", sorted(unknown), "only the entries that to_dict returns")
         for name, value in plan._derived().items():
             _require(values.get(name) == value, name, values.get(name), f"{value!r}, which follows from the fields")
         return plan
@@ -172,7 +170,9 @@ class PrivacyPlan:
         yield "expected_batch_size", batch <= n, f"at most the {n} privacy units of the dataset; lower the batch size"
         yield "num_microbatches", self.num_microbatches <= batch, f"at most expected_batch_size={batch}, one unit each"
         yield "target_delta", 0 < self.target_delta < 1 / n, f"positive and below 1/n = {1 / n:.3g}; unset is n**-1.1"
-        yield "max_grad_norm", _positive(self.max_grad_norm), "a positive, finite number, e.g. 1.0"
+        # Below 1e-6, float32 squares of coordinates that matter would vanish from the norm.
+        bound = _positive(self.max_grad_norm) and self.max_grad_norm >= 1e-6
+        yield "max_grad_norm", bound, "a finite number of at least 1e-6, e.g. 1.0"
         noise = _positive(self.noise_multiplier) or (self.noise_multiplier == 0 and self.non_private)
         yield "noise_multiplier", noise, "a positive, finite number (0 only with non_private=True)"
         target = self.target_epsilon is None or _positive(self.target_epsilon)
