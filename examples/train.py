@@ -71,7 +71,9 @@ class ExampleArguments:
     label_column: str | None = field(default=None, metadata={"help": "Column with class labels, instead of captions."})
     prompt_template: str | None = field(default=None, metadata={"help": "Caption of a class: 'a photo of a {}'."})
     train_split: str = field(default="train", metadata={"help": "Split with the private records."})
-    eval_split: str = field(default="test", metadata={"help": "Split to evaluate on; if absent, 10 % are held out."})
+    eval_split: str = field(
+        default="test", metadata={"help": "Split to evaluate on; if absent, 10 % of the records are held out."}
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many private records."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on only so many records."})
     compare_non_private: bool = field(
