@@ -62,8 +62,8 @@ def _read_idx_pair(folder: Path, prefix: str) -> Dataset:
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} does not exist: install Debian's package dataset-fashion-mnist (apt-get install "
-                "dataset-fashion-mnist), or pass --dataset_name zalando-datasets/fashion_mnist to use the Hub's copy."
+                f"{path} does not exist: apt-get install dataset-fashion-mnist (Debian), or take the Hub's copy with "
+                "--dataset_name zalando-datasets/fashion_mnist --label_column label."
             )
     images, labels = (gzip.decompress(path.read_bytes()) for path in paths)
     # The IDX format: 16 bytes of header before the images, 8 before the labels.

@@ -142,7 +142,7 @@ class GaussianMechanism:
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
-    """L2 norm over all tensors together, to about 1e-6.
+    """L2 norm over all tensors together, to 1e-5 or better.
 
     Float32 sums of millions of squares fall short: clipped to such a norm, a gradient could exceed C by percents.
     """
