@@ -23,9 +23,12 @@ class DPTrainingArguments(TrainingArguments):
         noise_multiplier (`float`, *optional*): σ = noise standard deviation / sensitivity. ε follows from it.
         target_delta (`float`, *optional*, defaults to `n ** -1.1`): δ, below 1/n.
         microbatch_size (`int`, *optional*): expected number of privacy units whose joint gradient is clipped as a
-            whole; must divide `per_device_train_batch_size`, which is the default. 1 clips per example.
+            whole. Divides `per_device_train_batch_size`, which is the default, or is a multiple of it, computed in
+            chunks, that divides the expected batch size. 1 clips per example.
         clipping (`str`, *optional*, defaults to `"flat"`): `"flat"` or `"automatic"`.
         accountant (`str`, *optional*, defaults to `"pld"`): `"pld"` or `"rdp"`.
+        static_shapes (`bool`, *optional*, defaults to `False`): fills batches up to a few fixed sizes, for
+            `torch_compile` and CUDA graphs. The result does not change.
         privacy_unit_column (`str`, *optional*): column that says to whom a record belongs; all records with one value
             are protected together. By default every record is a unit of its own.
         noise_seed (`int`, *optional*): makes sampling and noise reproducible and the run NOT PRIVATE.
@@ -47,8 +50,9 @@ class DPTrainingArguments(TrainingArguments):
     microbatch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Expected number of examples whose joint gradient is clipped as a whole; must divide "
-            "per_device_train_batch_size, which is the default. Smaller means more signal, fewer in-batch negatives."
+            "help": "Expected number of examples whose joint gradient is clipped as a whole; divides "
+            "per_device_train_batch_size, which is the default, or is a multiple of it. Smaller means more signal, "
+            "fewer in-batch negatives."
         },
     )
     clipping: str = field(
@@ -57,6 +61,10 @@ class DPTrainingArguments(TrainingArguments):
     )
     accountant: str = field(
         default="pld", metadata={"help": "How epsilon is computed: pld (tight) or rdp.", "choices": list(ACCOUNTANTS)}
+    )
+    static_shapes: bool = field(
+        default=False,
+        metadata={"help": "Fill batches up to a few fixed sizes, for torch_compile. The result does not change."},
     )
     privacy_unit_column: str | None = field(
         default=None, metadata={"help": "Column whose values (user or image ids) are protected as a whole."}
@@ -81,6 +89,7 @@ class DPTrainingArguments(TrainingArguments):
         if self.deepspeed:
             raise ValueError("DeepSpeed reduces gradients before they are clipped: use DDP (torchrun).")
         super().__post_init__()
+        self._check_microbatch_size()
         self._check_compatible()
 
     @property
@@ -92,6 +101,16 @@ class DPTrainingArguments(TrainingArguments):
     def num_microbatches(self) -> int:
         """K."""
         return self.expected_batch_size // (self.microbatch_size or self.per_device_train_batch_size)
+
+    @property
+    def chunked(self) -> bool:
+        """Whether a microbatch is larger than a forward batch, and computed in chunks."""
+        return (self.microbatch_size or 0) > self.per_device_train_batch_size
+
+    @property
+    def microbatch_spans_processes(self) -> bool:
+        """Whether all processes work on one microbatch, since there are not equally many for each of them."""
+        return self.chunked and self.num_microbatches % self.world_size > 0
 
     @property
     def not_private_because(self) -> tuple[str, ...]:
@@ -127,15 +146,27 @@ class DPTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if not ((isinstance(value, int) and value >= 1) or (name == "microbatch_size" and value is None)):
                 raise ValueError(f"{name}={value!r} is not possible: it must be a whole number of at least 1.")
-        size, batch = self.microbatch_size, self.per_device_train_batch_size
-        if size is not None and batch % size:
+        for name, choices in {"clipping": CLIPPINGS, "accountant": ACCOUNTANTS}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose one of {', '.join(choices)}.")
+
+    def _check_microbatch_size(self):
+        """Not before the number of processes is known."""
+        size, batch, total = self.microbatch_size, self.per_device_train_batch_size, self.expected_batch_size
+        if size is None or batch % size == 0:
+            return
+        if size < batch:
             raise ValueError(
                 f"microbatch_size={size} does not divide per_device_train_batch_size={batch}: choose a divisor of it, "
                 f"or raise per_device_train_batch_size to a multiple of {size}."
             )
-        for name, choices in {"clipping": CLIPPINGS, "accountant": ACCOUNTANTS}.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose one of {', '.join(choices)}.")
+        if size % batch or total % size:
+            raise ValueError(
+                f"microbatch_size={size} is computed in chunks of per_device_train_batch_size={batch}, of which there "
+                f"are {total // batch} per step (gradient_accumulation_steps and processes): choose a multiple of "
+                f"{batch} that divides the expected batch size {total}, or set gradient_accumulation_steps="
+                f"{math.ceil(size / batch / self.world_size)}."
+            )
 
     def _check_positive(self, name: str, value: float | None):
         if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):

@@ -1,6 +1,6 @@
 """From Poisson draws to collated microbatches: the training data loader of [`DPCLIPTrainer`]."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -48,12 +48,16 @@ class ForwardBatchSampler(Sampler[ForwardBatch]):
     Microbatch j goes to process j mod W, and there to forward pass (j div W) mod A. Every process yields A forward
     batches per step whatever was drawn, some of them possibly empty.
 
+    A microbatch that spans processes goes to all of them instead, every W-th of its records to each, and empty shares
+    too, since all processes take part in its computation.
+
     Args:
         sampler ([`~privacy.PoissonSampler`]): the same draws on every process.
         units ([`PrivacyUnits`]): the records behind the drawn units.
         steps (`int`): optimizer steps in one epoch.
         forward_passes (`int`): A, the gradient accumulation steps.
         process, num_processes (`int`): rank and W.
+        spanning (`bool`): whether every microbatch spans all processes.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class ForwardBatchSampler(Sampler[ForwardBatch]):
         forward_passes: int,
         process: int = 0,
         num_processes: int = 1,
+        spanning: bool = False,
     ):
         self.sampler = sampler
         self.units = units
@@ -71,6 +76,7 @@ class ForwardBatchSampler(Sampler[ForwardBatch]):
         self.forward_passes = forward_passes
         self.process = process
         self.num_processes = num_processes
+        self.spanning = spanning
 
     def __len__(self) -> int:
         return self.steps * self.forward_passes
@@ -78,10 +84,17 @@ class ForwardBatchSampler(Sampler[ForwardBatch]):
     def __iter__(self) -> Iterator[ForwardBatch]:
         for _ in range(self.steps):
             drawn = self.sampler.draw()
-            own = list(zip(self.sampler.draw_seeds(len(drawn)), drawn))[self.process :: self.num_processes]
+            own = self._own([*zip(self.sampler.draw_seeds(len(drawn)), drawn)])
             for forward_pass in range(self.forward_passes):
                 share = own[forward_pass :: self.forward_passes]
-                yield [(seed, self.units.records(units)) for seed, units in share if len(units)]
+                yield [(seed, records) for seed, records in share if self.spanning or len(records)]
+
+    def _own(self, drawn: list[tuple[int, np.ndarray]]) -> ForwardBatch:
+        """This process's share of a step."""
+        every = slice(self.process, None, self.num_processes)
+        if self.spanning:
+            return [(seed, self.units.records(units)[every]) for seed, units in drawn]
+        return [(seed, self.units.records(units)) for seed, units in drawn[every]]
 
 
 class MicrobatchDataset(Dataset):
@@ -111,8 +124,42 @@ class MicrobatchDataset(Dataset):
         return [self.dataset[record] for record in records]
 
 
+class RecordNumbers(Dataset):
+    """Leaves a forward batch of record numbers as it is, for microbatches that are read later, in chunks."""
+
+    def __init__(self, num_records: int):
+        self.num_records = num_records
+
+    def __len__(self) -> int:
+        return self.num_records
+
+    def __getitem__(self, forward_batch: ForwardBatch) -> ForwardBatch:
+        return forward_batch
+
+
+class Chunks:
+    """The collated chunks of one microbatch, each with a seed of its own, read anew whenever they are gone through.
+
+    Args:
+        dataset ([`MicrobatchDataset`]): where the records are.
+        seed (`int`): the microbatch's. Chunk seeds follow from it, so that every reading draws the same.
+        records (`np.ndarray`): the microbatch's record numbers, this process's share of them.
+        args ([`DPTrainingArguments`]): the size of a chunk, the rank, and how data is loaded.
+    """
+
+    def __init__(self, dataset: MicrobatchDataset, seed: int, records: np.ndarray, args: DPTrainingArguments):
+        size = args.per_device_train_batch_size
+        pieces = [records[first : first + size] for first in range(0, len(records), size)]
+        seeds = np.random.SeedSequence([seed, args.process_index]).generate_state(max(len(pieces), 1)).tolist()
+        self.loader = make_dataloader(dataset, [[chunk] for chunk in zip(seeds, pieces)], args)
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for forward_batch in self.loader:
+            yield from forward_batch
+
+
 def make_dataloader(
-    dataset: MicrobatchDataset, sampler: ForwardBatchSampler, args: DPTrainingArguments
+    dataset: MicrobatchDataset | RecordNumbers, sampler: Iterable[ForwardBatch], args: DPTrainingArguments
 ) -> DataLoader[ForwardBatch]:
     """A loader with the workers and the pinning that `args` ask for. One item is one forward batch."""
     return DataLoader(

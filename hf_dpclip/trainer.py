@@ -14,22 +14,22 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import ProcessorMixin, ProgressCallback, Trainer
+from transformers import CLIPModel, ProcessorMixin, ProgressCallback, Trainer
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from . import validation
 from .arguments import DPTrainingArguments
 from .data import ImageTextCollator
-from .dataloader import ForwardBatchSampler, MicrobatchDataset, PrivacyUnits, make_dataloader
-from .gradients import accumulate_gradient
+from .dataloader import ForwardBatchSampler, MicrobatchDataset, PrivacyUnits, RecordNumbers, make_dataloader
+from .forward_pass import choose_forward_pass
+from .gradients import contrastive_base
 from .guard import StepGuard
 from .model_card import privacy_section
 from .planning import make_plan, steps_per_epoch
 from .privacy import GaussianMechanism, PoissonSampler, PrivacyPlan, PrivacySpent, PrivacyStatement, Randomness
 from .reporting import PrivacyCallback, PrivacyProgressCallback
 from .resuming import check_resumable, last_complete_checkpoint
-from .seeding import seeded
 
 
 logger = logging.get_logger(__name__)
@@ -97,6 +97,7 @@ class DPCLIPTrainer(Trainer):
         validation.check_dataset(self.train_dataset)
         if not args.log_private_statistics:
             validation.check_evaluation_data(self.train_dataset, self.eval_dataset)
+        validation.check_loss_is_known(args, self.contrastive_base)
         contrasts_in_batch = self.can_return_loss and self.compute_loss_func is None
         validation.check_loss_decomposes(args.expected_batch_size // args.num_microbatches, contrasts_in_batch)
         if isinstance(self.data_collator, ImageTextCollator):
@@ -131,13 +132,18 @@ class DPCLIPTrainer(Trainer):
             validation.check_evaluation_data(self.train_dataset, eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
+    @property
+    def contrastive_base(self) -> CLIPModel | None:
+        """The `CLIPModel` in training, if it is its own contrastive loss that is minimised."""
+        own_loss = self.compute_loss_func is None and type(self).compute_loss is DPCLIPTrainer.compute_loss
+        return contrastive_base(self.model) if own_loss else None
+
     # ---- One step ----
 
     def get_train_dataloader(self) -> DataLoader:
         """Forward batches of Poisson-drawn microbatches, the share of this process."""
         if self.train_dataset is not self._units.dataset:
             raise ValueError("the privacy plan was made for another train_dataset: make a new DPCLIPTrainer for this.")
-        dataset, collator = self._remove_columns(self.train_dataset)
         sampler = ForwardBatchSampler(
             self._sampler,
             self._units,
@@ -145,8 +151,11 @@ class DPCLIPTrainer(Trainer):
             self._planned_forward_passes,
             self.args.process_index,
             self.args.world_size,
+            self.args.microbatch_spans_processes,
         )
-        return make_dataloader(MicrobatchDataset(dataset, collator), sampler, self.args)
+        # Chunks are read where they are computed.
+        dataset = RecordNumbers(self._units.num_records) if self.args.chunked else self._microbatch_dataset()
+        return make_dataloader(dataset, sampler, self.args)
 
     def prepare_mechanism(self) -> None:
         """Binds the mechanism to the model's trainable parameters. Called when training begins."""
@@ -156,26 +165,22 @@ class DPCLIPTrainer(Trainer):
         process, num_processes = self.args.process_index, self.args.world_size
         self._mechanism = GaussianMechanism(self.plan, parameters, self._noise, process, num_processes)
         self._guard = StepGuard(self.model, self._planned_forward_passes)
+        self._forward_pass = choose_forward_pass(
+            self, self._mechanism, self._microbatch_dataset(), self._prepare_inputs
+        )
 
-    def training_step(self, model: nn.Module, inputs: list[tuple[int, dict]], *_) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: list[tuple[int, Any]], *_) -> torch.Tensor:
         """Adds the clipped gradients of the microbatches of one forward batch to the step's sum.
 
         Returns 0, unless `log_private_statistics` asks for the raw loss.
         """
-        # Not through DDP, which would average gradients over processes before each is clipped.
-        model = self.accelerator.unwrap_model(model)
-        model.train()
+        self.model.train()
         self.optimizer.train()
         self._guard.count_forward_pass()
-        total = torch.zeros((), device=self.args.device)
-        for seed, microbatch in inputs:
-            with self._mechanism.microbatch(), seeded(seed):
-                total += accumulate_gradient(
-                    lambda batch: self.compute_loss(model, self._prepare_inputs(batch)),
-                    self.accelerator.backward,
-                    microbatch,
-                )
-        return total / max(len(inputs), 1) if self.args.log_private_statistics else torch.zeros_like(total)
+        losses = self._forward_pass(inputs)
+        if losses and self.args.log_private_statistics:
+            return torch.stack(losses).mean()
+        return torch.zeros((), device=self.args.device)
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         """Releases the step's noisy gradient. Returns its norm, which may be logged: noise is already in it."""
@@ -277,11 +282,14 @@ class DPCLIPTrainer(Trainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(PrivacyProgressCallback())
 
-    def _remove_columns(self, dataset: Any) -> tuple[Any, Any]:
-        """The dataset and collator, with the columns that neither model nor collator read removed, as in `Trainer`."""
+    def _microbatch_dataset(self) -> MicrobatchDataset:
+        """The records and their collator, with the columns that nobody reads removed, as in `Trainer`."""
+        dataset, collator = self.train_dataset, self.data_collator
         if hasattr(dataset, "remove_columns"):
-            return self._remove_unused_columns(dataset, description="training"), self.data_collator
-        return dataset, self._get_collator_with_removed_columns(self.data_collator, description="training")
+            dataset = self._remove_unused_columns(dataset, description="training")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="training")
+        return MicrobatchDataset(dataset, collator)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()

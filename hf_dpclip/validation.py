@@ -5,7 +5,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import Dataset, IterableDataset
-from transformers import Trainer
+from transformers import CLIPModel, Trainer
+
+from .arguments import DPTrainingArguments
 
 
 def check_model(model: nn.Module) -> None:
@@ -75,6 +77,18 @@ def check_loss_decomposes(microbatch_size: int, in_batch_negatives: bool) -> Non
             "microbatch_size=1 leaves a contrastive loss without negatives, so there is nothing to learn from: "
             "choose a microbatch_size (by default per_device_train_batch_size) of at least 2; 8 is a good start."
         )
+
+
+def check_loss_is_known(args: DPTrainingArguments, contrastive_base: CLIPModel | None) -> None:
+    """Raises `ValueError` for what only CLIP's own loss allows."""
+    if args.chunked and contrastive_base is None:
+        raise ValueError(
+            f"microbatch_size={args.microbatch_size} is larger than per_device_train_batch_size="
+            f"{args.per_device_train_batch_size}; chunks of a microbatch can only be put together again for CLIPModel "
+            "with its own loss: choose a microbatch_size that divides per_device_train_batch_size."
+        )
+    if args.static_shapes and contrastive_base is None:
+        raise ValueError("static_shapes=True needs CLIPModel with its own loss: remove it.")
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:

@@ -59,7 +59,7 @@ def test_shared_dropout_would(tmp_path, monkeypatch):
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr("hf_dpclip.trainer.seeded", OneStream)
+    monkeypatch.setattr("hf_dpclip.forward_pass.seeded", OneStream)
     with pytest.raises(AssertionError, match="norm"):
         check_bounded(neighbours(tmp_path, monkeypatch), 2.0)
 

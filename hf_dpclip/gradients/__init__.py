@@ -1,6 +1,24 @@
-"""How the gradient of one microbatch is computed. Knows models, knows nothing of privacy."""
+"""How the gradients of microbatches are computed. Knows models, knows nothing of privacy.
 
+`plain` is right for every model: one forward and one backward pass per microbatch. For CLIP's loss, `vectorized` takes
+one pass for all microbatches (`recording` sees the layers, `factored` keeps what norms and sums need), and `chunked`
+takes a microbatch that is larger than memory in pieces. All give the same gradients.
+"""
+
+from .chunked import accumulate_chunked_gradient
+from .contrastive import ContrastiveModel, contrastive_base
+from .inputs import NotVectorizable
 from .plain import accumulate_gradient
+from .vectorized import MicrobatchGradients, microbatch_gradients, obstacle
 
 
-__all__ = ["accumulate_gradient"]
+__all__ = [
+    "ContrastiveModel",
+    "MicrobatchGradients",
+    "NotVectorizable",
+    "accumulate_chunked_gradient",
+    "accumulate_gradient",
+    "contrastive_base",
+    "microbatch_gradients",
+    "obstacle",
+]

@@ -1,7 +1,7 @@
 """Clip the gradient of each microbatch, add up, noise once: the Gaussian mechanism of one optimizer step."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -33,16 +33,25 @@ def clip_(gradients: list[Tensor], plan: PrivacyPlan) -> bool:
         The contribution of a microbatch has L2 norm at most C = `plan.max_grad_norm` (up to float32 rounding),
         whatever the data, the loss and the model.
     """
-    norm = _norm(gradients)
-    if not torch.isfinite(norm):
+    factor = clip_factors(_norm(gradients), plan)
+    if factor == 0:
         return False
-    if plan.clipping == "automatic":
-        scale = plan.max_grad_norm / (norm + AUTOMATIC_CLIPPING_GAMMA)
-    else:
-        scale = plan.max_grad_norm / norm.clamp(min=plan.max_grad_norm)
-    if scale != 1:
-        torch._foreach_mul_(gradients, scale)
+    if factor != 1:
+        torch._foreach_mul_(gradients, factor)
     return True
+
+
+def clip_factors(norms: Tensor, plan: PrivacyPlan) -> Tensor:
+    """What gradients of these norms are multiplied by: positive, and 0 for a norm that is not finite.
+
+    Formal guarantees:
+        factor · norm ≤ C = `plan.max_grad_norm`.
+    """
+    if plan.clipping == "automatic":
+        factors = plan.max_grad_norm / (norms + AUTOMATIC_CLIPPING_GAMMA)
+    else:
+        factors = plan.max_grad_norm / norms.clamp(min=plan.max_grad_norm)
+    return factors.where(torch.isfinite(norms), 0)
 
 
 class GaussianMechanism:
@@ -96,6 +105,32 @@ class GaussianMechanism:
         if present and clip_(present, self.plan):
             self._sum = [_add(total, gradient) for total, gradient in zip(self._sum, gradients)]
 
+    def add(self, norms: Tensor, weighted_sum: Callable[[Tensor], Iterable[Tensor | None]]) -> None:
+        """Clips the gradients g_1 .. g_k of several microbatches and adds them to the sum, where only this is known:
+
+        Args:
+            norms (`Tensor` of shape `[k]`): the norm of each g_j over all parameters together.
+            weighted_sum (`Callable`): from k factors f to Σ_j f_j · g_j, one float32 tensor per parameter, or `None`
+                for those without a gradient. A factor of 0 leaves its microbatch out even if g_j is not finite.
+
+        Formal guarantees:
+            The contribution of each microbatch has L2 norm at most C, provided that `norms` and `weighted_sum` are
+            what they are said to be and that g_j depends on the records of microbatch j only.
+        """
+        gradients = weighted_sum(clip_factors(norms, self.plan))
+        self._sum = [_add(total, gradient) for total, gradient in zip(self._sum, gradients, strict=True)]
+
+    @contextmanager
+    def spanning_microbatch(self) -> Iterator[None]:
+        """As `microbatch`, where every process computes a part of the same microbatch's gradient inside: the parts
+        are added up over the processes before the sum is clipped."""
+        with self.microbatch():
+            yield
+            self._all_reduce_gradients()
+            if self.process > 0:
+                # It counts once.
+                self._take_gradients()
+
     def release(self) -> None:
         """Sets every `Parameter.grad` to (sum of clipped gradients over all processes + noise) / K.
 
@@ -116,6 +151,16 @@ class GaussianMechanism:
         flat = torch.cat([total.flatten() for total in sums])
         self._add_noise_([torch.tensor_split(flat, self.num_processes)[self.process]])
         torch.distributed.all_reduce(flat)
+        return self._split(flat)
+
+    def _all_reduce_gradients(self) -> None:
+        gradients = [_zeros(p) if p.grad is None else p.grad.float() for p in self.parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        for parameter, gradient in zip(self.parameters, self._split(flat)):
+            parameter.grad = gradient.to(parameter.dtype)
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
         pieces = flat.split([parameter.numel() for parameter in self.parameters])
         return [piece.view_as(parameter) for piece, parameter in zip(pieces, self.parameters)]
 

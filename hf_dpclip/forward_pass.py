@@ -1,0 +1,167 @@
+"""From one forward batch to clipped gradients in the mechanism: three ways that give the same result."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+from transformers.utils import logging
+
+from .arguments import DPTrainingArguments
+from .dataloader import Chunks, ForwardBatch, MicrobatchDataset
+from .gradients import (
+    ContrastiveModel,
+    NotVectorizable,
+    accumulate_chunked_gradient,
+    accumulate_gradient,
+    microbatch_gradients,
+    obstacle,
+)
+from .privacy import GaussianMechanism
+from .seeding import seeded
+
+
+if TYPE_CHECKING:
+    from .trainer import DPCLIPTrainer
+
+logger = logging.get_logger(__name__)
+
+
+class OneByOne:
+    """One forward and one backward pass per microbatch. Right for every model and every loss.
+
+    Args:
+        mechanism ([`~privacy.GaussianMechanism`]): receives the gradients.
+        compute_loss (`Callable`): from the collated inputs of a microbatch to its loss.
+        backward (`Callable`): runs the backward pass.
+    """
+
+    def __init__(
+        self,
+        mechanism: GaussianMechanism,
+        compute_loss: Callable[[dict[str, Any]], Tensor],
+        backward: Callable[[Tensor], None],
+    ):
+        self.mechanism = mechanism
+        self.compute_loss = compute_loss
+        self.backward = backward
+
+    def __call__(self, forward_batch: list[tuple[int, dict[str, Any]]]) -> list[Tensor]:
+        """Adds the clipped gradients of the collated microbatches to the step's sum. Returns their losses."""
+        losses = []
+        for seed, microbatch in forward_batch:
+            with self.mechanism.microbatch(), seeded(seed):
+                losses.append(accumulate_gradient(self.compute_loss, self.backward, microbatch))
+        return losses
+
+
+class AllAtOnce:
+    """One forward and one backward pass for all microbatches of a forward batch.
+
+    Args:
+        one_by_one ([`OneByOne`]): takes over for good if the model turns out not to allow it.
+        model ([`~gradients.ContrastiveModel`]): the model in training.
+    """
+
+    def __init__(self, one_by_one: OneByOne, model: ContrastiveModel):
+        self.one_by_one = one_by_one
+        self.model = model
+        self.possible = True
+
+    def __call__(self, forward_batch: list[tuple[int, dict[str, Any]]]) -> list[Tensor]:
+        """As [`OneByOne`]."""
+        if len(forward_batch) < 2 or not self.possible:
+            return self.one_by_one(forward_batch)
+        try:
+            losses, gradients = microbatch_gradients(self.model, forward_batch, self.one_by_one.backward)
+        except NotVectorizable as reason:
+            notice(str(reason))
+            self.possible = False
+            return self.one_by_one(forward_batch)
+        self.one_by_one.mechanism.add(gradients.norms, gradients.weighted_sum)
+        return list(losses)
+
+
+class ChunkByChunk:
+    """Microbatches larger than a forward batch, each exactly, in pieces of that size.
+
+    Args:
+        mechanism ([`~privacy.GaussianMechanism`]): receives the gradients.
+        model ([`~gradients.ContrastiveModel`]): the model in training.
+        dataset ([`MicrobatchDataset`]): what record numbers refer to.
+        accelerator (`Accelerator`): runs the backward pass and gathers embeddings.
+        args ([`DPTrainingArguments`]): the size of a chunk, and how data is loaded.
+    """
+
+    def __init__(
+        self,
+        mechanism: GaussianMechanism,
+        model: ContrastiveModel,
+        dataset: MicrobatchDataset,
+        accelerator: Accelerator,
+        args: DPTrainingArguments,
+    ):
+        self.mechanism = mechanism
+        self.model = model
+        self.dataset = dataset
+        self.accelerator = accelerator
+        self.args = args
+
+    def __call__(self, forward_batch: ForwardBatch) -> list[Tensor]:
+        """As [`OneByOne`], from record numbers."""
+        spans = self.args.microbatch_spans_processes
+        adding = self.mechanism.spanning_microbatch if spans else self.mechanism.microbatch
+        gathering = (self._gather, self.accelerator.process_index) if spans else ()
+        losses = []
+        for seed, records in forward_batch:
+            chunks = Chunks(self.dataset, seed, records, self.args)
+            with adding():
+                losses.append(accumulate_chunked_gradient(self.model, chunks, self.accelerator.backward, *gathering))
+        return losses
+
+    def _gather(self, rows: Tensor) -> tuple[Tensor, int]:
+        """The rows of all processes, which have different numbers of them, and the number of the first own one."""
+        count = torch.tensor([len(rows)], device=rows.device)
+        counts = self.accelerator.gather(count).tolist()
+        filled = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))
+        parts = self.accelerator.gather(filled).split(max(max(counts), 1))
+        everyone = torch.cat([part[:count] for part, count in zip(parts, counts)])
+        return everyone, sum(counts[: self.accelerator.process_index])
+
+
+def choose_forward_pass(
+    trainer: "DPCLIPTrainer", mechanism: GaussianMechanism, dataset: MicrobatchDataset, prepare_inputs: Callable
+) -> OneByOne | AllAtOnce | ChunkByChunk:
+    """The cheapest computation that is exact for the trainer's model and loss."""
+    args, accelerator, clip = trainer.args, trainer.accelerator, trainer.contrastive_base
+    # Not through DDP, which would average gradients over processes before each is clipped.
+    model = accelerator.unwrap_model(trainer.model_wrapped)
+    contrastive = ContrastiveModel(model, clip, prepare_inputs, args.static_shapes) if clip else None
+    if args.chunked:
+        return ChunkByChunk(mechanism, contrastive, dataset, accelerator, args)
+    if args.static_shapes:
+        one_by_one = OneByOne(mechanism, contrastive.compute_loss, accelerator.backward)
+    else:
+        one_by_one = OneByOne(
+            mechanism, lambda inputs: trainer.compute_loss(model, prepare_inputs(inputs)), accelerator.backward
+        )
+    if args.num_microbatches * args.per_device_train_batch_size == args.expected_batch_size:
+        return one_by_one
+    reason = _obstacle(trainer)
+    if reason is None:
+        return AllAtOnce(one_by_one, contrastive)
+    notice(reason)
+    return one_by_one
+
+
+def _obstacle(trainer: "DPCLIPTrainer") -> str | None:
+    if trainer.contrastive_base is None:
+        return "only CLIPModel's own loss is known to be computed for many of them at once"
+    return "torch_compile hides the model's layers" if trainer.args.torch_compile else obstacle(trainer.model)
+
+
+def notice(reason: str) -> None:
+    """Says once why a step takes longer than it might."""
+    logger.warning_once(f"Microbatches are computed one after another: {reason}. The result is the same.")

@@ -1,0 +1,144 @@
+"""The gradients of many microbatches with respect to one parameter, in forms that give norms and weighted sums.
+
+`weighted_sum(factors, some_are_zero)` returns Σ_k factors[k] · gradient k. A factor of zero drops a microbatch even if
+its gradient is not finite. Whether there is one is asked once for all parameters: the answer comes from the device.
+"""
+
+import torch
+from torch import Tensor
+
+from .layout import Layout
+
+
+class Dense:
+    """Each gradient by itself.
+
+    Args:
+        gradients (`Tensor` of shape `[K, *parameter]`): float32.
+    """
+
+    def __init__(self, gradients: Tensor):
+        self.gradients = gradients
+
+    def squared_norms(self) -> Tensor:
+        """`[K]`, float64. Float32 adds up no more than one row: sums of millions of squares would fall short."""
+        row = self.gradients.shape[-1] if self.gradients.dim() > 1 else 1
+        return _squared_norms(self.gradients.reshape(len(self.gradients), -1, row))
+
+    def weighted_sum(self, factors: Tensor, some_are_zero: bool) -> Tensor:
+        """In the shape of the parameter."""
+        gradients = self.gradients
+        if some_are_zero:
+            gradients, factors = gradients[factors != 0], factors[factors != 0]
+        return torch.tensordot(factors, gradients, dims=1)
+
+    def dense(self) -> Tensor:
+        """`[K, *parameter]`."""
+        return self.gradients
+
+
+class Outer:
+    """The gradients of a weight matrix as what they are products of: gradient k = Σ over its rows of b aᵀ.
+
+    Args:
+        activations (`Tensor` of shape `[N, T, d]`): a, the inputs of the layer.
+        output_gradients (`Tensor` of shape `[N, T, p]`): b, the gradient of the loss with respect to its outputs.
+        layout ([`Layout`]): which rows belong to which microbatch.
+
+    References: Goodfellow, Efficient Per-Example Gradient Computations (2015) and Li et al., Large Language Models Can
+    Be Strong Differentially Private Learners (2022) for norms from Gram matrices; Bu et al., Differentially Private
+    Optimization on Large Model at Small Cost (2023) for weighted sums from the same tensors.
+    """
+
+    def __init__(self, activations: Tensor, output_gradients: Tensor, layout: Layout):
+        self.activations = activations.detach()
+        self.output_gradients = output_gradients.detach()
+        self.layout = layout
+
+    def squared_norms(self) -> Tensor:
+        """`[K]`, float64, by the way that takes fewer multiplications in each group of microbatches."""
+        groups = zip(self.layout.matrices(self.activations), self.layout.matrices(self.output_gradients))
+        return torch.cat([_squared_norms_of_products(a.float(), b.float()) for a, b in groups])
+
+    def weighted_sum(self, factors: Tensor, some_are_zero: bool) -> Tensor:
+        """`[p, d]`: one product over all rows."""
+        of_row = factors[self.layout.microbatch_of_row]
+        a, b = self.activations[: len(of_row)], self.output_gradients[: len(of_row)]
+        if some_are_zero:
+            a, b, of_row = a[of_row != 0], b[of_row != 0], of_row[of_row != 0]
+        weighted = b.float() * of_row[:, None, None]
+        return weighted.flatten(0, 1).T @ a.flatten(0, 1).float()
+
+    def dense(self) -> Tensor:
+        """`[K, p, d]`."""
+        a, b = self.activations, self.output_gradients
+        gradients = a.new_empty(self.layout.num_microbatches, b.shape[-1], a.shape[-1], dtype=torch.float32)
+        pairs = zip(self.layout.groups, self.layout.matrices(a), self.layout.matrices(b))
+        for (microbatches, _, _), group_a, group_b in pairs:
+            torch.bmm(group_b.float().transpose(1, 2), group_a.float(), out=gradients[microbatches])
+        return gradients
+
+    def smallest(self) -> "Dense | Outer":
+        """The same gradients in the form that takes less memory."""
+        num_elements = self.layout.num_microbatches * self.activations.shape[-1] * self.output_gradients.shape[-1]
+        if num_elements <= self.activations.numel() + self.output_gradients.numel():
+            return Dense(self.dense())
+        return self
+
+
+class Sparse:
+    """The gradients of an embedding table, of which a microbatch touches few rows.
+
+    Args:
+        indices (`Tensor` of shape `[N, T]`): looked-up rows of the table.
+        output_gradients (`Tensor` of shape `[N, T, d]`): gradient of the loss with respect to what was looked up.
+        num_embeddings (`int`): rows of the table.
+        layout ([`Layout`]): which rows belong to which microbatch.
+    """
+
+    def __init__(self, indices: Tensor, output_gradients: Tensor, num_embeddings: int, layout: Layout):
+        self.num_embeddings = num_embeddings
+        self.layout = layout
+        microbatch_of_row = layout.microbatch_of_row
+        owned = len(microbatch_of_row)
+        keys, inverse = (microbatch_of_row[:, None] * num_embeddings + indices[:owned]).unique(return_inverse=True)
+        rows = output_gradients[:owned].flatten(0, 1).float()
+        self.gradients = rows.new_zeros(len(keys), rows.shape[-1]).index_add_(0, inverse.flatten(), rows)
+        self.microbatch, self.index = keys // num_embeddings, keys % num_embeddings
+
+    def squared_norms(self) -> Tensor:
+        """`[K]`, float64."""
+        squares = _squared_norms(self.gradients[:, None])
+        return squares.new_zeros(self.layout.num_microbatches).index_add_(0, self.microbatch, squares)
+
+    def weighted_sum(self, factors: Tensor, some_are_zero: bool) -> Tensor:
+        """In the shape of the table."""
+        of_row, rows, index = factors[self.microbatch], self.gradients, self.index
+        if some_are_zero:
+            rows, index, of_row = rows[of_row != 0], index[of_row != 0], of_row[of_row != 0]
+        table = rows.new_zeros(self.num_embeddings, rows.shape[-1])
+        return table.index_add_(0, index, rows * of_row[:, None])
+
+    def dense(self) -> Tensor:
+        """`[K, *table]`."""
+        gradients = self.gradients.new_zeros(
+            self.layout.num_microbatches, self.num_embeddings, self.gradients.shape[-1]
+        )
+        gradients[self.microbatch, self.index] = self.gradients
+        return gradients
+
+
+def _squared_norms(matrices: Tensor) -> Tensor:
+    """`[K, rows, d]` to `[K]`, in float64."""
+    return torch.linalg.vector_norm(matrices, dim=-1).double().square().sum(dim=-1)
+
+
+def _squared_norms_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """‖bᵀa‖² of each pair of matrices `[K, rows, d]` and `[K, rows, p]`, in float64."""
+    rows, d, p = a.shape[1], a.shape[2], b.shape[2]
+    if rows * (d + p) >= d * p:
+        # One product at a time: together they could be larger than everything else.
+        return torch.cat([_squared_norms(y.T @ x[None]) for x, y in zip(a, b)])
+    # ‖bᵀa‖² = Σ over pairs of rows of (aaᵀ)(bbᵀ), which rounding may leave below zero.
+    products = (a @ a.transpose(1, 2)).mul_(b @ b.transpose(1, 2))
+    return products.sum(dim=2).double().sum(dim=1).clamp(min=0)

@@ -1,0 +1,56 @@
+"""Batches of encoded pairs: putting them together and filling them up."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class NotVectorizable(Exception):
+    """Why microbatches have to be computed one after another. The result is the same, the time is not."""
+
+
+def num_rows(inputs: dict[str, Any]) -> int:
+    """Pairs in a batch, the first dimension of its first tensor."""
+    return next(len(value) for value in inputs.values() if isinstance(value, Tensor))
+
+
+def text_length(inputs: dict[str, Any]) -> int:
+    """Tokens of the longest text."""
+    return inputs["input_ids"].shape[1]
+
+
+def concatenated(batches: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
+    """One batch of all rows; texts are filled up on the right to the longest.
+
+    Raises `NotVectorizable` if other tensors differ in more than their first dimension, or if a value is not a tensor.
+    """
+    if not all("input_ids" in batch for batch in batches):
+        raise NotVectorizable("a batch has no input_ids")
+    length = max(text_length(batch) for batch in batches)
+    batches = [_lengthened(batch, length, pad_token_id) for batch in batches]
+    for name, value in batches[0].items():
+        if not all(_stackable(value, batch.get(name)) for batch in batches):
+            raise NotVectorizable(f"the input {name} of one microbatch does not fit that of another")
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def filled_up(inputs: dict[str, Any], rows: int, length: int, pad_token_id: int) -> dict[str, Any]:
+    """The batch with its first pair repeated until there are `rows`, and texts filled up to `length`."""
+    inputs = _lengthened(inputs, length, pad_token_id)
+    missing = rows - num_rows(inputs)
+    return {name: torch.cat([value, value[:1].expand(missing, *value.shape[1:])]) for name, value in inputs.items()}
+
+
+def _lengthened(inputs: dict[str, Any], length: int, pad_token_id: int) -> dict[str, Any]:
+    missing = length - text_length(inputs)
+    fillers = {"input_ids": pad_token_id, "attention_mask": 0}
+    return {
+        name: F.pad(value, (0, missing), value=fillers[name]) if name in fillers else value
+        for name, value in inputs.items()
+    }
+
+
+def _stackable(value: Any, other: Any) -> bool:
+    return isinstance(value, Tensor) and isinstance(other, Tensor) and value.shape[1:] == other.shape[1:]

@@ -1,0 +1,218 @@
+"""Sees every use of a trainable parameter in a forward pass and keeps, in the backward pass, what tells the gradients
+of microbatches apart, instead of adding them up in `Parameter.grad`.
+
+A use that is not known here is left alone: its gradient arrives in `Parameter.grad`, where the caller finds it.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
+
+from .factored import Dense, Outer, Sparse
+from .layout import Layout
+
+
+class Recording(TorchFunctionMode):
+    """Context in which the forward pass runs.
+
+    Args:
+        layout ([`Layout`]): the microbatches; dimension 0 of what a layer sees is the batch's.
+        generators (`list[torch.Generator]`): one per microbatch, from which dropout draws.
+
+    Attributes:
+        gradients (`dict[int, list[Dense | Outer | Sparse]]`): by `id` of the parameter, one entry for each use
+            that the loss depends on, complete after the backward pass.
+    """
+
+    def __init__(self, layout: Layout, generators: list[torch.Generator]):
+        super().__init__()
+        self.layout = layout
+        self.generators = generators
+        self.gradients: dict[int, list[Dense | Outer | Sparse]] = defaultdict(list)
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        interpret = _INTERPRETERS.get(function)
+        if interpret is None:
+            return function(*args, **(kwargs or {}))
+        return interpret(self, *args, **(kwargs or {}))
+
+    def record(self, parameter: Tensor | None, gradients: Dense | Outer | Sparse) -> None:
+        if _trainable(parameter):
+            self.gradients[id(parameter)].append(gradients)
+
+    def record_rows(self, parameter: Tensor | None, rows: Tensor) -> None:
+        """`rows` is `[N, T, *parameter]`: one gradient for each place where the parameter was added or multiplied."""
+        if _trainable(parameter):
+            self.record(parameter, Dense(self.layout.sum_rows(rows.sum(dim=1))))
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether dimension 0 of a tensor is the batch's."""
+        return tensor.dim() > 1 and tensor.shape[0] == self.layout.num_rows
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx, recording: Recording, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.recording, ctx.weight, ctx.bias = recording, weight, bias
+        # The input is kept for the weight's gradient alone.
+        ctx.save_for_backward(x if _trainable(weight) else None)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple:
+        (x,), recording, weight = ctx.saved_tensors, ctx.recording, ctx.weight
+        rows = _rows(gradient)
+        if x is not None:
+            recording.record(weight, Outer(_rows(x), rows, recording.layout).smallest())
+        recording.record_rows(ctx.bias, rows)
+        of_input = gradient @ weight.to(gradient.dtype) if ctx.needs_input_grad[1] else None
+        return None, of_input, None, None
+
+
+class _LayerNorm(Function):
+    @staticmethod
+    def forward(ctx, recording: Recording, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        y, mean, inverse_deviation = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+        ctx.recording, ctx.weight, ctx.bias = recording, weight, bias
+        ctx.save_for_backward(x, mean, inverse_deviation)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple:
+        (x, mean, inverse_deviation), recording, weight = ctx.saved_tensors, ctx.recording, ctx.weight
+        recording.record_rows(weight, _rows(gradient * ((x - mean) * inverse_deviation)))
+        recording.record_rows(ctx.bias, _rows(gradient))
+        of_input = torch.ops.aten.native_layer_norm_backward(
+            gradient, x, weight.shape, mean, inverse_deviation, weight, ctx.bias, [True, False, False]
+        )
+        return None, of_input[0], None, None, None
+
+
+class _Embedding(Function):
+    @staticmethod
+    def forward(ctx, recording: Recording, indices: Tensor, weight: Tensor) -> Tensor:
+        # One row of positions serves the whole batch. It is looked up for each, so that gradients stay apart.
+        indices = indices.expand(recording.layout.num_rows, *indices.shape[1:])
+        ctx.recording, ctx.weight = recording, weight
+        ctx.save_for_backward(indices)
+        return F.embedding(indices, weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple:
+        (indices,), recording, weight = ctx.saved_tensors, ctx.recording, ctx.weight
+        recording.record(weight, Sparse(indices, gradient, len(weight), recording.layout))
+        return None, None, None
+
+
+class _Patches(Function):
+    """A convolution of the input images, as the linear layer on their patches that it is."""
+
+    @staticmethod
+    def forward(ctx, recording: Recording, x: Tensor, weight: Tensor, bias: Tensor | None, settings: dict) -> Tensor:
+        ctx.recording, ctx.weight, ctx.bias, ctx.settings = recording, weight, bias, settings
+        ctx.save_for_backward(x)
+        return F.conv2d(x, weight, bias, **settings)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple:
+        (x,), recording = ctx.saved_tensors, ctx.recording
+        rows = gradient.flatten(2).transpose(1, 2)
+        patches = F.unfold(x, ctx.weight.shape[2:], **ctx.settings).transpose(1, 2)
+        recording.record(ctx.weight, Outer(patches, rows, recording.layout).smallest())
+        recording.record_rows(ctx.bias, rows)
+        return None, None, None, None, None
+
+
+class _Expand(Function):
+    @staticmethod
+    def forward(ctx, recording: Recording, parameter: Tensor, sizes: tuple) -> Tensor:
+        ctx.recording, ctx.parameter = recording, parameter
+        return parameter.detach().expand(*sizes)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple:
+        parameter = ctx.parameter
+        rows = gradient.reshape(len(gradient), -1, *parameter.shape)
+        ctx.recording.record_rows(parameter, rows)
+        return None, None, None
+
+
+# The interpreters take the arguments of the functions that they stand for.
+
+
+def _linear(recording: Recording, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if recording.holds(input) and (_trainable(weight) or _trainable(bias)):
+        return _Linear.apply(recording, _autocast(input), weight, bias)
+    return F.linear(input, weight, bias)
+
+
+def _layer_norm(recording, input, normalized_shape, weight=None, bias=None, eps=1e-5) -> Tensor:
+    if recording.holds(input) and len(normalized_shape) == 1 and _trainable(weight):
+        return _LayerNorm.apply(recording, input.to(weight.dtype), weight, bias, eps)
+    return F.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def _embedding(
+    recording, input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False
+) -> Tensor:
+    simple = padding_idx is None and max_norm is None and not scale_grad_by_freq and not sparse
+    if input.dim() == 2 and input.shape[0] in (1, recording.layout.num_rows) and _trainable(weight) and simple:
+        return _Embedding.apply(recording, input, weight)
+    return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+
+
+def _conv2d(recording, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
+    simple = groups == 1 and not isinstance(padding, str) and not input.requires_grad
+    if recording.holds(input) and simple and (_trainable(weight) or _trainable(bias)):
+        settings = {"stride": stride, "padding": padding, "dilation": dilation}
+        return _Patches.apply(recording, _autocast(input), weight, bias, settings)
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _expand(recording: Recording, tensor: Tensor, *sizes: int) -> Tensor:
+    expanded = torch.Tensor.expand(tensor, *sizes)
+    repeated = expanded.dim() > tensor.dim() and expanded.shape[expanded.dim() - tensor.dim() :] == tensor.shape
+    if _trainable(tensor) and recording.holds(expanded) and repeated:
+        return _Expand.apply(recording, tensor, expanded.shape)
+    return expanded
+
+
+def _dropout(recording: Recording, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False):
+    if not training or p == 0 or not recording.holds(input):
+        return F.dropout(input, p, training, inplace)
+    kept = torch.zeros_like(input, memory_format=torch.contiguous_format)
+    blocks = kept.split([*recording.layout.sizes, len(kept) - sum(recording.layout.sizes)])
+    for block, generator in zip(blocks, recording.generators):
+        block.bernoulli_(1 - p, generator=generator)
+    return input * kept.div_(1 - p)
+
+
+_INTERPRETERS = {
+    F.linear: _linear,
+    F.layer_norm: _layer_norm,
+    F.embedding: _embedding,
+    F.conv2d: _conv2d,
+    F.dropout: _dropout,
+    torch.Tensor.expand: _expand,
+}
+
+
+def _trainable(tensor: Tensor | None) -> bool:
+    return isinstance(tensor, nn.Parameter) and tensor.requires_grad
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """`[N, ..., d]` to `[N, T, d]`."""
+    return tensor.reshape(len(tensor), -1, tensor.shape[-1])
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """In the dtype in which autocast would compute, so that it is this that is kept and not a wider copy."""
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor

@@ -1,0 +1,144 @@
+"""All microbatches of a forward batch in one forward and one backward pass."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import activation
+
+from ..losses import contrastive_losses
+from ..seeding import seeded
+from .contrastive import ContrastiveModel
+from .factored import Dense, Outer, Sparse
+from .inputs import NotVectorizable, concatenated, num_rows
+from .layout import Layout
+from .recording import Recording
+
+
+# Modules that treat every row of a batch by itself, whose layers dimension 0 tells apart: some by class, others by the
+# file that defines them.
+ROW_WISE = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Conv2d, nn.Dropout, nn.Identity)
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterDict)
+ROW_WISE_FILES = (
+    "transformers.models.clip.modeling_clip",
+    "transformers.activations",
+    "peft.peft_model",
+    "peft.tuners.lora.model",
+    "peft.tuners.lora.layer",
+)
+
+
+class MicrobatchGradients:
+    """The gradients of K microbatches, known by their norms and their weighted sums.
+
+    Args:
+        parameters (`list[nn.Parameter]`): all trainable parameters.
+        recording ([`Recording`]): of a forward and backward pass.
+
+    Attributes:
+        norms (`Tensor` of shape `[K]`): L2 norm of each gradient over all parameters together, float64.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], recording: Recording):
+        self.parameters = parameters
+        self._gradients = {parameter: _merged(uses) for parameter, uses in recording.gradients.items()}
+        squares = [gradients.squared_norms() for gradients in self._gradients.values()]
+        self.norms = torch.stack(squares).sum(dim=0).sqrt()
+
+    def weighted_sum(self, factors: Tensor) -> Iterator[Tensor | None]:
+        """Σ_k factors[k] · gradient k of each parameter in turn, float32; `None` where no gradient arrived.
+
+        A factor of 0 drops a microbatch even if its gradient is not finite. What was kept of a parameter is released
+        as soon as its sum is out, hence this can be asked once.
+        """
+        factors = factors.float()
+        some_are_zero = bool((factors == 0).any())
+        for parameter in self.parameters:
+            gradients = self._gradients.pop(id(parameter), None)
+            yield None if gradients is None else gradients.weighted_sum(factors, some_are_zero).view_as(parameter)
+
+
+def microbatch_gradients(
+    model: ContrastiveModel,
+    microbatches: list[tuple[int, dict[str, Any]]],
+    backward: Callable[[Tensor], None],
+) -> tuple[Tensor, MicrobatchGradients]:
+    """One forward and one backward pass over all microbatches together.
+
+    Args:
+        model ([`ContrastiveModel`]): the model in training, without an [`obstacle`].
+        microbatches (`list`): the seed of the randomness and the collated inputs of each.
+        backward (`Callable`): runs the backward pass, e.g. `Accelerator.backward`.
+
+    Returns the losses, detached, and their gradients, in ascending order of size. `Parameter.grad` is `None`
+    afterwards.
+
+    Raises [`NotVectorizable`] if a gradient arrived, or a random number was drawn, that cannot be told apart by
+    microbatch.
+    """
+    microbatches = sorted(microbatches, key=lambda microbatch: num_rows(microbatch[1]))
+    sizes = [num_rows(inputs) for _, inputs in microbatches]
+    inputs = model.prepared(concatenated([inputs for _, inputs in microbatches], model.pad_token_id))
+    parameters = [parameter for parameter in model.clip.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.grad = None
+    device = model.logit_scale.device
+    generators = [torch.Generator(device).manual_seed(seed) for seed, _ in microbatches]
+    recording = Recording(Layout(sizes, num_rows(inputs), device), generators)
+    # One scale for each microbatch, so that its gradient arrives for each.
+    logit_scales = model.logit_scale.detach().float().repeat(len(sizes))
+    logit_scales.requires_grad_(model.logit_scale.requires_grad)
+    outputs = _forward(model.model, inputs, recording)
+    losses = contrastive_losses(outputs.image_embeds, outputs.text_embeds, logit_scales, sizes)
+    backward(losses.sum())
+    if logit_scales.grad is not None:
+        recording.record(model.logit_scale, Dense(logit_scales.grad))
+    _check_no_gradient_arrived(model.clip)
+    return losses.detach(), MicrobatchGradients(parameters, recording)
+
+
+def obstacle(model: nn.Module) -> str | None:
+    """What in the model keeps its microbatches from being vectorized, if anything."""
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return "activation checkpointing runs the forward pass again, out of sight"
+    for name, module in model.named_modules():
+        if not _is_row_wise(module):
+            return f"{name} is a {type(module).__name__}, which is not known to treat every row of a batch by itself"
+    return None
+
+
+def _is_row_wise(module: nn.Module) -> bool:
+    kind = type(module)
+    is_activation = kind.__module__ == activation.__name__ and kind is not nn.MultiheadAttention
+    return kind in ROW_WISE or kind in CONTAINERS or is_activation or kind.__module__ in ROW_WISE_FILES
+
+
+def _forward(model: nn.Module, inputs: dict[str, Any], recording: Recording) -> Any:
+    """Any seed would do: what is drawn from the global generators belongs to no microbatch, and is an obstacle."""
+    device = recording.layout.device
+    with seeded(0):
+        before = _generator_states(device)
+        with recording:
+            outputs = model(**inputs)
+        if any(not torch.equal(a, b) for a, b in zip(before, _generator_states(device))):
+            raise NotVectorizable("it draws random numbers outside of dropout layers (attention_dropout, noise)")
+    return outputs
+
+
+def _generator_states(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _check_no_gradient_arrived(model: nn.Module) -> None:
+    """Raises `NotVectorizable` if a parameter was used in a way that is not known."""
+    arrived = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    for parameter in model.parameters():
+        parameter.grad = None
+    if arrived:
+        raise NotVectorizable(f"it uses {arrived[0]} in a way that is not known")
+
+
+def _merged(uses: list[Dense | Outer | Sparse]) -> Dense | Outer | Sparse:
+    """A parameter that is used several times has one gradient, the sum."""
+    return uses[0] if len(uses) == 1 else Dense(sum(use.dense() for use in uses))
