@@ -129,7 +129,10 @@ def test_every_reason_why_a_run_is_not_private_is_named(tmp_path, overrides, nam
         ({"max_grad_norm": math.inf}, "max_grad_norm=inf is not possible: it must be positive and finite"),
         ({"max_grad_norm": math.nan}, "max_grad_norm=nan is not possible: it must be positive and finite"),
         ({"microbatch_size": 3}, "microbatch_size=3 does not divide per_device_train_batch_size=8.*multiple of 3"),
-        ({"microbatch_size": 16}, "microbatch_size=16 is computed in chunks of per_device_train_batch_size=8.*accumulation_steps=2"),
+        (
+            {"microbatch_size": 16},
+            "microbatch_size=16 is computed in chunks of per_device_train_batch_size=8.*accumulation_steps=2",
+        ),
         ({"microbatch_size": 0}, "microbatch_size=0 is not possible: it must be a whole number"),
         ({"microbatch_size": -2}, "microbatch_size=-2 is not possible: it must be a whole number"),
         ({"clipping": "per_layer"}, "clipping='per_layer' is not known: choose one of flat, automatic"),

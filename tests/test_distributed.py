@@ -37,7 +37,7 @@ def test_there_are_two_processes_and_their_microbatches_add_up(run):
     assert run["facts"][0]["num_microbatches"] == 4
 
 
-@pytest.mark.parametrize("name", ["noisy", "exact", "empty"])
+@pytest.mark.parametrize("name", ["noisy", "exact", "spanning", "empty"])
 def test_weights_are_identical_on_all_processes(run, name):
     first, second = (results[name] for results in run["results"])
     assert np.array_equal(first, second)
@@ -63,6 +63,13 @@ def test_two_processes_compute_what_one_computes(run, tmp_path):
     settings = {"non_private": True, "noise_seed": 5, "microbatch_size": 2, "per_device_train_batch_size": 16}
     update, _ = one_update(tmp_path, **settings)
     assert torch.allclose(torch.tensor(run["results"][0]["exact"]), update, atol=1e-6)
+
+
+def test_one_microbatch_on_two_processes_is_the_same_as_on_one(run, tmp_path):
+    settings = {"non_private": True, "noise_seed": 5, "microbatch_size": 16, "per_device_train_batch_size": 16}
+    update, _ = one_update(tmp_path, **settings)
+    difference = torch.tensor(run["results"][0]["spanning"]) - update
+    assert float(difference.norm() / update.norm()) < 1e-5
 
 
 def as_draws(results):

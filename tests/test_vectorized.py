@@ -10,6 +10,8 @@ from torch import nn
 
 from hf_dpclip import lora_config
 from hf_dpclip.gradients import ContrastiveModel, NotVectorizable, contrastive_base, microbatch_gradients, obstacle
+from hf_dpclip.gradients.factored import Dense, Outer
+from hf_dpclip.gradients.layout import Layout
 from hf_dpclip.seeding import seeded
 
 
@@ -32,7 +34,10 @@ def microbatch(size, length=5, seed=0, mask=False):
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(1, 47, (size, length), generator=generator)
     input_ids = torch.cat([torch.full((size, 1), BOS), words, torch.full((size, 1), EOS)], dim=1)
-    inputs = {"pixel_values": torch.randn(size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator), "input_ids": input_ids}
+    inputs = {
+        "pixel_values": torch.randn(size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
+        "input_ids": input_ids,
+    }
     if mask:
         inputs["attention_mask"] = torch.ones_like(input_ids)
     return seed, inputs
@@ -101,3 +106,159 @@ def test_all_parameters(sizes, length, mask):
 @given(sizes=sizes_of_microbatches, length=st.integers(1, 12), rank_stabilised=st.booleans())
 def test_lora(sizes, length, rank_stabilised):
     assert_same(lora_clip(use_rslora=rank_stabilised), microbatches(sizes, length=length))
+
+
+@settings(deadline=None, max_examples=10)
+@given(sizes=sizes_of_microbatches, length=st.integers(1, 12))
+def test_static_shapes_change_nothing(sizes, length):
+    assert_same(tiny_clip(), microbatches(sizes, length=length), static_shapes=True)
+
+
+def test_one_pair_each():
+    """In a contrastive loss of one pair nothing depends on the parameters; with its neighbours, everything would."""
+    _, gradients = all_at_once(tiny_clip().train(), microbatches([1, 1, 1]))
+    assert gradients.norms.max() < 1e-5
+
+
+@pytest.mark.parametrize("smallest", [lambda self: self, lambda self: Dense(self.dense())], ids=["factored", "dense"])
+def test_every_form_of_a_weights_gradient(smallest, monkeypatch):
+    """The form is chosen by size; here each has to do for everything."""
+    monkeypatch.setattr("hf_dpclip.gradients.factored.Outer.smallest", smallest)
+    assert_same(tiny_clip(), microbatches([2, 3, 3, 5]))
+    assert_same(lora_clip(), microbatches([2, 3, 3, 5]))
+
+
+@pytest.mark.parametrize("rows", [2, 50])
+def test_norms_of_products(rows):
+    """Few rows: from Gram matrices. Many: from the products."""
+    a, b = torch.randn(6, rows, 8), torch.randn(6, rows, 4)
+    squared = Outer(a, b, Layout([1] * 6, 6, a.device)).squared_norms()
+    assert torch.allclose(squared, (b.double().transpose(1, 2) @ a.double()).square().sum(dim=(1, 2)), rtol=1e-5)
+
+
+def test_texts_of_different_lengths():
+    batches = [microbatch(2, length=3, seed=1), microbatch(3, length=9, seed=2), microbatch(2, length=1, seed=3)]
+    assert_same(tiny_clip(), batches)
+    masked = [microbatch(2, length=3, seed=1, mask=True), microbatch(3, length=9, seed=2, mask=True)]
+    assert_same(tiny_clip(), masked)
+
+
+def test_dropout_draws_what_each_microbatch_would_draw_alone():
+    assert_same(lora_clip(lora_dropout=0.4), microbatches([3, 1, 2, 5]))
+
+
+def test_one_record_more_changes_nothing_but_its_own_microbatch():
+    """Dropout included: given its seed, a gradient depends on its own microbatch only."""
+    model = lora_clip(lora_dropout=0.4).train()
+    others = [microbatch(4, seed=2), microbatch(5, seed=3)]
+    _, before = all_at_once(model, [microbatch(2, seed=1), *others])
+    _, after = all_at_once(model, [microbatch(3, seed=1), *others])
+    assert torch.allclose(before.norms[1:], after.norms[1:], rtol=1e-5)
+    assert not torch.allclose(before.norms[:1], after.norms[:1], rtol=1e-2)
+
+
+def test_a_parameter_that_is_used_twice():
+    model = tiny_clip()
+    layer = model.vision_model.encoder.layers[0]
+    layer.self_attn.q_proj.weight = layer.self_attn.v_proj.weight
+    layer.layer_norm2.weight = layer.layer_norm1.weight
+    assert_same(model, microbatches([2, 3, 3]))
+
+
+@pytest.mark.parametrize("frozen", ["text_model", "vision_model", "bias", "weight", "logit_scale", "layer_norm"])
+def test_frozen_parameters(frozen):
+    model = tiny_clip()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(frozen not in name)
+    assert_same(model, microbatches([2, 3, 3]))
+
+
+def test_a_gradient_that_is_not_finite_stays_in_its_microbatch():
+    model, batches = tiny_clip().train(), microbatches([2, 3, 3, 4])
+    poisoned = [(seed, dict(inputs)) for seed, inputs in batches]
+    poisoned[1][1]["pixel_values"] = poisoned[1][1]["pixel_values"] * torch.inf
+    _, healthy = all_at_once(model, batches)
+    _, gradients = all_at_once(model, poisoned)
+    finite = torch.tensor([True, False, True, True])
+    assert torch.equal(gradients.norms.isfinite(), finite)
+    assert torch.allclose(gradients.norms[finite], healthy.norms[finite], rtol=1e-5)
+    factors = torch.tensor([0.5, 0.0, 0.25, 1.0])
+    scale = float(healthy.norms.max())
+    for total, expected in zip(gradients.weighted_sum(factors), healthy.weighted_sum(factors)):
+        assert torch.allclose(total, expected, rtol=1e-5, atol=ROUNDING * scale)
+
+
+def test_autocast():
+    """Bfloat16 has three digits: close to its own loop, and to that of float32."""
+    model, batches = tiny_clip().train(), microbatches([2, 3, 4])
+    exact = norms_of(one_by_one(model, batches)[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        loop = norms_of(one_by_one(model, batches)[0])
+        _, gradients = all_at_once(model, batches)
+    assert torch.allclose(gradients.norms, loop, rtol=0.03)
+    assert torch.allclose(gradients.norms, exact, rtol=0.05)
+
+
+def test_longer_texts_elsewhere_must_not_move_dropout_masks():
+    batches = [microbatch(3, seed=1, length=9), microbatch(4, seed=2)]
+    with pytest.raises(NotVectorizable, match="padding='max_length'"):
+        all_at_once(lora_clip(lora_dropout=0.4).train(), batches)
+    assert_same(lora_clip(), batches)
+
+
+class Mixing(nn.Linear):
+    """Adds the first row to all others, which no layer that is known would."""
+
+    def forward(self, input):
+        return super().forward(input) + input[:1].mean()
+
+
+def replaced(model):
+    model.vision_model.post_layernorm = nn.Sequential(model.vision_model.post_layernorm, Mixing(16, 16))
+    return model
+
+
+def test_an_unknown_layer_is_named():
+    assert obstacle(tiny_clip()) is None
+    assert obstacle(lora_clip()) is None
+    assert "vision_model.post_layernorm is a Sequential" in obstacle(replaced(tiny_clip()))
+    assert "DoraLinearLayer" in obstacle(lora_clip(use_dora=True))
+
+
+def test_activation_checkpointing_is_an_obstacle():
+    model = tiny_clip()
+    model.vision_model.encoder.gradient_checkpointing = True
+    assert "activation checkpointing" in obstacle(model)
+
+
+def test_a_use_that_is_not_known_is_found_out():
+    """Whoever multiplies with a parameter by hand gets the plain path, not a norm without it."""
+    model = tiny_clip().train()
+    norm = model.vision_model.post_layernorm
+    norm.forward = lambda x: nn.functional.layer_norm(x, (16,)) * norm.weight + norm.bias
+    with pytest.raises(NotVectorizable, match=r"post_layernorm.weight in a way that is not known"):
+        all_at_once(model, microbatches([2, 3]))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_randomness_outside_of_dropout_layers_is_found_out():
+    model = tiny_clip().train()
+    for module in model.modules():
+        if hasattr(module, "scale") and hasattr(module, "dropout"):
+            module.dropout = 0.1
+    with pytest.raises(NotVectorizable, match="random numbers"):
+        all_at_once(model, microbatches([2, 3]))
+
+
+def test_the_global_generator_is_left_alone():
+    model = lora_clip(lora_dropout=0.4).train()
+    before = torch.get_rng_state()
+    all_at_once(model, microbatches([2, 3]))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_inputs_that_do_not_fit_together():
+    odd = microbatch(2, seed=1)
+    odd[1]["pixel_values"] = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE * 2)
+    with pytest.raises(NotVectorizable, match="input pixel_values"):
+        all_at_once(tiny_clip(), [odd, microbatch(3, seed=2)])

@@ -15,6 +15,7 @@ from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from .factored import Dense, Outer, Sparse
+from .inputs import NotVectorizable
 from .layout import Layout
 
 
@@ -24,16 +25,18 @@ class Recording(TorchFunctionMode):
     Args:
         layout ([`Layout`]): the microbatches; dimension 0 of what a layer sees is the batch's.
         generators (`list[torch.Generator]`): one per microbatch, from which dropout draws.
+        own_shapes (`bool`): whether the rows of every microbatch have the shape that they would have alone.
 
     Attributes:
         gradients (`dict[int, list[Dense | Outer | Sparse]]`): by `id` of the parameter, one entry for each use
             that the loss depends on, complete after the backward pass.
     """
 
-    def __init__(self, layout: Layout, generators: list[torch.Generator]):
+    def __init__(self, layout: Layout, generators: list[torch.Generator], own_shapes: bool):
         super().__init__()
         self.layout = layout
         self.generators = generators
+        self.own_shapes = own_shapes
         self.gradients: dict[int, list[Dense | Outer | Sparse]] = defaultdict(list)
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -153,7 +156,8 @@ def _linear(recording: Recording, input: Tensor, weight: Tensor, bias: Tensor | 
 
 
 def _layer_norm(recording, input, normalized_shape, weight=None, bias=None, eps=1e-5) -> Tensor:
-    if recording.holds(input) and len(normalized_shape) == 1 and _trainable(weight):
+    known = weight is not None and len(normalized_shape) == 1
+    if recording.holds(input) and known and (_trainable(weight) or _trainable(bias)):
         return _LayerNorm.apply(recording, input.to(weight.dtype), weight, bias, eps)
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
 
@@ -186,6 +190,9 @@ def _expand(recording: Recording, tensor: Tensor, *sizes: int) -> Tensor:
 def _dropout(recording: Recording, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False):
     if not training or p == 0 or not recording.holds(input):
         return F.dropout(input, p, training, inplace)
+    if not recording.own_shapes:
+        # One microbatch's long text would change what is drawn for all others.
+        raise NotVectorizable("dropout needs texts of one length (padding='max_length') and no static_shapes")
     kept = torch.zeros_like(input, memory_format=torch.contiguous_format)
     blocks = kept.split([*recording.layout.sizes, len(kept) - sum(recording.layout.sizes)])
     for block, generator in zip(blocks, recording.generators):

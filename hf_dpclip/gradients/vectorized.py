@@ -11,7 +11,7 @@ from ..losses import contrastive_losses
 from ..seeding import seeded
 from .contrastive import ContrastiveModel
 from .factored import Dense, Outer, Sparse
-from .inputs import NotVectorizable, concatenated, num_rows
+from .inputs import NotVectorizable, concatenated, num_rows, text_length
 from .layout import Layout
 from .recording import Recording
 
@@ -85,7 +85,8 @@ def microbatch_gradients(
         parameter.grad = None
     device = model.logit_scale.device
     generators = [torch.Generator(device).manual_seed(seed) for seed, _ in microbatches]
-    recording = Recording(Layout(sizes, num_rows(inputs), device), generators)
+    own_shapes = not model.static_shapes and len({text_length(inputs) for _, inputs in microbatches}) == 1
+    recording = Recording(Layout(sizes, num_rows(inputs), device), generators, own_shapes)
     # One scale for each microbatch, so that its gradient arrives for each.
     logit_scales = model.logit_scale.detach().float().repeat(len(sizes))
     logit_scales.requires_grad_(model.logit_scale.requires_grad)

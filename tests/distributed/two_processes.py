@@ -56,6 +56,15 @@ def exact_update(folder: Path) -> torch.Tensor:
     return update
 
 
+def spanning_update(folder: Path) -> torch.Tensor:
+    """The same with one microbatch, on which all processes work in chunks of 4."""
+    settings = {"non_private": True, "noise_seed": 5, "microbatch_size": 16, "optim": "sgd", "learning_rate": 1.0}
+    passes = 4 // int(os.environ["WORLD_SIZE"])
+    update, trainer = one_update(folder, per_device_train_batch_size=4, gradient_accumulation_steps=passes, **settings)
+    assert trainer.args.microbatch_spans_processes
+    return update
+
+
 def draws(folder: Path) -> np.ndarray:
     """Which of 60 units this process was dealt in each of many steps, and in which of its microbatches."""
     args = arguments(folder, per_device_train_batch_size=6, microbatch_size=3, max_steps=1)
@@ -89,6 +98,7 @@ def main():
     results = {
         "noisy": noisy_update(folder).numpy(),
         "exact": exact_update(folder).numpy(),
+        "spanning": spanning_update(folder).numpy(),
         "empty": mostly_empty(folder).numpy(),
         "draws": draws(folder),
     }

@@ -1,0 +1,109 @@
+"""One microbatch in pieces: the gradient is that of the whole."""
+
+import pytest
+import torch
+from checks import check_bounded, flat_weights, one_update
+from factories import arguments, pairs, tiny_clip
+from test_vectorized import lora_clip, microbatch
+
+from hf_dpclip import DPCLIPTrainer
+from hf_dpclip.gradients import ContrastiveModel, accumulate_chunked_gradient, contrastive_base
+
+
+def gradient(model):
+    """Of all parameters together, taken away from them."""
+    parts = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return torch.cat([part.flatten() for part in parts])
+
+
+def pieces(inputs, size):
+    rows = range(0, len(inputs["input_ids"]), size)
+    return [(seed, {name: value[seed : seed + size] for name, value in inputs.items()}) for seed in rows]
+
+
+def assert_close(first, second, tolerance=1e-5):
+    assert float((first - second).norm() / second.norm()) < tolerance
+
+
+@pytest.mark.parametrize("make", [tiny_clip, lora_clip])
+@pytest.mark.parametrize("size", [1, 4, 5, 13, 20])
+@pytest.mark.parametrize("static_shapes", [False, True])
+def test_the_gradient_of_the_pieces_is_that_of_the_whole(make, size, static_shapes):
+    model = make().train()
+    _, inputs = microbatch(13)
+    expected_loss = model(**inputs, return_loss=True).loss
+    expected_loss.backward()
+    expected = gradient(model)
+    contrastive = ContrastiveModel(model, contrastive_base(model), dict, static_shapes)
+    loss = accumulate_chunked_gradient(contrastive, pieces(inputs, size), torch.Tensor.backward)
+    assert torch.allclose(loss, expected_loss, rtol=1e-5)
+    assert_close(gradient(model), expected)
+
+
+def test_dropout_is_the_same_in_both_passes():
+    """Masks that differed would give the gradient of a loss that was never computed. In one piece it can be known."""
+    model = lora_clip(lora_dropout=0.4).train()
+    seed, inputs = microbatch(6)
+    torch.manual_seed(seed)
+    model(**inputs, return_loss=True).loss.backward()
+    expected = gradient(model)
+    contrastive = ContrastiveModel(model, contrastive_base(model), dict)
+    accumulate_chunked_gradient(contrastive, [(seed, inputs)], torch.Tensor.backward)
+    assert_close(gradient(model), expected)
+
+
+def test_nothing_drawn():
+    model = tiny_clip()
+    contrastive = ContrastiveModel(model, contrastive_base(model), dict)
+    assert accumulate_chunked_gradient(contrastive, [], torch.Tensor.backward) == 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+REPRODUCIBLE = {"non_private": True, "noise_seed": 3, "max_grad_norm": 0.5}
+
+
+@pytest.mark.parametrize("microbatch_size", [8, 16])
+def test_a_trainer_in_chunks_computes_what_one_without_computes(tmp_path, microbatch_size):
+    whole, _ = one_update(tmp_path, per_device_train_batch_size=16, microbatch_size=microbatch_size, **REPRODUCIBLE)
+    chunked, trainer = one_update(
+        tmp_path,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
+        microbatch_size=microbatch_size,
+        **REPRODUCIBLE,
+    )
+    assert trainer.args.chunked
+    assert trainer.plan.num_microbatches == 16 // microbatch_size
+    assert_close(chunked, whole)
+    check_bounded(chunked, 0.5)
+
+
+def test_chunks_are_read_by_workers_too(tmp_path):
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "microbatch_size": 8}
+    alone, _ = one_update(tmp_path, **settings, **REPRODUCIBLE)
+    with_workers, _ = one_update(tmp_path, dataloader_num_workers=1, **settings, **REPRODUCIBLE)
+    assert_close(with_workers, alone)
+
+
+def test_only_clips_own_loss_can_be_put_together_again(tmp_path):
+    args = arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, microbatch_size=8)
+    with pytest.raises(ValueError, match="put together again for CLIPModel"):
+        DPCLIPTrainer(
+            tiny_clip(), args, train_dataset=pairs(64), compute_loss_func=lambda outputs, *_, **__: outputs.loss
+        )
+    with pytest.raises(ValueError, match="static_shapes=True needs CLIPModel"):
+        DPCLIPTrainer(
+            tiny_clip(),
+            arguments(tmp_path, static_shapes=True),
+            train_dataset=pairs(64),
+            compute_loss_func=lambda outputs, *_, **__: outputs.loss,
+        )
+
+
+def test_weights_move(tmp_path):
+    model = tiny_clip()
+    before = flat_weights(model)
+    args = arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, microbatch_size=8)
+    DPCLIPTrainer(model, args, train_dataset=pairs(64)).train()
+    assert not torch.equal(before, flat_weights(model))

@@ -1,0 +1,129 @@
+"""Which computation is chosen, and that it makes no difference."""
+
+import pytest
+import torch
+from checks import one_update
+from factories import arguments, pairs, tiny_clip
+from test_vectorized import Mixing, lora_clip
+
+from hf_dpclip import DPCLIPTrainer
+from hf_dpclip.forward_pass import AllAtOnce, ChunkByChunk, OneByOne
+
+
+REPRODUCIBLE = {"non_private": True, "noise_seed": 3, "max_grad_norm": 0.5, "per_device_train_batch_size": 16}
+MANY = {**REPRODUCIBLE, "microbatch_size": 4}
+
+
+def way(trainer):
+    return type(trainer._forward_pass)
+
+
+def assert_close(first, second):
+    assert float((first - second).norm() / second.norm()) < 1e-5
+
+
+def one_by_one(tmp_path, monkeypatch, **settings):
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_dpclip.forward_pass.obstacle", lambda model: "told so")
+        update, trainer = one_update(tmp_path, **settings)
+    assert way(trainer) is OneByOne
+    return update
+
+
+@pytest.mark.parametrize("make", [tiny_clip, lora_clip], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"clipping": "automatic"},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8},
+        {"static_shapes": True},
+    ],
+    ids=str,
+)
+def test_all_at_once_is_one_by_one(tmp_path, monkeypatch, make, overrides):
+    settings = {**MANY, **overrides}
+    expected = one_by_one(tmp_path, monkeypatch, model=make(), **settings)
+    update, trainer = one_update(tmp_path, model=make(), **settings)
+    assert way(trainer) is AllAtOnce
+    assert trainer._forward_pass.possible
+    assert_close(update, expected)
+
+
+def test_dropout_all_at_once_is_dropout_one_by_one(tmp_path, monkeypatch):
+    expected = one_by_one(tmp_path, monkeypatch, model=lora_clip(lora_dropout=0.4), **MANY)
+    update, trainer = one_update(tmp_path, model=lora_clip(lora_dropout=0.4), **MANY)
+    assert trainer._forward_pass.possible
+    assert_close(update, expected)
+
+
+def test_dropout_in_filled_up_batches_goes_one_by_one(tmp_path):
+    _, trainer = one_update(tmp_path, model=lora_clip(lora_dropout=0.4), static_shapes=True, **MANY)
+    assert not trainer._forward_pass.possible
+
+
+def test_static_shapes_one_by_one_are_the_same_too(tmp_path, monkeypatch):
+    expected = one_by_one(tmp_path, monkeypatch, **MANY)
+    assert_close(one_by_one(tmp_path, monkeypatch, static_shapes=True, **MANY), expected)
+
+
+def test_one_microbatch_takes_the_plain_way(tmp_path):
+    assert way(one_update(tmp_path, **REPRODUCIBLE)[1]) is OneByOne
+
+
+def test_large_microbatches_take_chunks(tmp_path):
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "microbatch_size": 8}
+    assert way(one_update(tmp_path, **settings)[1]) is ChunkByChunk
+
+
+def test_an_unknown_layer_takes_the_plain_way_and_is_named_once(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_dpclip.forward_pass.logger.warning_once", said.append)
+    model = tiny_clip()
+    model.vision_model.post_layernorm = Mixing(16, 16)
+    _, trainer = one_update(tmp_path, model=model, max_steps=3, **MANY)
+    assert way(trainer) is OneByOne
+    assert len(said) == 1
+    assert "vision_model.post_layernorm is a Mixing" in said[0]
+
+
+def test_a_model_that_turns_out_to_be_unknown_goes_on_one_by_one(tmp_path, monkeypatch):
+    def unusual():
+        model = tiny_clip()
+        norm = model.vision_model.post_layernorm
+        norm.forward = lambda x: torch.nn.functional.layer_norm(x, (16,)) * norm.weight + norm.bias
+        return model
+
+    said = []
+    expected = one_by_one(tmp_path, monkeypatch, model=unusual(), **MANY)
+    monkeypatch.setattr("hf_dpclip.forward_pass.logger.warning_once", said.append)
+    update, trainer = one_update(tmp_path, model=unusual(), **MANY)
+    assert not trainer._forward_pass.possible
+    assert "post_layernorm.weight" in said[0]
+    assert_close(update, expected)
+
+
+def test_a_loss_of_the_users_own_is_not_replaced(tmp_path):
+    class Doubled(DPCLIPTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return 2 * super().compute_loss(*args, **kwargs)
+
+    settings = {**MANY, "max_grad_norm": 1e6}
+    single, _ = one_update(tmp_path, **settings)
+    doubled, trainer = one_update(tmp_path, trainer_class=Doubled, **settings)
+    assert way(trainer) is OneByOne
+    assert_close(doubled, 2 * single)
+
+
+def test_static_shapes_do_not_recompile(tmp_path):
+    """Sizes seen by the model: a handful, where Poisson batches have dozens."""
+    seen = {True: set(), False: set()}
+    for static_shapes, sizes in seen.items():
+        model = tiny_clip()
+        model.vision_model.register_forward_pre_hook(
+            lambda module, args, kwargs, sizes=sizes: sizes.add(len(kwargs["pixel_values"])), with_kwargs=True
+        )
+        settings = {"per_device_train_batch_size": 64, "max_steps": 40, "static_shapes": static_shapes}
+        DPCLIPTrainer(model, arguments(tmp_path, **settings), train_dataset=pairs(400)).train()
+    assert len(seen[False]) > 10
+    assert len(seen[True]) <= 5
