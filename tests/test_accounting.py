@@ -66,14 +66,22 @@ def test_every_step_costs():
     assert values == sorted(set(values))
 
 
+@pytest.mark.parametrize(
+    "sampling_probability, noise_multiplier, steps",
+    [(0.064, 0.9, 48), (0.0085, 0.7, 354), (0.017, 1.5, 3510), (0.5, 10.0, 100), (1.0, 5.0, 10), (0.001, 0.6, 1000)],
+)
+def test_the_grid_costs_less_than_a_thousandth(sampling_probability, noise_multiplier, steps):
+    finest = epsilon(sampling_probability, noise_multiplier, steps, 1e-5, interval=1e-4)
+    assert finest <= epsilon(sampling_probability, noise_multiplier, steps, 1e-5) <= 1.001 * finest
+
+
 def test_the_event_gives_an_auditor_the_same_epsilon():
     plan = PrivacyPlan(
         num_examples=1000, expected_batch_size=50, num_microbatches=5, num_steps=40, noise_multiplier=1.0
     )
     accountant = pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
-    assert accountant.compose(plan.dp_event()).get_epsilon(plan.target_delta) == pytest.approx(
-        plan.epsilon(), rel=1e-6
-    )
+    theirs = accountant.compose(plan.dp_event()).get_epsilon(plan.target_delta)
+    assert theirs <= plan.epsilon() <= 1.001 * theirs
     assert dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE == ADJACENCY
 
 

@@ -17,9 +17,10 @@ from dp_accounting import pld, rdp
 ADJACENCY = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
 ACCOUNTANTS = ("pld", "rdp")
 
-# Grid width of the privacy loss distribution. Both estimates are upper bounds; a wider grid is faster and looser.
-FINE_INTERVAL = 1e-4
-COARSE_INTERVAL = 1e-3
+# Grid width of the privacy loss distribution. Every width gives an upper bound; a wider grid is faster and looser.
+# What it adds to ε goes with the square of its width relative to the deviation of one step's loss.
+WIDEST_INTERVAL, NARROWEST_INTERVAL = 1e-3, 1e-4
+INTERVALS_PER_DEVIATION = 40
 
 # Calibration accepts any σ whose ε lands in this share of the target, never above it.
 ACCEPTED_SHARE = (0.992, 1.0)
@@ -42,7 +43,7 @@ def epsilon(
     steps: int,
     delta: float,
     accountant: str = "pld",
-    interval: float = FINE_INTERVAL,
+    interval: float | None = None,
 ) -> float:
     """Upper bound on ε after `steps` steps.
 
@@ -52,12 +53,14 @@ def epsilon(
         steps (`int`): number of noisy releases; 0 costs nothing.
         delta (`float`): δ, in (0, 1).
         accountant (`str`): `"pld"` (tight) or `"rdp"`.
-        interval (`float`): grid width of the privacy loss distribution; `"rdp"` has none.
+        interval (`float`, *optional*): grid width of the privacy loss distribution; by default one whose cost in ε is
+            below 0.1 %, where the narrowest allows that. `"rdp"` has none.
     """
     if steps == 0:
         return 0.0
     if noise_multiplier == 0:
         return math.inf
+    interval = interval or _grid_width(sampling_probability, noise_multiplier)
     accounts = {
         "pld": lambda: pld.PLDAccountant(ADJACENCY, value_discretization_interval=interval),
         "rdp": lambda: rdp.RdpAccountant(neighboring_relation=ADJACENCY),
@@ -73,37 +76,45 @@ def calibrate_noise_multiplier(
 ) -> float:
     """A noise multiplier σ whose ε after `steps` steps lands in [0.992, 1.0] of `target_epsilon`.
 
-    RDP finds the neighbourhood, a coarse PLD narrows it, and one or two evaluations of the fine PLD, the only one that
-    decides, finish. Raises `ValueError` if no σ can be found.
+    RDP finds the neighbourhood, PLD on the widest grid narrows it, and one or two evaluations of the PLD that also
+    reports ε, the only one that decides, finish. Raises `ValueError` if no σ can be found.
     """
 
-    def stage(name: str, interval: float, start: float) -> float:
-        return _solve(
-            lambda sigma: epsilon(sampling_probability, sigma, steps, target_delta, name, interval),
-            target_epsilon,
-            start,
-        )
+    def solve(name: str, interval: float | None, start: float, slope: float) -> tuple[float, float]:
+        def epsilon_of(sigma: float) -> float:
+            return epsilon(sampling_probability, sigma, steps, target_delta, name, interval)
 
-    noise_multiplier = stage("rdp", FINE_INTERVAL, 1.0)
-    if accountant == "rdp":
-        return noise_multiplier
-    noise_multiplier = stage("pld", COARSE_INTERVAL, noise_multiplier)
-    return stage("pld", FINE_INTERVAL, noise_multiplier)
+        return _solve(epsilon_of, target_epsilon, start, slope)
+
+    noise_multiplier, slope = solve("rdp", None, 1.0, -1.5)
+    if accountant == "pld":
+        noise_multiplier, slope = solve("pld", WIDEST_INTERVAL, noise_multiplier, slope)
+        noise_multiplier, _ = solve("pld", None, noise_multiplier, slope)
+    return noise_multiplier
 
 
-def _solve(epsilon_of: Callable[[float], float], target: float, start: float) -> float:
-    """Root search in log-log scale, where ε falls almost linearly in σ: secant steps, kept inside a bracket."""
+def _grid_width(sampling_probability: float, noise_multiplier: float) -> float:
+    """For a step's privacy loss log(1 - q + q exp((2x - 1) / 2σ²)), whose deviation is about q √(exp(1/σ²) - 1)."""
+    deviation = sampling_probability * math.sqrt(math.expm1(min(noise_multiplier**-2, 100.0)))
+    return min(max(deviation / INTERVALS_PER_DEVIATION, NARROWEST_INTERVAL), WIDEST_INTERVAL)
+
+
+def _solve(epsilon_of: Callable[[float], float], target: float, start: float, slope: float) -> tuple[float, float]:
+    """Root search in log-log scale, where ε falls almost linearly in σ: secant steps, kept inside a bracket.
+
+    Returns σ, and the slope for the next search.
+    """
     low, high = 0.0, math.inf  # ε(low) is too large, ε(high) too small
-    sigma, slope, previous = start, -1.5, None
+    sigma, previous = start, None
     for _ in range(MAX_EVALUATIONS):
         value = max(epsilon_of(sigma), 1e-12)
-        if ACCEPTED_SHARE[0] * target <= value <= ACCEPTED_SHARE[1] * target:
-            return sigma
-        low, high = (sigma, high) if value > target else (low, sigma)
         if previous is not None and math.isfinite(value) and previous[1] != value:
-            slope = math.log(value / previous[1]) / math.log(sigma / previous[0])
+            slope = min(math.log(value / previous[1]) / math.log(sigma / previous[0]), -0.3)
+        if ACCEPTED_SHARE[0] * target <= value <= ACCEPTED_SHARE[1] * target:
+            return sigma, slope
+        low, high = (sigma, high) if value > target else (low, sigma)
         previous = (sigma, value)
-        sigma = _inside(low, high, sigma * (AIMED_SHARE * target / value) ** (1 / min(slope, -0.3)))
+        sigma = _inside(low, high, sigma * (AIMED_SHARE * target / value) ** (1 / slope))
     raise ValueError(
         f"no noise_multiplier reaches target_epsilon={target:g} with these settings (last tried σ={sigma:.3g}). "
         "Choose a target_epsilon between 0.01 and 100, fewer steps, or set noise_multiplier yourself."
