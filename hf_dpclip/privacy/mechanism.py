@@ -94,6 +94,7 @@ class GaussianMechanism:
         self.process = process
         self.num_processes = num_processes
         self._sum: list[Tensor | None] = [None] * len(self.parameters)
+        self._noise_threads = ThreadPoolExecutor(len(generators))
 
     @contextmanager
     def microbatch(self) -> Iterator[None]:
@@ -167,16 +168,18 @@ class GaussianMechanism:
     def _add_noise_(self, tensors: list[Tensor]) -> None:
         """Adds an independent draw from N(0, (σΔ)²) to every coordinate, each stream to its share of them."""
         pieces = [piece for tensor in tensors for piece in tensor.view(-1).split(NOISE_CHUNK)]
+        if sum(map(len, pieces)) <= NOISE_CHUNK:
+            # Handing it out would take longer.
+            return self._add_share_of_noise_(pieces, self.generators[0])
         shares = [pieces[stream :: len(self.generators)] for stream in range(len(self.generators))]
-        with ThreadPoolExecutor(len(self.generators)) as pool:
-            list(pool.map(self._add_share_of_noise_, shares, self.generators))
+        list(self._noise_threads.map(self._add_share_of_noise_, shares, self.generators))
 
     def _add_share_of_noise_(self, pieces: list[Tensor], generator: torch.Generator) -> None:
         std = self.plan.noise_std / math.sqrt(DRAWS_PER_COORDINATE)
+        draws = torch.empty(max(map(len, pieces), default=0), device=generator.device)
         for piece in pieces:
-            draw = torch.empty_like(piece)
             for _ in range(DRAWS_PER_COORDINATE):
-                piece.add_(draw.normal_(0, std, generator=generator))
+                piece.add_(draws[: len(piece)].normal_(0, std, generator=generator))
 
     def _take_gradients(self) -> list[Tensor | None]:
         """Detaches the gradients from their parameters, in float32 whatever the parameters' dtype."""
