@@ -9,6 +9,15 @@ from .privacy.accounting import ACCOUNTANTS
 from .privacy.plan import CLIPPINGS
 
 
+# Arguments that count something.
+WHOLE_NUMBERS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "microbatch_size",
+    "public_negatives_steps",
+)
+
+
 @dataclass
 class DPTrainingArguments(TrainingArguments):
     """
@@ -24,11 +33,16 @@ class DPTrainingArguments(TrainingArguments):
         target_delta (`float`, *optional*, defaults to `n ** -1.1`): δ, below 1/n.
         microbatch_size (`int`, *optional*): expected number of privacy units whose joint gradient is clipped as a
             whole. Divides `per_device_train_batch_size`, which is the default, or is a multiple of it, computed in
-            chunks, that divides the expected batch size. 1 clips per example.
+            chunks, that divides the expected batch size. 1 clips per example, for which a contrastive loss needs
+            `public_negatives`.
         clipping (`str`, *optional*, defaults to `"flat"`): `"flat"` or `"automatic"`.
         accountant (`str`, *optional*, defaults to `"pld"`): `"pld"` or `"rdp"`.
         static_shapes (`bool`, *optional*, defaults to `False`): fills batches up to a few fixed sizes, for
             `torch_compile` and CUDA graphs. The result does not change.
+        public_negatives_steps (`int`, *optional*, defaults to 1): optimizer steps for which the embeddings of public
+            negatives are kept before they are encoded anew.
+        public_negatives_gradient (`bool`, *optional*, defaults to `False`): lets the loss reach the encoders through
+            the public negatives too. They are then encoded anew for each microbatch.
         privacy_unit_column (`str`, *optional*): column that says to whom a record belongs; all records with one value
             are protected together. By default every record is a unit of its own.
         noise_seed (`int`, *optional*): makes sampling and noise reproducible and the run NOT PRIVATE.
@@ -65,6 +79,12 @@ class DPTrainingArguments(TrainingArguments):
     static_shapes: bool = field(
         default=False,
         metadata={"help": "Fill batches up to a few fixed sizes, for torch_compile. The result does not change."},
+    )
+    public_negatives_steps: int = field(
+        default=1, metadata={"help": "Steps for which the embeddings of public negatives are kept."}
+    )
+    public_negatives_gradient: bool = field(
+        default=False, metadata={"help": "Train the encoders through the public negatives too; slower."}
     )
     privacy_unit_column: str | None = field(
         default=None, metadata={"help": "Column whose values (user or image ids) are protected as a whole."}
@@ -142,7 +162,13 @@ class DPTrainingArguments(TrainingArguments):
 
     def _check_mechanism(self):
         self._check_positive("max_grad_norm", self.max_grad_norm or 0)
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "microbatch_size"):
+        whole = (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "microbatch_size",
+            "public_negatives_steps",
+        )
+        for name in whole:
             value = getattr(self, name)
             if not ((isinstance(value, int) and value >= 1) or (name == "microbatch_size" and value is None)):
                 raise ValueError(f"{name}={value!r} is not possible: it must be a whole number of at least 1.")

@@ -1,11 +1,13 @@
 """Loading, captioning and collating image-text pairs."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
+from PIL.Image import Image as PILImage
 from transformers import ProcessorMixin
 
 
@@ -20,6 +22,10 @@ class ImageTextCollator:
         processor ([`~transformers.ProcessorMixin`]): tokenizer and image processor.
         image_column (`str`, *optional*, defaults to `"image"`): PIL images, decoded by `datasets`.
         text_column (`str`, *optional*, defaults to `"text"`): captions.
+        augmentation (`Callable`, *optional*): from an image to a randomly changed one.
+        views (`int`, *optional*, defaults to 1): differently augmented images of each record. The loss is their mean,
+            taken before the gradient is clipped, so that more views cost time but no privacy. A forward batch has as
+            many times its number of rows.
 
     Example:
         ```python
@@ -29,22 +35,39 @@ class ImageTextCollator:
     """
 
     processor: ProcessorMixin
-    image_column: str = "image"
-    text_column: str = "text"
+    image_column: str | None = "image"
+    text_column: str | None = "text"
+    augmentation: Callable[[PILImage], PILImage] | None = None
+    views: int = 1
 
     @property
     def columns(self) -> list[str]:
         """The dataset columns that are read, which the trainer therefore keeps."""
-        return [self.image_column, self.text_column]
+        return [column for column in (self.image_column, self.text_column) if column is not None]
 
     def __call__(self, records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        return self.processor(
-            images=[record[self.image_column].convert("RGB") for record in records],
-            text=[record[self.text_column] for record in records],
-            padding=True,
-            truncation=True,
-            return_tensors="pt",
+        records = [record for record in records for _ in range(self.views)]
+        inputs = {}
+        if self.image_column is not None:
+            inputs["images"] = [self._augmented(record[self.image_column].convert("RGB")) for record in records]
+        if self.text_column is not None:
+            inputs["text"] = [record[self.text_column] for record in records]
+        return self.processor(**inputs, padding=True, truncation=True, return_tensors="pt")
+
+    def _augmented(self, image: PILImage) -> PILImage:
+        return image if self.augmentation is None else self.augmentation(image)
+
+    def for_public(self, names: list[str]) -> "ImageTextCollator":
+        """For records that may lack images or captions, as they are. Raises `ValueError` if they lack both."""
+        image_column, text_column = (
+            column if column in names else None for column in (self.image_column, self.text_column)
         )
+        if image_column is None and text_column is None:
+            raise ValueError(
+                f"public_negatives has columns {sorted(names)}, neither {self.image_column!r} nor "
+                f"{self.text_column!r}: rename them to those of the private records."
+            )
+        return replace(self, image_column=image_column, text_column=text_column, augmentation=None, views=1)
 
     def check_columns(self, names: list[str]) -> None:
         """Raises `ValueError` unless both columns are among `names`."""

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 from transformers.utils import logging
@@ -125,7 +124,7 @@ class ChunkByChunk:
         """The rows of all processes, which have different numbers of them, and the number of the first own one."""
         count = torch.tensor([len(rows)], device=rows.device)
         counts = self.accelerator.gather(count).tolist()
-        filled = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))
+        filled = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
         parts = self.accelerator.gather(filled).split(max(max(counts), 1))
         everyone = torch.cat([part[:count] for part, count in zip(parts, counts)])
         return everyone, sum(counts[: self.accelerator.process_index])
@@ -135,18 +134,20 @@ def choose_forward_pass(
     trainer: "DPCLIPTrainer", mechanism: GaussianMechanism, dataset: MicrobatchDataset, prepare_inputs: Callable
 ) -> OneByOne | AllAtOnce | ChunkByChunk:
     """The cheapest computation that is exact for the trainer's model and loss."""
-    args, accelerator, clip = trainer.args, trainer.accelerator, trainer.contrastive_base
+    args, accelerator, base = trainer.args, trainer.accelerator, trainer.contrastive_base
     # Not through DDP, which would average gradients over processes before each is clipped.
     model = accelerator.unwrap_model(trainer.model_wrapped)
-    contrastive = ContrastiveModel(model, clip, prepare_inputs, args.static_shapes) if clip else None
-    if args.chunked:
-        return ChunkByChunk(mechanism, contrastive, dataset, accelerator, args)
-    if args.static_shapes:
-        one_by_one = OneByOne(mechanism, contrastive.compute_loss, accelerator.backward)
-    else:
+    if base is None:
+        contrastive = None
         one_by_one = OneByOne(
             mechanism, lambda inputs: trainer.compute_loss(model, prepare_inputs(inputs)), accelerator.backward
         )
+    else:
+        public = trainer.public_negatives
+        contrastive = ContrastiveModel(model, base, prepare_inputs, args.static_shapes, public)
+        one_by_one = OneByOne(mechanism, contrastive.compute_loss, accelerator.backward)
+    if args.chunked:
+        return ChunkByChunk(mechanism, contrastive, dataset, accelerator, args)
     if args.num_microbatches * args.per_device_train_batch_size == args.expected_batch_size:
         return one_by_one
     reason = _obstacle(trainer)
@@ -159,6 +160,8 @@ def choose_forward_pass(
 def _obstacle(trainer: "DPCLIPTrainer") -> str | None:
     if trainer.contrastive_base is None:
         return "only CLIPModel's own loss is known to be computed for many of them at once"
+    if trainer.public_negatives is not None and trainer.args.public_negatives_gradient:
+        return "public_negatives_gradient=True encodes the public negatives anew for each"
     return "torch_compile hides the model's layers" if trainer.args.torch_compile else obstacle(trainer.model)
 
 

@@ -17,9 +17,10 @@ class StepGuard:
         self._seen = 0
         self._trainable, self._buffers = _fingerprint(model)
 
-    def count_forward_pass(self) -> None:
-        """To be called once in every forward pass."""
+    def count_forward_pass(self) -> int:
+        """To be called once in every forward pass. Returns how many there have been in this step."""
         self._seen += 1
+        return self._seen
 
     def check(self) -> None:
         """To be called before a release. Raises `RuntimeError` if something changed."""

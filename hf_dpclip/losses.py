@@ -1,38 +1,144 @@
-"""The contrastive loss of CLIP, for one microbatch or for many at once."""
+"""Contrastive losses, each for many microbatches at once, whose pairs are contrasted with one another only.
+
+Pairs with the same caption are no negatives of one another: telling "a photo of a coat" from "a photo of a coat" would
+teach the model that its own match is wrong. Public images and captions are negatives of every microbatch; they do not
+depend on the private records, so they are constants of the mechanism (`docs/privacy.md`, "Public negatives").
+"""
+
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def contrastive_losses(image_embeds: Tensor, text_embeds: Tensor, logit_scales: Tensor, sizes: list[int]) -> Tensor:
-    """CLIP's symmetric cross entropy of each microbatch, whose pairs are contrasted with one another only.
+@dataclass(frozen=True)
+class PublicEmbeddings:
+    """What every microbatch is contrasted with beside its own pairs.
+
+    Args:
+        images (`Tensor` of shape `[P, d]`): normalised embeddings of public images, P = 0 for none.
+        texts (`Tensor` of shape `[Q, d]`): normalised embeddings of public captions, Q = 0 for none.
+        captions_of_images (`Tensor` of shape `[P]`, *optional*): keys of the captions of the images, if they have any.
+        captions_of_texts (`Tensor` of shape `[Q]`): keys of the captions.
+    """
+
+    images: Tensor
+    texts: Tensor
+    captions_of_images: Tensor | None
+    captions_of_texts: Tensor
+
+
+def contrastive_losses(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scales: Tensor,
+    sizes: list[int],
+    captions: Tensor | None = None,
+    public: PublicEmbeddings | None = None,
+) -> Tensor:
+    """CLIP's symmetric cross entropy (InfoNCE) of each microbatch.
 
     Args:
         image_embeds, text_embeds (`Tensor` of shape `[N, d]`): normalised embeddings, the rows of the first microbatch
             first; rows beyond `sum(sizes)` are ignored.
         logit_scales (`Tensor` of shape `[K]`): logarithm of the inverse temperature, one for each microbatch.
         sizes (`list[int]`): rows of each of the K microbatches, at least one.
+        captions (`Tensor` of shape `[N]`, *optional*): keys of the captions; by default all captions differ.
+        public ([`PublicEmbeddings`], *optional*): further negatives.
 
     Returns the K losses in float32. What is not finite in one microbatch stays there, in the gradients too.
 
     Reference: Radford et al., Learning Transferable Visual Models From Natural Language Supervision (2021), figure 3.
     """
-    counts = torch.tensor(sizes, device=image_embeds.device)
-    present = torch.arange(max(sizes), device=counts.device) < counts[:, None]
-    images, texts = (_blocks(embeds[: sum(sizes)], present) for embeds in (image_embeds, text_embeds))
-    logits = logit_scales.float().exp()[:, None, None] * (texts @ images.transpose(1, 2))
-    over_images = logits.masked_fill(~present[:, None, :], -torch.inf).logsumexp(dim=2)
-    over_texts = logits.masked_fill(~present[:, :, None], -torch.inf).logsumexp(dim=1)
-    losses = (over_images + over_texts) / 2 - logits.diagonal(dim1=1, dim2=2)
-    return losses.where(present, 0).sum(dim=1) / counts
+    blocks = _Blocks(image_embeds, text_embeds, sizes, captions)
+    scales = logit_scales.float().exp()[:, None, None]
+    logits = scales * blocks.similarities()
+    contrasted = logits.masked_fill(~blocks.contrasted(), -torch.inf)
+    over_images, over_texts = [contrasted], [contrasted.transpose(1, 2)]
+    if public is not None:
+        for_texts, for_images = blocks.public_similarities(public)
+        known_images, known_texts = blocks.same_as_public(public)
+        over_images.append((scales * for_texts).masked_fill(known_images, -torch.inf))
+        over_texts.append((scales * for_images).masked_fill(known_texts, -torch.inf))
+    normalisers = sum(torch.cat(over, dim=2).logsumexp(dim=2) for over in (over_images, over_texts))
+    return blocks.means(normalisers / 2 - logits.diagonal(dim1=1, dim2=2))
 
 
-def contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
-    """The same for one microbatch, a scalar."""
-    return contrastive_losses(image_embeds, text_embeds, logit_scale.view(1), [len(image_embeds)])[0]
+def sigmoid_losses(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scales: Tensor,
+    logit_biases: Tensor,
+    sizes: list[int],
+    captions: Tensor | None = None,
+    public: PublicEmbeddings | None = None,
+) -> Tensor:
+    """SigLIP's loss of each microbatch: every image-text combination is a yes-or-no question of its own.
+
+    Args and return value are those of [`contrastive_losses`], and `logit_biases` (`Tensor` of shape `[K]`).
+    Combinations with the pair's own caption are to be answered with yes.
+
+    Reference: Zhai et al., Sigmoid Loss for Language Image Pre-Training (2023), algorithm 1.
+    """
+    blocks = _Blocks(image_embeds, text_embeds, sizes, captions)
+    scales, biases = logit_scales.float().exp()[:, None, None], logit_biases.float()[:, None, None]
+    losses = _answers(scales * blocks.similarities() + biases, blocks.same())
+    rows = losses.where(blocks.present[:, None, :], 0).sum(dim=2)
+    if public is not None:
+        for similarities, same in zip(blocks.public_similarities(public), blocks.same_as_public(public)):
+            rows = rows + _answers(scales * similarities + biases, same).sum(dim=2)
+    return blocks.means(rows)
 
 
-def _blocks(embeds: Tensor, present: Tensor) -> Tensor:
-    """`[N, d]` to `[K, M, d]`. Missing rows are zeros, not copies of others, whose gradients they could spoil."""
-    blocks = embeds.new_zeros(*present.shape, embeds.shape[-1], dtype=torch.float32)
-    return blocks.index_put(present.nonzero(as_tuple=True), embeds.float())
+def _answers(logits: Tensor, yes: Tensor) -> Tensor:
+    return -F.logsigmoid(torch.where(yes, logits, -logits))
+
+
+class _Blocks:
+    """The rows of all microbatches, `[N, d]`, as one block for each, `[K, M, d]`.
+
+    Missing rows are zeros, not copies of others, whose gradients they could spoil.
+    """
+
+    def __init__(self, image_embeds: Tensor, text_embeds: Tensor, sizes: list[int], captions: Tensor | None):
+        self.num_rows = sum(sizes)
+        self.counts = torch.tensor(sizes, device=image_embeds.device)
+        self.present = torch.arange(max(sizes), device=self.counts.device) < self.counts[:, None]
+        self.images, self.texts = self._block(image_embeds.float()), self._block(text_embeds.float())
+        if captions is None:
+            captions = torch.arange(self.num_rows, device=self.counts.device)
+        self.captions = self._block(captions)
+
+    def _block(self, rows: Tensor) -> Tensor:
+        blocks = rows.new_zeros(*self.present.shape, *rows.shape[1:])
+        return blocks.index_put(self.present.nonzero(as_tuple=True), rows[: self.num_rows])
+
+    def similarities(self) -> Tensor:
+        """`[K, M, M]`, texts by images."""
+        return self.texts @ self.images.transpose(1, 2)
+
+    def same(self) -> Tensor:
+        """`[K, M, M]`: whether two pairs have the same caption, a pair and itself included."""
+        return self.captions[:, :, None] == self.captions[:, None, :]
+
+    def contrasted(self) -> Tensor:
+        """`[K, M, M]`: a pair with itself and with its negatives. Never nothing, also where there is no pair."""
+        itself = torch.eye(self.present.shape[1], dtype=torch.bool, device=self.present.device)
+        return itself | (self.present[:, None, :] & self.present[:, :, None] & ~self.same())
+
+    def public_similarities(self, public: PublicEmbeddings) -> tuple[Tensor, Tensor]:
+        """`[K, M, P]` of texts by public images, `[K, M, Q]` of images by public captions."""
+        return self.texts @ public.images.float().T, self.images @ public.texts.float().T
+
+    def same_as_public(self, public: PublicEmbeddings) -> tuple[Tensor, Tensor]:
+        """`[K, M, P]` and `[K, M, Q]`: whether a pair's own caption is that of the public image, is the public one."""
+        keys = self.captions[:, :, None]
+        known_texts = keys == public.captions_of_texts
+        if public.captions_of_images is None:
+            return torch.zeros_like(keys, dtype=torch.bool), known_texts
+        return keys == public.captions_of_images, known_texts
+
+    def means(self, rows: Tensor) -> Tensor:
+        """`[K, M]` to `[K]`, over the pairs that there are."""
+        return rows.where(self.present, 0).sum(dim=1) / self.counts

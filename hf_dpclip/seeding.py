@@ -16,12 +16,27 @@ def seeded(seed: int) -> Iterator[None]:
     What is drawn for one microbatch then depends neither on how much was drawn for those before it, which would carry
     one record's presence into all of them, nor shows in the generators' state, which checkpoints hold.
     """
+    with preserved_generators():
+        seed_generators(seed)
+        yield
+
+
+@contextmanager
+def preserved_generators() -> Iterator[None]:
+    """The global generators go on afterwards as if nothing had been drawn inside."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
         yield
     random.setstate(python)
     np.random.set_state(numpy)
+
+
+def seed_generators(seed: int) -> None:
+    """The global generators of Python, numpy and torch start from `seed`."""
+    random.seed(seed)
+    np.random.seed(seed)
+    # Not torch.manual_seed, which keeps a stack trace for each accelerator that may yet come into use.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import CLIPModel, ProcessorMixin, ProgressCallback, Trainer
+from torch.utils.data import DataLoader, Dataset
+from transformers import CLIPModel, ProcessorMixin, ProgressCallback, SiglipModel, Trainer
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
@@ -28,6 +28,7 @@ from .guard import StepGuard
 from .model_card import privacy_section
 from .planning import make_plan, steps_per_epoch
 from .privacy import GaussianMechanism, PoissonSampler, PrivacyPlan, PrivacySpent, PrivacyStatement, Randomness
+from .public_negatives import PublicNegatives, encode_public_negatives
 from .reporting import PrivacyCallback, PrivacyProgressCallback
 from .resuming import check_resumable, last_complete_checkpoint
 
@@ -48,6 +49,8 @@ class DPCLIPTrainer(Trainer):
         data_collator (`Callable`, *optional*): collates the records of one microbatch. Defaults to
             [`ImageTextCollator`] if `processing_class` is a processor and the dataset is not yet tokenized.
         train_dataset: map-style dataset of the private records.
+        public_negatives (`list[str]` or `datasets.Dataset`, *optional*): captions, images or pairs, not derived from
+            the private records, with which every microbatch is contrasted too. Allows `microbatch_size=1`.
         kwargs: everything else that [`~transformers.Trainer`] takes.
 
     Raises `ValueError`, before any training, for whatever the guarantee would not cover.
@@ -69,6 +72,7 @@ class DPCLIPTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        public_negatives: list[str] | Dataset | None = None,
         **kwargs,
     ):
         if not isinstance(args, DPTrainingArguments):
@@ -83,6 +87,7 @@ class DPCLIPTrainer(Trainer):
         self.can_return_loss = "return_loss" in forward
         validation.check_environment(self)
         validation.check_model(self.model)
+        self.public_negatives = None if public_negatives is None else self._encode_public(public_negatives)
         self.plan = None if train_dataset is None else self._make_plan()
         self._steps_taken = 0
         # Reasons of the past; those of today follow from the arguments.
@@ -97,13 +102,19 @@ class DPCLIPTrainer(Trainer):
         validation.check_dataset(self.train_dataset)
         if not args.log_private_statistics:
             validation.check_evaluation_data(self.train_dataset, self.eval_dataset)
-        validation.check_loss_is_known(args, self.contrastive_base)
-        contrasts_in_batch = self.can_return_loss and self.compute_loss_func is None
+        validation.check_loss_is_known(args, self.contrastive_base, self.public_negatives)
+        contrasts_in_batch = self.can_return_loss and self.compute_loss_func is None and self.public_negatives is None
         validation.check_loss_decomposes(args.expected_batch_size // args.num_microbatches, contrasts_in_batch)
         if isinstance(self.data_collator, ImageTextCollator):
             self.data_collator.check_columns(list(self.train_dataset[0]))
         self._units = PrivacyUnits(self.train_dataset, args.privacy_unit_column)
         return make_plan(args, len(self._units))
+
+    def _encode_public(self, public: list[str] | Dataset) -> PublicNegatives:
+        validation.check_public(self.train_dataset, public)
+        size = self.args.per_device_train_batch_size
+        chunks = encode_public_negatives(public, self.data_collator, self.processing_class, size)
+        return PublicNegatives(chunks, self.args.public_negatives_gradient, self.args.public_negatives_steps)
 
     @property
     def remaining_steps(self) -> float:
@@ -133,8 +144,8 @@ class DPCLIPTrainer(Trainer):
         return super().get_eval_dataloader(eval_dataset)
 
     @property
-    def contrastive_base(self) -> CLIPModel | None:
-        """The `CLIPModel` in training, if it is its own contrastive loss that is minimised."""
+    def contrastive_base(self) -> CLIPModel | SiglipModel | None:
+        """The `CLIPModel` or `SiglipModel` in training, if it is its own contrastive loss that is minimised."""
         own_loss = self.compute_loss_func is None and type(self).compute_loss is DPCLIPTrainer.compute_loss
         return contrastive_base(self.model) if own_loss else None
 
@@ -176,7 +187,8 @@ class DPCLIPTrainer(Trainer):
         """
         self.model.train()
         self.optimizer.train()
-        self._guard.count_forward_pass()
+        if self._guard.count_forward_pass() == 1 and self.public_negatives is not None:
+            self.public_negatives.begin_step()
         losses = self._forward_pass(inputs)
         if losses and self.args.log_private_statistics:
             return torch.stack(losses).mean()

@@ -5,9 +5,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import Dataset, IterableDataset
-from transformers import CLIPModel, Trainer
+from transformers import PreTrainedModel, Trainer
 
 from .arguments import DPTrainingArguments
+from .public_negatives import PublicNegatives, shared_rows
 
 
 def check_model(model: nn.Module) -> None:
@@ -70,25 +71,46 @@ def check_environment(trainer: Trainer) -> None:
         raise ValueError("the launcher enabled fp16 loss scaling: use --mixed_precision bf16 or no instead.")
 
 
-def check_loss_decomposes(microbatch_size: int, in_batch_negatives: bool) -> None:
+def check_loss_decomposes(microbatch_size: int, in_batch_negatives_only: bool) -> None:
     """Raises `ValueError` where a microbatch of one pair would have nothing to tell it apart from."""
-    if microbatch_size == 1 and in_batch_negatives:
+    if microbatch_size == 1 and in_batch_negatives_only:
         raise ValueError(
-            "microbatch_size=1 leaves a contrastive loss without negatives, so there is nothing to learn from: "
-            "choose a microbatch_size (by default per_device_train_batch_size) of at least 2; 8 is a good start."
+            "microbatch_size=1 leaves a contrastive loss without negatives, so there is nothing to learn from: pass "
+            "public_negatives (captions or images that are not private), or choose a microbatch_size (by default "
+            "per_device_train_batch_size) of at least 2; 8 is a good start."
         )
 
 
-def check_loss_is_known(args: DPTrainingArguments, contrastive_base: CLIPModel | None) -> None:
-    """Raises `ValueError` for what only CLIP's own loss allows."""
+def check_loss_is_known(
+    args: DPTrainingArguments, contrastive_base: PreTrainedModel | None, public_negatives: PublicNegatives | None
+) -> None:
+    """Raises `ValueError` for what only CLIP's and SigLIP's own loss allows."""
     if args.chunked and contrastive_base is None:
         raise ValueError(
             f"microbatch_size={args.microbatch_size} is larger than per_device_train_batch_size="
             f"{args.per_device_train_batch_size}; chunks of a microbatch can only be put together again for CLIPModel "
-            "with its own loss: choose a microbatch_size that divides per_device_train_batch_size."
+            "or SiglipModel with its own loss: choose a microbatch_size that divides per_device_train_batch_size."
         )
     if args.static_shapes and contrastive_base is None:
-        raise ValueError("static_shapes=True needs CLIPModel with its own loss: remove it.")
+        raise ValueError("static_shapes=True needs CLIPModel or SiglipModel with its own loss: remove it.")
+    if public_negatives is not None and contrastive_base is None:
+        raise ValueError("public_negatives need CLIPModel or SiglipModel with its own loss: leave them out.")
+    if args.chunked and args.public_negatives_gradient:
+        raise ValueError(
+            "public_negatives_gradient=True cannot be combined with a microbatch_size larger than "
+            "per_device_train_batch_size: remove one or the other."
+        )
+
+
+def check_public(train_dataset: Dataset, public_negatives: list[str] | Dataset) -> None:
+    """Raises `ValueError` for public negatives that are recognised as private records."""
+    shared = shared_rows(train_dataset, public_negatives)
+    if shared:
+        raise ValueError(
+            f"{shared} of the {len(public_negatives)} public_negatives are records of the private train_dataset: what "
+            "they reveal is not covered by the guarantee. Give images and captions of another source, or remove these "
+            "records from train_dataset."
+        )
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:

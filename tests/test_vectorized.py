@@ -33,6 +33,9 @@ def microbatch(size, length=5, seed=0, mask=False):
     """The seed and the inputs of a microbatch of noise, its texts `length` words long."""
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(1, 47, (size, length), generator=generator)
+    while len(words.unique(dim=0)) < size:
+        # CLIP's own loss, with which this is compared, counts a caption that stands there twice as its own negative.
+        words = torch.randint(1, 47, (size, length), generator=generator)
     input_ids = torch.cat([torch.full((size, 1), BOS), words, torch.full((size, 1), EOS)], dim=1)
     inputs = {
         "pixel_values": torch.randn(size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),

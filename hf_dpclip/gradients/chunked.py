@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses import contrastive_loss
 from ..seeding import seeded
 from .contrastive import ContrastiveModel
 
@@ -39,26 +38,30 @@ def accumulate_chunked_gradient(
 
     Reference: Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup (2021).
     """
-    own = _embeddings(model, chunks)
+    own, captions = _embeddings(model, chunks)
     rows, first = gather(own) if gather else (own, 0)
     if len(rows) == 0:
         return torch.zeros((), device=own.device)
+    captions, _ = gather(captions) if gather else (captions, 0)
     rows.requires_grad_()
-    logit_scale = model.logit_scale if process == 0 else model.logit_scale.detach()
-    loss = contrastive_loss(*rows.chunk(2, dim=1), logit_scale)
+    temperature = model.temperature if process == 0 else [each.detach() for each in model.temperature]
+    loss = model.loss(*rows.chunk(2, dim=1), temperature, captions)
     backward(loss)
     _carry_on(model, chunks, rows.grad[first : first + len(own)])
     return loss.detach()
 
 
-def _embeddings(model: ContrastiveModel, chunks: Iterable[tuple[int, dict[str, Any]]]) -> Tensor:
-    """`[rows, 2 d]`: the image embeddings of all chunks, and beside them the text embeddings."""
-    embeddings = [model.logit_scale.new_empty(0, 2 * model.embedding_size, dtype=torch.float32)]
+def _embeddings(model: ContrastiveModel, chunks: Iterable[tuple[int, dict[str, Any]]]) -> tuple[Tensor, Tensor]:
+    """`[rows, 2 d]`: the image embeddings of all chunks, and beside them the text embeddings; the captions' keys."""
+    device = model.base.logit_scale.device
+    embeddings = [torch.empty(0, 2 * model.embedding_size, device=device)]
+    captions = [torch.empty(0, dtype=torch.int64, device=device)]
     with torch.no_grad():
         for seed, inputs in chunks:
             with seeded(seed):
                 embeddings.append(torch.cat(model.encode(inputs), dim=1).float())
-    return torch.cat(embeddings)
+            captions.append(model.captions(inputs))
+    return torch.cat(embeddings), torch.cat(captions)
 
 
 def _carry_on(model: ContrastiveModel, chunks: Iterable[tuple[int, dict[str, Any]]], gradients: Tensor) -> None:

@@ -1,62 +1,75 @@
-"""What is known of a model whose loss is CLIP's: embeddings, temperature, and how inputs may be filled up."""
+"""What is known of a model with CLIP's or SigLIP's loss: embeddings, temperature, how inputs may be filled up."""
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import CLIPModel
+from transformers import CLIPModel, SiglipModel
 
-from ..losses import contrastive_loss
-from .inputs import filled_up, num_rows, text_length
+from ..losses import PublicEmbeddings, contrastive_losses, sigmoid_losses
+from .inputs import caption_keys, filled_up, num_rows, text_length
 
 
 # Texts are filled up to multiples of this where shapes are static.
 TEXT_STEP = 16
 
 
+class Negatives(Protocol):
+    """Where the embeddings of public negatives come from."""
+
+    def embeddings(self, model: "ContrastiveModel") -> PublicEmbeddings: ...
+
+
 class ContrastiveModel:
-    """A `CLIPModel`, as it is or with adapters.
+    """A `CLIPModel` or `SiglipModel`, as it is or with adapters.
 
     Args:
         model (`nn.Module`): the model as it is called: compiled, under autocast, with adapters.
-        clip (`CLIPModel`): the model inside.
+        base (`CLIPModel` or `SiglipModel`): the model inside.
         prepare_inputs (`Callable`): moves inputs to the device.
         static_shapes (`bool`): whether batches are filled up to a few fixed sizes. The rows that fill them do not take
             part in the loss.
+        public_negatives ([`Negatives`], *optional*): what every microbatch is contrasted with beside its own pairs.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        clip: CLIPModel,
+        base: CLIPModel | SiglipModel,
         prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]],
         static_shapes: bool = False,
+        public_negatives: Negatives | None = None,
     ):
         self.model = model
-        self.clip = clip
+        self.base = base
         self.prepare_inputs = prepare_inputs
         self.static_shapes = static_shapes
+        self.public_negatives = public_negatives
 
     @property
-    def logit_scale(self) -> nn.Parameter:
-        return self.clip.logit_scale
+    def temperature(self) -> list[nn.Parameter]:
+        """What turns similarities into logits: the logarithm of their scale, and SigLIP's bias."""
+        scale_and_bias = [self.base.logit_scale]
+        return [*scale_and_bias, self.base.logit_bias] if isinstance(self.base, SiglipModel) else scale_and_bias
 
     @property
     def embedding_size(self) -> int:
-        return self.clip.config.projection_dim
+        config = self.base.config
+        return config.vision_config.hidden_size if isinstance(self.base, SiglipModel) else config.projection_dim
 
     @property
     def pad_token_id(self) -> int:
-        return self.clip.config.text_config.pad_token_id
+        return self.base.config.text_config.pad_token_id
 
     def prepared(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs on the device, filled up if shapes are static."""
         inputs = self.prepare_inputs(inputs)
         if not self.static_shapes:
             return inputs
-        longest = self.clip.config.text_config.max_position_embeddings
+        longest = self.base.config.text_config.max_position_embeddings
         length = min(_next_multiple(text_length(inputs), TEXT_STEP), longest)
         return filled_up(inputs, static_rows(num_rows(inputs)), length, self.pad_token_id)
 
@@ -65,15 +78,41 @@ class ContrastiveModel:
         outputs = self.model(**self.prepared(inputs))
         return outputs.image_embeds[: num_rows(inputs)], outputs.text_embeds[: num_rows(inputs)]
 
+    def embed_images(self, inputs: dict[str, Any]) -> Tensor:
+        """Normalised embeddings of images alone, `[rows, d]`, float32."""
+        return F.normalize(self.base.get_image_features(**self.prepare_inputs(inputs)).pooler_output.float(), dim=1)
+
+    def embed_texts(self, inputs: dict[str, Any]) -> Tensor:
+        """Normalised embeddings of texts alone, `[rows, d]`, float32."""
+        return F.normalize(self.base.get_text_features(**self.prepare_inputs(inputs)).pooler_output.float(), dim=1)
+
+    def captions(self, inputs: dict[str, Any]) -> Tensor:
+        """`[rows]`: equal where captions are."""
+        return caption_keys(inputs, self.pad_token_id).to(self.base.logit_scale.device)
+
+    def losses(
+        self, image_embeds: Tensor, text_embeds: Tensor, temperatures: list[Tensor], sizes: list[int], captions: Tensor
+    ) -> Tensor:
+        """The loss of each microbatch, `[K]`; of `temperatures` each has one entry for each microbatch."""
+        function = sigmoid_losses if isinstance(self.base, SiglipModel) else contrastive_losses
+        public = None if self.public_negatives is None else self.public_negatives.embeddings(self)
+        return function(image_embeds, text_embeds, *temperatures, sizes, captions, public)
+
+    def loss(self, image_embeds: Tensor, text_embeds: Tensor, temperature: list[Tensor], captions: Tensor) -> Tensor:
+        """The same for one microbatch, a scalar."""
+        temperatures = [each.view(1) for each in temperature]
+        return self.losses(image_embeds, text_embeds, temperatures, [len(image_embeds)], captions)[0]
+
     def compute_loss(self, inputs: dict[str, Any]) -> Tensor:
-        """The contrastive loss of one microbatch, a scalar."""
-        return contrastive_loss(*self.encode(inputs), self.logit_scale)
+        """The loss of one microbatch, a scalar, from its inputs."""
+        return self.loss(*self.encode(inputs), self.temperature, self.captions(inputs))
 
 
-def contrastive_base(model: nn.Module) -> CLIPModel | None:
-    """The `CLIPModel` in a model, if there is one and it has the loss that it came with."""
+def contrastive_base(model: nn.Module) -> CLIPModel | SiglipModel | None:
+    """The `CLIPModel` or `SiglipModel` in a model, if there is one and it has the loss that it came with."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return base if isinstance(base, CLIPModel) and type(base).forward is CLIPModel.forward else None
+    known = next((kind for kind in (CLIPModel, SiglipModel) if isinstance(base, kind)), None)
+    return base if known is not None and type(base).forward is known.forward else None
 
 
 def static_rows(rows: int) -> int:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +20,23 @@ def num_rows(inputs: dict[str, Any]) -> int:
 def text_length(inputs: dict[str, Any]) -> int:
     """Tokens of the longest text."""
     return inputs["input_ids"].shape[1]
+
+
+def caption_keys(inputs: dict[str, Any], pad_token_id: int) -> Tensor:
+    """`[rows]`, int64: equal for equal texts, however far they are filled up; different texts differ, but for chance.
+
+    Hashes, since texts of different chunks, or private and public ones, are never seen side by side.
+    """
+    input_ids = inputs["input_ids"].long()
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    in_text = inputs["attention_mask"] != 0 if "attention_mask" in inputs else input_ids != pad_token_id
+    # Texts may also be filled up with their last token: its repetitions at the end are left out, and so is itself.
+    last = (positions * in_text).amax(dim=1, keepdim=True)
+    ends_before = ((input_ids != input_ids.gather(1, last)) & in_text) * positions
+    in_text = positions <= ends_before.amax(dim=1, keepdim=True)
+    # Multilinear hashing modulo 2^64, with a random odd factor for each position.
+    factors = np.random.Generator(np.random.PCG64(0)).integers(2**63, size=len(positions)) * 2 + 1
+    return ((input_ids + 1) * in_text * torch.from_numpy(factors).to(input_ids.device)).sum(dim=1)
 
 
 def concatenated(batches: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:

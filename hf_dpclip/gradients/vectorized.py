@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import activation
 
-from ..losses import contrastive_losses
 from ..seeding import seeded
 from .contrastive import ContrastiveModel
 from .factored import Dense, Outer, Sparse
@@ -79,23 +78,23 @@ def microbatch_gradients(
     """
     microbatches = sorted(microbatches, key=lambda microbatch: num_rows(microbatch[1]))
     sizes = [num_rows(inputs) for _, inputs in microbatches]
-    inputs = model.prepared(concatenated([inputs for _, inputs in microbatches], model.pad_token_id))
-    parameters = [parameter for parameter in model.clip.parameters() if parameter.requires_grad]
+    unfilled = concatenated([inputs for _, inputs in microbatches], model.pad_token_id)
+    inputs = model.prepared(unfilled)
+    parameters = [parameter for parameter in model.base.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.grad = None
-    device = model.logit_scale.device
+    device = parameters[0].device
     generators = [torch.Generator(device).manual_seed(seed) for seed, _ in microbatches]
     own_shapes = not model.static_shapes and len({text_length(inputs) for _, inputs in microbatches}) == 1
     recording = Recording(Layout(sizes, num_rows(inputs), device), generators, own_shapes)
-    # One scale for each microbatch, so that its gradient arrives for each.
-    logit_scales = model.logit_scale.detach().float().repeat(len(sizes))
-    logit_scales.requires_grad_(model.logit_scale.requires_grad)
+    temperatures = [_one_for_each(each, len(sizes)) for each in model.temperature]
     outputs = _forward(model.model, inputs, recording)
-    losses = contrastive_losses(outputs.image_embeds, outputs.text_embeds, logit_scales, sizes)
+    losses = model.losses(outputs.image_embeds, outputs.text_embeds, temperatures, sizes, model.captions(unfilled))
     backward(losses.sum())
-    if logit_scales.grad is not None:
-        recording.record(model.logit_scale, Dense(logit_scales.grad))
-    _check_no_gradient_arrived(model.clip)
+    for parameter, of_each in zip(model.temperature, temperatures):
+        if of_each.grad is not None:
+            recording.record(parameter, Dense(of_each.grad))
+    _check_no_gradient_arrived(model.base)
     return losses.detach(), MicrobatchGradients(parameters, recording)
 
 
@@ -113,6 +112,11 @@ def _is_row_wise(module: nn.Module) -> bool:
     kind = type(module)
     is_activation = kind.__module__ == activation.__name__ and kind is not nn.MultiheadAttention
     return kind in ROW_WISE or kind in CONTAINERS or is_activation or kind.__module__ in ROW_WISE_FILES
+
+
+def _one_for_each(parameter: nn.Parameter, count: int) -> Tensor:
+    """A scalar repeated, so that its gradient arrives for each microbatch."""
+    return parameter.detach().float().repeat(count).requires_grad_(parameter.requires_grad)
 
 
 def _forward(model: nn.Module, inputs: dict[str, Any], recording: Recording) -> Any:

@@ -1,0 +1,144 @@
+"""Public images and captions as negatives: what a private pair alone can be contrasted with."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset, Image
+from transformers import BatchEncoding
+
+from .data import ImageTextCollator
+from .gradients import ContrastiveModel
+from .gradients.inputs import num_rows
+from .losses import PublicEmbeddings
+
+
+IMAGE_INPUTS = ("pixel_values",)
+
+
+class PublicNegatives:
+    """Encodes public negatives in chunks, with the weights as they are.
+
+    They must not be derived from the private records: then they are constants of the mechanism, and a microbatch of
+    one pair has something to be contrasted with, so that the sensitivity is C (`docs/privacy.md`, "Public negatives").
+
+    Args:
+        chunks (`list[dict]`): collated inputs of images, of captions, or of both side by side.
+        with_gradient (`bool`): whether the loss reaches the encoders through the negatives too.
+        steps (`int`): optimizer steps for which embeddings without gradient are kept.
+    """
+
+    def __init__(self, chunks: list[dict[str, Any]], with_gradient: bool = False, steps: int = 1):
+        self.chunks = [
+            {name: value for name, value in dict(chunk).items() if name != "return_loss"} for chunk in chunks
+        ]
+        self.with_gradient = with_gradient
+        self.steps = steps
+        self._steps_left = 0
+        self._kept: PublicEmbeddings | None = None
+
+    def __len__(self) -> int:
+        """Public records."""
+        return sum(num_rows(chunk) for chunk in self.chunks)
+
+    def begin_step(self) -> None:
+        """To be called before the first forward pass of every optimizer step."""
+        if self._steps_left == 0:
+            self._kept, self._steps_left = None, self.steps
+        self._steps_left -= 1
+
+    def embeddings(self, model: ContrastiveModel) -> PublicEmbeddings:
+        """With gradient: of now. Without: those of the last step in which they were encoded."""
+        if self.with_gradient:
+            return self._encode(model)
+        if self._kept is None:
+            was_training = model.base.training
+            model.base.eval()
+            with torch.no_grad():
+                self._kept = self._encode(model)
+            model.base.train(was_training)
+        return self._kept
+
+    def _encode(self, model: ContrastiveModel) -> PublicEmbeddings:
+        nothing = torch.empty(0, model.embedding_size, device=model.base.logit_scale.device)
+        images, texts, keys = [nothing], [nothing], [torch.empty(0, dtype=torch.int64, device=nothing.device)]
+        for chunk in self.chunks:
+            of_images = {name: value for name, value in chunk.items() if name in IMAGE_INPUTS}
+            of_texts = {name: value for name, value in chunk.items() if name not in IMAGE_INPUTS}
+            if of_images:
+                images.append(model.embed_images(of_images))
+            if of_texts:
+                texts.append(model.embed_texts(of_texts))
+                keys.append(model.captions(of_texts))
+        captions = torch.cat(keys)
+        embedded = torch.cat(images), torch.cat(texts)
+        paired = len(embedded[0]) == len(captions)
+        return PublicEmbeddings(*embedded, captions if paired else None, captions)
+
+
+def encode_public_negatives(
+    public: list[str] | Dataset, collator: Callable, processor: Any, batch_size: int
+) -> list[dict[str, Any]]:
+    """The collated chunks of public captions, images or pairs.
+
+    Args:
+        public (`list[str]` or `Dataset`): captions; or records with the private ones' column of images, that of
+            captions, or both.
+        collator (`Callable`): that of the private records.
+        processor: tokenizer or processor, for captions.
+        batch_size (`int`): records in a chunk.
+
+    Raises `ValueError` for anything else, and where there is nothing.
+    """
+    if len(public) == 0:
+        raise ValueError("public_negatives is empty: give captions, images or pairs, or leave it out.")
+    if isinstance(public, list) and all(isinstance(caption, str) for caption in public):
+        processor = collator.processor if isinstance(collator, ImageTextCollator) else processor
+        if processor is None:
+            raise ValueError("public_negatives are captions, which need processing_class=processor to be encoded.")
+        return [_encoded_texts(processor, captions) for captions in _batches(public, batch_size)]
+    if isinstance(public, Dataset):
+        if isinstance(collator, ImageTextCollator):
+            collator = collator.for_public(public.column_names)
+        return [dict(collator([*records])) for records in _batches(public, batch_size)]
+    raise ValueError(
+        f"public_negatives is a {type(public).__name__}: give a list of captions, or a datasets.Dataset with the "
+        "image column, the caption column or both."
+    )
+
+
+def shared_rows(private: Any, public: Any) -> int:
+    """How many rows of a public dataset are recognised as private ones, by their images.
+
+    Captions are not looked at: class prompts are public and stand in every labelled dataset.
+    """
+    if not isinstance(private, Dataset) or not isinstance(public, Dataset):
+        return 0
+    if private is public or private._fingerprint == public._fingerprint:
+        return len(public)
+    columns = [name for name in public.column_names if _holds_images(public, name) and name in private.column_names]
+    return max((len(_digests(private, name) & _digests(public, name)) for name in columns), default=0)
+
+
+def _holds_images(dataset: Dataset, column: str) -> bool:
+    return isinstance(dataset.features[column], Image) or column in IMAGE_INPUTS
+
+
+def _digests(dataset: Dataset, column: str) -> set[bytes]:
+    dataset = dataset.select_columns([column])
+    if isinstance(dataset.features[column], Image):
+        values = dataset.cast_column(column, Image(decode=False)).with_format(None)[column]
+        return {hashlib.sha256(value["bytes"] or value["path"].encode()).digest() for value in values}
+    values = dataset.with_format("numpy")[column]
+    return {hashlib.sha256(value.tobytes()).digest() for value in values}
+
+
+def _encoded_texts(processor: Any, captions: list[str]) -> BatchEncoding:
+    return processor(text=captions, padding=True, truncation=True, return_tensors="pt")
+
+
+def _batches(records: Any, size: int) -> Iterator[Any]:
+    for start in range(0, len(records), size):
+        rows = range(start, min(start + size, len(records)))
+        yield records[start : rows.stop] if isinstance(records, list) else [records[row] for row in rows]

@@ -1,0 +1,181 @@
+"""Public negatives: constants of the mechanism, with which one private pair is enough for a microbatch."""
+
+import numpy as np
+import pytest
+import torch
+from checks import check_bounded, flat_weights, one_update
+from datasets import Dataset
+from factories import IMAGE_SIZE, arguments, pairs, tiny_clip, tiny_processor
+from PIL import Image
+
+from hf_dpclip import DPCLIPTrainer, ImageTextCollator
+from hf_dpclip.gradients import ContrastiveModel, contrastive_base
+from hf_dpclip.public_negatives import PublicNegatives, encode_public_negatives, shared_rows
+
+
+CAPTIONS = ["a cat", "a dog", "a cow", "an owl"]
+EVERYONE = {"per_device_train_batch_size": 8, "microbatch_size": 1, "non_private": True}
+
+
+def raw_pairs(n: int, seed: int = 0) -> Dataset:
+    generator = np.random.default_rng(seed)
+    images = [
+        Image.fromarray(generator.integers(256, size=(IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)) for _ in range(n)
+    ]
+    return Dataset.from_dict({"image": images, "text": [CAPTIONS[i % len(CAPTIONS)] for i in range(n)]})
+
+
+def trainer_of(tmp_path, train_dataset, public_negatives, model=None, **overrides):
+    return DPCLIPTrainer(
+        tiny_clip() if model is None else model,
+        arguments(tmp_path, **{**EVERYONE, "remove_unused_columns": False, **overrides}),
+        train_dataset=train_dataset,
+        processing_class=tiny_processor(),
+        public_negatives=public_negatives,
+    )
+
+
+def update(tmp_path, train_dataset, public_negatives, **overrides) -> torch.Tensor:
+    """What one SGD step of learning rate 1 subtracts from the weights, times K: the sum of clipped gradients."""
+    model = tiny_clip()
+    settings = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_steps": 1}
+    trainer = trainer_of(tmp_path, train_dataset, public_negatives, model, **{**settings, **overrides})
+    before = flat_weights(model)
+    trainer.train()
+    return trainer.plan.num_microbatches * (before - flat_weights(model))
+
+
+def encoded(negatives: PublicNegatives, model) -> tuple:
+    embeddings = negatives.embeddings(ContrastiveModel(model, contrastive_base(model), dict))
+    return embeddings.images, embeddings.texts
+
+
+@pytest.mark.parametrize("public", [CAPTIONS, raw_pairs(5, seed=1), raw_pairs(5, seed=1).select_columns(["image"])])
+def test_one_pair_alone_moves_the_sum_by_at_most_c(tmp_path, public):
+    """Neighbouring datasets, everyone drawn: the sensitivity is C, and the bound is reached."""
+    records = raw_pairs(8)
+    with_it = update(tmp_path, records, public, max_grad_norm=0.01)
+    # Everyone again, since q is 1 in both.
+    without = update(tmp_path, records.select(range(7)), public, max_grad_norm=0.01, per_device_train_batch_size=7)
+    difference = with_it - without
+    check_bounded(difference, 0.01 * 1.01)
+    assert float(difference.norm()) > 0.009
+
+
+def test_the_plan_has_sensitivity_c(tmp_path):
+    plan = trainer_of(tmp_path, raw_pairs(8), CAPTIONS).plan
+    assert (plan.sensitivity, plan.num_microbatches) == (plan.max_grad_norm, 8)
+
+
+def test_without_negatives_one_pair_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="public_negatives"):
+        trainer_of(tmp_path, raw_pairs(8), None)
+
+
+def test_all_at_once_computes_what_one_by_one_computes(tmp_path, monkeypatch):
+    records = raw_pairs(8)
+    together = update(tmp_path, records, CAPTIONS)
+    monkeypatch.setattr("hf_dpclip.forward_pass.obstacle", lambda model: "told so")
+    alone = update(tmp_path, records, CAPTIONS)
+    assert torch.allclose(together, alone, atol=1e-4)
+
+
+def test_microbatches_of_several_pairs_and_chunks_use_them_too(tmp_path):
+    records = raw_pairs(8)
+    whole = update(tmp_path, records, CAPTIONS, microbatch_size=8)
+    in_chunks = update(
+        tmp_path, records, CAPTIONS, microbatch_size=8, per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )
+    without = update(tmp_path, records, None, microbatch_size=8)
+    assert torch.allclose(whole, in_chunks, atol=1e-4)
+    assert not torch.allclose(whole, without, atol=1e-2)
+
+
+def test_with_gradient_the_text_encoder_learns_from_them(tmp_path):
+    images_only = raw_pairs(8)
+    constant = update(tmp_path, images_only, CAPTIONS)
+    learning = update(tmp_path, images_only, CAPTIONS, public_negatives_gradient=True)
+    assert not torch.allclose(constant, learning, atol=1e-3)
+
+
+def test_they_are_encoded_every_so_many_steps():
+    model, chunks = tiny_clip(), encode_public_negatives(CAPTIONS, None, tiny_processor(), batch_size=3)
+    negatives = PublicNegatives(chunks, steps=2)
+    seen = []
+    for _ in range(4):
+        negatives.begin_step()
+        seen.append(encoded(negatives, model)[1])
+        with torch.no_grad():
+            model.text_projection.weight.add_(torch.randn_like(model.text_projection.weight))
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[3])
+    assert not torch.equal(seen[1], seen[2])
+
+
+def test_chunks_do_not_change_the_embeddings():
+    model = tiny_clip().eval()
+    few = PublicNegatives(encode_public_negatives(CAPTIONS, None, tiny_processor(), batch_size=1))
+    all_together = PublicNegatives(encode_public_negatives(CAPTIONS, None, tiny_processor(), batch_size=9))
+    assert torch.allclose(encoded(few, model)[1], encoded(all_together, model)[1], atol=1e-5)
+    assert len(few) == len(all_together) == 4
+
+
+def test_encoding_them_leaves_the_model_in_training():
+    model = tiny_clip().train()
+    encoded(PublicNegatives(encode_public_negatives(CAPTIONS, None, tiny_processor(), 4)), model)
+    assert model.training and model.vision_model.training
+
+
+@pytest.mark.parametrize("rows", [slice(0, 8), slice(3, 4)])
+def test_private_records_are_recognised(tmp_path, rows):
+    private = raw_pairs(8)
+    public = private.select(range(8)[rows])
+    assert shared_rows(private, public) == len(range(8)[rows])
+    with pytest.raises(ValueError, match="are records of the private train_dataset"):
+        trainer_of(tmp_path, private, public)
+
+
+def test_encoded_private_records_are_recognised():
+    private = pairs(8)
+    assert shared_rows(private, private.select([2, 5])) == 2
+    assert shared_rows(private, pairs(8, seed=1)) == 0
+
+
+def test_class_prompts_are_public_although_they_are_the_captions():
+    assert shared_rows(raw_pairs(8), CAPTIONS) == 0
+
+
+@pytest.mark.parametrize(
+    ("public", "message"),
+    [
+        ([], "is empty"),
+        ("a cat", "is a str: give a list of captions"),
+        ([1, 2], "is a list: give a list of captions"),
+        (Dataset.from_dict({"words": ["a cat"]}), "neither 'image' nor 'text'"),
+    ],
+)
+def test_what_is_no_negative_is_refused(public, message):
+    with pytest.raises(ValueError, match=message):
+        encode_public_negatives(public, ImageTextCollator(tiny_processor()), None, 4)
+
+
+def test_captions_need_a_tokenizer():
+    with pytest.raises(ValueError, match="processing_class"):
+        encode_public_negatives(CAPTIONS, None, None, 4)
+
+
+def test_the_noise_is_that_of_one_pair(tmp_path):
+    """σC, not 2σC, and every pair counts: the mean update of many identical runs is not what is looked at here."""
+    model = tiny_clip()
+    released, trainer = one_update(
+        tmp_path,
+        model,
+        trainer_class=lambda model, args, train_dataset: DPCLIPTrainer(
+            model, args, train_dataset=train_dataset, processing_class=tiny_processor(), public_negatives=CAPTIONS
+        ),
+        microbatch_size=1,
+        noise_multiplier=3.0,
+        max_grad_norm=1e-3,
+    )
+    expected = trainer.plan.noise_multiplier * trainer.plan.max_grad_norm
+    measured = float((released * trainer.plan.num_microbatches).std())
+    assert measured == pytest.approx(expected, rel=0.05)
