@@ -70,6 +70,13 @@ class ExampleArguments:
     caption_column: str | None = field(default=None, metadata={"help": "Column with the captions."})
     label_column: str | None = field(default=None, metadata={"help": "Column with class labels, instead of captions."})
     prompt_template: str | None = field(default=None, metadata={"help": "Caption of a class: 'a photo of a {}'."})
+    public_negatives: str | None = field(
+        default=None,
+        metadata={
+            "help": "What every microbatch is contrasted with too, and what --microbatch_size 1 needs: class_prompts, "
+            "or public captions or images, named as for --dataset_name, in the columns of the private ones."
+        },
+    )
     train_split: str = field(default="train", metadata={"help": "Split with the private records."})
     eval_split: str = field(
         default="test", metadata={"help": "Split to evaluate on; if absent, 10 % of the records are held out."}
@@ -136,6 +143,7 @@ def prepare(arguments: ExampleArguments, args: DPTrainingArguments) -> Job:
         train_dataset,
         eval_dataset,
         processor,
+        public_negatives=load_public_negatives(arguments, prompts),
     )
 
     def accuracy(model) -> float:
@@ -177,6 +185,18 @@ def load_data(arguments: ExampleArguments) -> tuple[Dataset, Dataset, list[str] 
     arguments.caption_column = "caption"
     train, held_out = (caption_by_label(split, arguments.label_column, template) for split in (train, held_out))
     return train, held_out, class_prompts(train.features[arguments.label_column].names, template)
+
+
+def load_public_negatives(arguments: ExampleArguments, prompts: list[str] | None) -> list[str] | Dataset | None:
+    if arguments.public_negatives != "class_prompts":
+        name = arguments.public_negatives
+        return name and next(iter(load_pairs(name, arguments.image_column).values()))
+    if prompts is None:
+        raise ValueError(
+            "--public_negatives class_prompts needs classes: name a column of class labels with --label_column, or a "
+            "file of public captions."
+        )
+    return prompts
 
 
 def load_splits(arguments: ExampleArguments) -> DatasetDict:
