@@ -9,12 +9,15 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME_OF = {
+    "CLIPForVisualQuestionAnswering": "models",
+    "CLIPVQAConfig": "models",
     "DPCLIPTrainer": "trainer",
     "DPTrainingArguments": "arguments",
     "ImageTextCollator": "data",
     "PrivacyPlan": "privacy",
     "PrivacySpent": "privacy",
     "PrivacyStatement": "privacy",
+    "VisualQuestionCollator": "data",
     "lora_config": "models",
 }
 

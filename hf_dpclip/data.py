@@ -1,4 +1,4 @@
-"""Loading, captioning and collating image-text pairs."""
+"""Loading, captioning and collating images with texts: captions, or questions and answers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -75,8 +75,59 @@ class ImageTextCollator:
         if missing:
             raise ValueError(
                 f"the dataset has no column {missing[0]!r} (it has {sorted(names)}): pass "
-                "data_collator=ImageTextCollator(processor, image_column=..., text_column=...) with its own names."
+                f"data_collator={type(self).__name__}(processor, {self._arguments}) with its own names."
             )
+
+    @property
+    def _arguments(self) -> str:
+        return "image_column=..., text_column=..."
+
+
+@dataclass(kw_only=True)
+class VisualQuestionCollator(ImageTextCollator):
+    """Turns records with an image, a question and its answer into a batch with `labels`.
+
+    Args:
+        processor ([`~transformers.ProcessorMixin`]): tokenizer and image processor.
+        label2id (`dict[str, int]`): the label of each answer, `model.config.label2id`.
+        image_column (`str`, *optional*, defaults to `"image"`): PIL images, decoded by `datasets`.
+        text_column (`str`, *optional*, defaults to `"question"`): questions.
+        answer_column (`str`, *optional*, defaults to `"answer"`): answers, as strings.
+
+    Raises `ValueError` in training for an answer that has no label.
+
+    Example:
+        ```python
+        collator = VisualQuestionCollator(processor, label2id=model.config.label2id)
+        trainer = DPCLIPTrainer(model, args, collator, train_dataset)
+        ```
+    """
+
+    label2id: dict[str, int]
+    text_column: str = "question"
+    answer_column: str = "answer"
+
+    @property
+    def columns(self) -> list[str]:
+        """As in [`ImageTextCollator`]."""
+        return [*super().columns, self.answer_column]
+
+    def __call__(self, records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = super().__call__(records)
+        batch["labels"] = torch.tensor([self._label(record[self.answer_column]) for record in records])
+        return batch
+
+    def _label(self, answer: str) -> int:
+        if answer not in self.label2id:
+            raise ValueError(
+                f"answer {answer!r} is none of the {len(self.label2id)} answers that the model can give: leave such "
+                "records out, or make the model with CLIPForVisualQuestionAnswering.from_clip(clip, answers=[...])."
+            )
+        return self.label2id[answer]
+
+    @property
+    def _arguments(self) -> str:
+        return "label2id=..., image_column=..., text_column=..., answer_column=..."
 
 
 def class_prompts(class_names: list[str], template: str = "a photo of a {}.") -> list[str]:

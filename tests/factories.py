@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from hf_dpclip import DPTrainingArguments
+from hf_dpclip import CLIPForVisualQuestionAnswering, DPTrainingArguments
 
 
 try:
@@ -19,6 +19,7 @@ except ModuleNotFoundError:
 BOS, EOS, PAD = 48, 49, 0
 VOCABULARY = 50
 IMAGE_SIZE = 8
+ANSWERS = ["yes", "no", "red"]
 
 
 def tiny_clip(seed: int = 0) -> CLIPModel:
@@ -32,6 +33,11 @@ def tiny_clip(seed: int = 0) -> CLIPModel:
         projection_dim=8,
     )
     return CLIPModel(config)
+
+
+def tiny_clip_vqa(seed: int = 0) -> CLIPForVisualQuestionAnswering:
+    """[`tiny_clip`] with a head for three answers."""
+    return CLIPForVisualQuestionAnswering.from_clip(tiny_clip(seed), ANSWERS, head_hidden_size=8)
 
 
 def tiny_processor() -> CLIPProcessor:
@@ -55,6 +61,11 @@ def pairs(n: int, seed: int = 0) -> Dataset:
     pixel_values = torch.randn(n, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     columns = {"pixel_values": pixel_values.numpy(), "input_ids": input_ids.numpy()}
     return Dataset.from_dict(columns).with_format("torch")
+
+
+def answered_questions(n: int, seed: int = 0) -> Dataset:
+    """[`pairs`] in which the text is a question, with the number of its answer."""
+    return pairs(n, seed).add_column("labels", [number % len(ANSWERS) for number in range(n)])
 
 
 def arguments(output_dir, **overrides) -> DPTrainingArguments:

@@ -4,8 +4,19 @@ import math
 
 import pytest
 import torch
+from checks import one_update
 from datasets import Dataset
-from factories import BOS, EOS, IMAGE_SIZE, PAD, VOCABULARY, pairs, tiny_clip
+from factories import (
+    BOS,
+    EOS,
+    IMAGE_SIZE,
+    PAD,
+    VOCABULARY,
+    answered_questions,
+    pairs,
+    tiny_clip,
+    tiny_clip_vqa,
+)
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -22,6 +33,7 @@ from transformers import (
 )
 
 from hf_dpclip import DPTrainingArguments, PrivacyStatement, lora_config
+from hf_dpclip.metrics import VQAAccuracy
 
 
 LAYER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -65,6 +77,7 @@ MODELS = {
     "siglip": (tiny_siglip, pairs),
     "dual_encoder": (tiny_dual_encoder, pairs),
     "blip_question_answering": (tiny_blip, questions),
+    "clip_question_answering": (tiny_clip_vqa, answered_questions),
 }
 EACH_MODEL = pytest.mark.parametrize(("make_model", "make_dataset"), MODELS.values(), ids=MODELS)
 
@@ -133,11 +146,39 @@ def test_without_noise_the_loss_on_training_pairs_falls(make_trainer, make_model
     assert trainer.evaluate()["eval_loss"] < 0.9 * before
 
 
-def test_a_loss_over_labels_may_be_clipped_per_example(make_trainer):
-    trainer = make_trainer(tiny_blip(), questions(64), microbatch_size=1)
-    trainer.train()
-    assert trainer.plan.num_microbatches == 8
-    assert trainer.plan.sensitivity == trainer.plan.max_grad_norm
+QUESTION_ANSWERING = {name: models for name, models in MODELS.items() if name.endswith("question_answering")}
+
+
+@pytest.mark.parametrize(("make_model", "make_dataset"), QUESTION_ANSWERING.values(), ids=QUESTION_ANSWERING)
+def test_a_loss_over_labels_may_be_clipped_per_example(tmp_path, make_model, make_dataset):
+    # With B = n every record takes part.
+    settings = {"per_device_train_batch_size": 6, "microbatch_size": 1, "max_grad_norm": 0.5, "non_private": True}
+    model, dataset = make_model(), make_dataset(6)
+    expected = torch.stack([clipped_gradient(model, dataset[[i]], 0.5) for i in range(6)]).mean(dim=0)
+    update, trainer = one_update(tmp_path, model, dataset, **settings)
+    assert torch.allclose(update, expected, atol=1e-6) and expected.norm() > 0.01
+    assert (trainer.plan.num_microbatches, trainer.plan.sensitivity) == (6, 0.5)
+
+
+def clipped_gradient(model: nn.Module, record: dict, bound: float) -> torch.Tensor:
+    model.zero_grad()
+    model.train()(**record).loss.backward()
+    gradient = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters() if p.requires_grad]
+    flat = torch.cat([g.double().flatten() for g in gradient])
+    model.zero_grad()
+    return flat * min(1, bound / float(flat.norm()))
+
+
+def test_a_generative_model_learns_to_answer(make_trainer):
+    model, dataset = tiny_blip(), questions(4)
+    settings = {"max_steps": 60, "learning_rate": 0.02, "per_device_train_batch_size": 4, "microbatch_size": 2}
+    make_trainer(model, dataset, non_private=True, lr_scheduler_type="constant", **settings).train()
+    inputs = dataset[:]
+    # The decoder starts with the first token of the labels and answers with the two that follow.
+    truth = inputs.pop("labels")
+    generated = model.eval().generate(**inputs, max_new_tokens=2)
+    spelled = [[" ".join(map(str, row)) for row in rows[:, 1:3].tolist()] for rows in (generated, truth)]
+    assert VQAAccuracy().compute(predictions=spelled[0], references=spelled[1]) == {"vqa_accuracy": 1.0}
 
 
 def test_a_pair_of_towers_has_a_loss_only_if_the_trainer_asks_for_it(make_trainer):
@@ -272,12 +313,14 @@ def test_bfloat16_weights_are_saved_as_such(make_trainer, tmp_path):
 # ---- Options of the Trainer ----
 
 
-def test_activation_checkpointing_changes_nothing(make_trainer, weights_of):
+@pytest.mark.parametrize("name", ["clip", "clip_question_answering"])
+def test_activation_checkpointing_changes_nothing(make_trainer, weights_of, name):
+    make_model, make_dataset = MODELS[name]
     # transformers renamed the argument within the releases that are supported.
     names = {"activation_checkpointing", "gradient_checkpointing"} & DPTrainingArguments.__dataclass_fields__.keys()
     trained = []
     for checkpointing in (False, True):
-        trainer = make_trainer(tiny_clip(), noise_seed=1, **{min(names): checkpointing})
+        trainer = make_trainer(make_model(), make_dataset(64), noise_seed=1, **{min(names): checkpointing})
         trainer.train()
         trained.append(weights_of(trainer.model))
     torch.testing.assert_close(*trained)

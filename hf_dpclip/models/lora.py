@@ -5,6 +5,8 @@ import re
 from peft import LoraConfig
 from torch import nn
 
+from .clip_vqa import CLIPForVisualQuestionAnswering
+
 
 # Attention inputs of both towers, by the names that the dual encoders of `transformers` give them, and the projections
 # into the shared space.
@@ -16,10 +18,11 @@ def lora_config(model: nn.Module, r: int = 8, lora_alpha: float | None = None, *
 
     The noise of a step grows with the root of the number of trainable parameters, so few is better. The projections
     are adapted like any other layer rather than trained in full. `logit_scale` stays frozen: one scalar whose gradient
-    can take up most of the clipping norm, and which noise would move at random.
+    can take up most of the clipping norm, and which noise would move at random. The head of a
+    [`CLIPForVisualQuestionAnswering`], which starts at random, is trained in full and saved with the adapters.
 
     Args:
-        model (`nn.Module`): a `CLIPModel` or another dual encoder.
+        model (`nn.Module`): a `CLIPModel` or another dual encoder, or a [`CLIPForVisualQuestionAnswering`].
         r (`int`, *optional*, defaults to 8): rank.
         lora_alpha (`float`, *optional*, defaults to `2 * r`): scale.
         kwargs: further fields of [`peft.LoraConfig`].
@@ -37,6 +40,8 @@ def lora_config(model: nn.Module, r: int = 8, lora_alpha: float | None = None, *
             f"{type(model).__name__} has no query, value or projection layers that are known by name: pass a "
             "peft.LoraConfig with target_modules of your own to peft.get_peft_model."
         )
+    if isinstance(model, CLIPForVisualQuestionAnswering):
+        kwargs = {"modules_to_save": ["head"], **kwargs}
     return LoraConfig(r=r, lora_alpha=lora_alpha or 2 * r, target_modules=_ADAPTED.pattern, **kwargs)
 
 
