@@ -17,6 +17,7 @@ import math
 import random
 import string
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -355,12 +356,12 @@ def contrastive_loss(
     return (image_loss + text_loss) / 2
 
 
-def train(model: CLIPModel, tokenizer: CLIPTokenizer, concepts: list[Concept], args: Namespace) -> None:
+def train(model: CLIPModel, tokenizer: CLIPTokenizer, draw_batch: Callable, args: Namespace) -> None:
     """Fit the model to random pictures that are drawn anew in every step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
     schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
     for step in range(1, args.steps + 1):
-        loss = contrastive_loss(model, tokenizer, *random_batch(concepts, args.batch_size))
+        loss = contrastive_loss(model, tokenizer, *draw_batch(args.batch_size))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -378,7 +379,7 @@ def main() -> None:
     concepts = build_concepts()
     tokenizer = train_tokenizer(tokenizer_corpus(concepts))
     model = build_model(tokenizer)
-    train(model, tokenizer, concepts, args)
+    train(model, tokenizer, lambda size: random_batch(concepts, size), args)
     model.save_pretrained(args.output_dir)
     build_processor(tokenizer).save_pretrained(args.output_dir)
 

@@ -219,12 +219,12 @@ def private_and_held_out(splits: DatasetDict, arguments: ExampleArguments) -> li
     return [dataset.select(range(min(len(dataset), limit or len(dataset)))) for dataset, limit in zip(pair, limits)]
 
 
-def train_without_privacy(job: Job):
-    """What the same start, data and number of epochs give with the ordinary `Trainer` at an ordinary batch size."""
-    args, collator = job.trainer.args, job.trainer.data_collator
-    plain_args = TrainingArguments(
+def non_private_arguments(args: DPTrainingArguments) -> TrainingArguments:
+    """An ordinary batch size and learning rate for the same number of epochs."""
+    return TrainingArguments(
         output_dir=str(Path(args.output_dir, "non-private")),
         per_device_train_batch_size=64,
+        per_device_eval_batch_size=args.per_device_eval_batch_size,
         num_train_epochs=args.num_train_epochs,
         max_steps=args.max_steps,
         learning_rate=1e-3,
@@ -232,17 +232,25 @@ def train_without_privacy(job: Job):
         save_strategy="no",
         report_to="none",
         remove_unused_columns=False,
+        dataloader_num_workers=args.dataloader_num_workers,
         dataloader_pin_memory=args.dataloader_pin_memory,
         use_cpu=args.use_cpu,
         seed=args.seed,
     )
+
+
+def train_without_privacy(job: Job):
+    """What the same start, data and number of epochs give with the ordinary `Trainer` at an ordinary batch size."""
+    collator = job.trainer.data_collator
     if job.trainer.is_world_process_zero():
         print("Training once more without privacy, to compare.")
 
     def with_loss(records):
         return {**collator(records), "return_loss": True}
 
-    trainer = Trainer(load_model(job.arguments), plain_args, with_loss, job.trainer.train_dataset)
+    trainer = Trainer(
+        load_model(job.arguments), non_private_arguments(job.trainer.args), with_loss, job.trainer.train_dataset
+    )
     trainer.train()
     return trainer.model
 

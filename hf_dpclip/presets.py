@@ -51,10 +51,34 @@ def load_fashion_mnist(folder: str | Path = FASHION_MNIST_FOLDER) -> DatasetDict
     return DatasetDict({split: _read_idx_pair(Path(folder), prefix) for split, prefix in splits.items()})
 
 
+def load_easy_vqa() -> DatasetDict:
+    """The 48,248 questions of the package `easy-vqa` about 5,000 pictures of a coloured shape each.
+
+    The splits are the package's: 38,575 questions about 4,000 pictures in `train`, 9,673 about 1,000 others in `test`;
+    columns `image`, `question`, `answer` (one of 13) and `image_id`.
+
+    Raises `ModuleNotFoundError` if the package is missing.
+    """
+    try:
+        import easy_vqa
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the dataset easy-vqa comes with a package: pip install easy-vqa") from error
+    return DatasetDict(
+        train=_questions(*easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()),
+        test=_questions(*easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()),
+    )
+
+
 PRESETS = {
     "mnist-5k": Preset(load_mnist_5k, "a handwritten digit {}"),
     "fashion-mnist": Preset(load_fashion_mnist, "a photo of a {}"),
 }
+
+
+def _questions(questions: list[str], answers: list[str], image_ids: list[int], paths: dict[int, str]) -> Dataset:
+    images = [paths[image_id] for image_id in image_ids]
+    columns = {"image": images, "question": questions, "answer": answers, "image_id": image_ids}
+    return Dataset.from_dict(columns).cast_column("image", Image())
 
 
 def _read_idx_pair(folder: Path, prefix: str) -> Dataset:

@@ -14,6 +14,8 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from transformers import CLIPModel, CLIPProcessor, pipeline
 
+from hf_dpclip import CLIPForVisualQuestionAnswering, PrivacyStatement
+
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--max_steps", "2", "--max_eval_samples", "60", "--use_cpu"]
@@ -29,11 +31,13 @@ def load_script(path):
 
 
 TRAIN = load_script(ROOT / "examples" / "train.py")
+# It takes functions from the first one.
+TRAIN_VQA = load_script(ROOT / "examples" / "train_vqa.py")
 
 
-def run_train(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    TRAIN.main()
+def run_train(monkeypatch, *arguments, script=TRAIN):
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+    script.main()
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +155,61 @@ def test_mistakes_get_one_line_that_says_how_to_mend_them(tmp_path, monkeypatch,
 def test_wrong_columns_are_named(captioned_csv, monkeypatch, columns, message):
     with pytest.raises(SystemExit, match=re.escape(message)):
         run_train(monkeypatch, "--dataset_name", captioned_csv, *columns.split())
+
+
+# ---- Visual question answering ----
+
+
+def run_train_vqa(monkeypatch, *arguments):
+    run_train(monkeypatch, *arguments, script=TRAIN_VQA)
+
+
+@pytest.fixture
+def questions_csv(captioned_csv):
+    rows = [f"{index}.png,is it a four,{['yes', 'no'][index % 2]}" for index in range(20)]
+    captioned_csv.write_text("\n".join(["scan,asked,finding", *rows]))
+    return captioned_csv
+
+
+QUESTION_COLUMNS = ["--image_column", "scan", "--question_column", "asked", "--answer_column", "finding"]
+
+
+def test_default_questions_are_answered_with_the_baselines_beside(tmp_path, monkeypatch, capsys):
+    few = ["--max_train_samples", "500", "--per_device_train_batch_size", "5", "--dataloader_num_workers", "0", *QUICK]
+    run_train_vqa(monkeypatch, *few, "--output_dir", tmp_path / "out")
+    output = capsys.readouterr().out
+    for row in ("CLIP, private", "CLIP, without privacy", "question only, without privacy", "most frequent answer"):
+        assert re.search(rf"{row} +\d+\.\d%", output)
+    assert "Privacy of each image_id: ε = " in output and "NOT PRIVATE" not in output
+    model = CLIPForVisualQuestionAnswering.from_pretrained(tmp_path / "out")
+    assert model.config.num_labels == 13
+    plan = PrivacyStatement.load(tmp_path / "out").plan
+    assert plan.num_examples < 100 and plan.sensitivity == plan.max_grad_norm
+
+
+def test_own_questions_with_adapters(questions_csv, tmp_path, monkeypatch, capsys):
+    settings = ["--answers", "yes,no", "--trained", "adapters", "--per_device_train_batch_size", "4", *QUICK]
+    data = ["--dataset_name", questions_csv, *QUESTION_COLUMNS]
+    run_train_vqa(monkeypatch, *data, *settings, "--output_dir", tmp_path / "out")
+    output = capsys.readouterr().out
+    assert "Privacy of each record: ε = " in output and "question only" not in output
+    assert CLIPForVisualQuestionAnswering.from_pretrained(tmp_path / "out").config.id2label == {0: "yes", 1: "no"}
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("", "--answers is missing: list what may be answered"),
+        ("--answers yes,yes", "differ from one another"),
+        ("--answers yes,no --question_column text", "the dataset has no column 'text'"),
+        ("--answers yes,no --privacy_unit_column patient", "privacy_unit_column='patient' is not a column"),
+        (
+            "--answers yes,no --model_name_or_path no/such-model",
+            "no/such-model is neither a folder here nor on the Hub",
+        ),
+    ],
+)
+def test_mistakes_with_questions_get_one_line(questions_csv, tmp_path, monkeypatch, mistake, message):
+    data = ["--dataset_name", questions_csv, *QUESTION_COLUMNS, "--per_device_train_batch_size", "4"]
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        run_train_vqa(monkeypatch, *data, *mistake.split(), "--output_dir", tmp_path / "out", "--use_cpu")

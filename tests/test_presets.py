@@ -1,6 +1,7 @@
 """The datasets that the examples know by name, and the accuracy they are judged by."""
 
 import gzip
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from factories import tiny_clip, tiny_processor
 from PIL import Image as PILImage
 
 from hf_dpclip.evaluation import zero_shot_accuracy
-from hf_dpclip.presets import DIGITS, GARMENTS, PRESETS, load_fashion_mnist, load_mnist_5k
+from hf_dpclip.presets import DIGITS, GARMENTS, PRESETS, load_easy_vqa, load_fashion_mnist, load_mnist_5k
 
 
 def test_mnist_is_split_evenly_into_private_and_held_out():
@@ -35,6 +36,26 @@ def test_fashion_mnist_is_read_from_its_four_files(tmp_path):
     assert splits["train"]["label"][:] == [9, 0, 1, 2]
     assert splits["test"].features["label"].names == GARMENTS
     assert np.array_equal(np.asarray(splits["test"][1]["image"]), images[5])
+
+
+def test_easy_vqa_has_the_splits_of_its_package():
+    splits = load_easy_vqa()
+    assert {name: len(split) for name, split in splits.items()} == {"train": 38_575, "test": 9_673}
+    assert [len(set(split["image_id"])) for split in splits.values()] == [4000, 1000]
+    record = splits["test"][1]
+    assert (record["question"], record["answer"], record["image_id"]) == (
+        "what is the color of the triangle?",
+        "red",
+        0,
+    )
+    red, green, blue = np.asarray(record["image"]).reshape(-1, 3).T
+    assert record["image"].size == (64, 64) and ((red > 200) & (green < 50) & (blue < 50)).any()
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "easy_vqa", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install easy-vqa"):
+        load_easy_vqa()
 
 
 def test_a_missing_file_is_named_with_the_remedy(tmp_path):
