@@ -169,6 +169,18 @@ def clipped_gradient(model: nn.Module, record: dict, bound: float) -> torch.Tens
     return flat * min(1, bound / float(flat.norm()))
 
 
+def test_a_generative_loss_is_a_mean_over_tokens_without_padding():
+    model, batch = tiny_blip().eval(), questions(2)[:]
+    answers = batch.pop("labels")
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    decoder = {"decoder_input_ids": answers, "decoder_attention_mask": mask}
+    together = model(**batch, **decoder, labels=answers.masked_fill(mask == 0, -100)).loss
+    rows = [{name: tensor[[row]] for name, tensor in batch.items()} for row in range(2)]
+    # The first token of an answer is given; two are to be found, and one.
+    losses = [model(**rows[0], labels=answers[:1]).loss, model(**rows[1], labels=answers[1:, :2]).loss]
+    assert torch.allclose(together, (2 * losses[0] + losses[1]) / 3)
+
+
 def test_a_generative_model_learns_to_answer(make_trainer):
     model, dataset = tiny_blip(), questions(4)
     settings = {"max_steps": 60, "learning_rate": 0.02, "per_device_train_batch_size": 4, "microbatch_size": 2}
