@@ -62,7 +62,6 @@ DEFAULTS = {
     "save_strategy": "no",
     "report_to": "none",
     "remove_unused_columns": False,
-    "dataloader_num_workers": 1,
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
 

@@ -175,7 +175,7 @@ QUESTION_COLUMNS = ["--image_column", "scan", "--question_column", "asked", "--a
 
 
 def test_default_questions_are_answered_with_the_baselines_beside(tmp_path, monkeypatch, capsys):
-    few = ["--max_train_samples", "500", "--per_device_train_batch_size", "5", "--dataloader_num_workers", "0", *QUICK]
+    few = ["--max_train_samples", "500", "--per_device_train_batch_size", "5", *QUICK]
     run_train_vqa(monkeypatch, *few, "--output_dir", tmp_path / "out")
     output = capsys.readouterr().out
     for row in ("CLIP, private", "CLIP, without privacy", "question only, without privacy", "most frequent answer"):
