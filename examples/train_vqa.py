@@ -48,7 +48,7 @@ EASY_VQA = "easy-vqa"
 # What its author lists as possible, not what occurs in the private records.
 EASY_VQA_ANSWERS = "yes,no,circle,rectangle,triangle,black,blue,brown,gray,green,red,teal,yellow"
 
-# Chosen by measurement for the embedded data (docs/vqa.md); what is given on the command line goes first.
+# For the embedded data; what is given on the command line goes first.
 DEFAULTS = {
     "output_dir": "outputs/private-vqa",
     "target_epsilon": 8.0,
