@@ -52,6 +52,10 @@ DEFAULTS = {
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
 
+# The captions of the embedded data are ten class prompts, which are public: one pair alone has something to be
+# contrasted with.
+EMBEDDED_DEFAULTS = {"public_negatives": "class_prompts", "microbatch_size": 1, "compare_non_private": True}
+
 
 @dataclass
 class ExampleArguments:
@@ -121,9 +125,9 @@ def parse_arguments(argv: list[str]) -> tuple[ExampleArguments, DPTrainingArgume
     parser = HfArgumentParser((ExampleArguments, DPTrainingArguments), allow_abbrev=False)
     options = [argument.split("=")[0] for argument in argv if argument.startswith("--")]
     given = {option.removeprefix("--").replace("-", "_") for option in options}
-    defaults = {**DEFAULTS, "compare_non_private": "dataset_name" not in given}
+    defaults = DEFAULTS if "dataset_name" in given else {**DEFAULTS, **EMBEDDED_DEFAULTS}
     if given & {"noise_multiplier", "non_private"}:
-        del defaults["target_epsilon"]
+        defaults = {**defaults, "target_epsilon": None}
     parser.set_defaults(**defaults)
     return parser.parse_args_into_dataclasses(argv)
 
