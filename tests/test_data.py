@@ -74,6 +74,26 @@ def test_a_missing_column_is_named(columns, missing):
         ImageTextCollator(tiny_processor()).check_columns(raw_pairs(1, *columns).column_names)
 
 
+class Flipping:
+    """An augmentation that counts."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, image):
+        self.calls += 1
+        return image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
+
+
+def test_views_are_rows_of_the_same_microbatch():
+    flipping, records = Flipping(), list(raw_pairs(2))
+    plain = ImageTextCollator(tiny_processor())(records)
+    batch = ImageTextCollator(tiny_processor(), augmentation=flipping, views=3)(records)
+    assert (len(batch["pixel_values"]), len(batch["input_ids"]), flipping.calls) == (6, 6, 6)
+    assert torch.equal(batch["pixel_values"][::3], plain["pixel_values"].flip(-1))
+    assert torch.equal(batch["input_ids"][1], batch["input_ids"][2])
+
+
 # ---- The collator in the trainer ----
 
 
