@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "hf_dpclip" / "__init__.py").read_text(encoding="utf-8"))[1]
 
-EXAMPLES = ["easy-vqa>=1.0", "mlxtend>=0.23", "scikit-learn>=1.3"]
+EXAMPLES = ["easy-vqa>=1.0", "matplotlib>=3.8", "mlxtend>=0.23", "scikit-learn>=1.3"]
 TEST = [*EXAMPLES, "hypothesis>=6", "pytest>=8", "ruff>=0.14", "scipy>=1.11"]
 
 setup(

@@ -1,35 +1,22 @@
 """The example scripts as a stranger runs them, mistakes included."""
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
+from scripts import ROOT, load_script
 from transformers import CLIPModel, CLIPProcessor, pipeline
 
 from hf_dpclip import CLIPForVisualQuestionAnswering, PrivacyStatement
 
 
-ROOT = Path(__file__).parents[1]
 QUICK = ["--max_steps", "2", "--max_eval_samples", "60", "--use_cpu"]
-
-
-def load_script(path):
-    specification = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(specification)
-    # Dataclasses look their own module up.
-    sys.modules[path.stem] = module
-    specification.loader.exec_module(module)
-    return module
-
-
 TRAIN = load_script(ROOT / "examples" / "train.py")
 # It takes functions from the first one.
 TRAIN_VQA = load_script(ROOT / "examples" / "train_vqa.py")

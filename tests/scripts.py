@@ -1,0 +1,17 @@
+"""Example scripts as modules."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def load_script(path):
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(specification)
+    # Dataclasses look their own module up.
+    sys.modules[path.stem] = module
+    specification.loader.exec_module(module)
+    return module
