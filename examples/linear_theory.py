@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
 from theory.simulation import BATCH, MICROBATCHES, PAIRS, PAPER, Arm, Setting, predict, random_error, simulate
 
 
@@ -28,6 +29,10 @@ from theory.simulation import BATCH, MICROBATCHES, PAIRS, PAPER, Arm, Setting, p
 # that of random encoders.
 DOMINANCE = 3.0
 NON_PRIVATE = "no privacy"
+CAPTION = (
+    "filled: fitted; open: privacy noise does not dominate; bars: standard deviation over seeds\n"
+    "dashed: predicted term of the error, nothing fitted; dotted: the same arm without noise"
+)
 ERRORBARS = {"capsize": 2, "fmt": "o", "markersize": 5}
 AXES = {
     "num_examples": "pairs n",
@@ -61,7 +66,11 @@ class Sweep(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.arm.name if self.private else NON_PRIVATE
+        """The arm, and the ε that is asked of it where that is the same for all points."""
+        if not self.private:
+            return NON_PRIVATE
+        fixed = "" if self.axis == "epsilon" else f", ε = {self.settings[0].epsilon:g}"
+        return self.arm.name + fixed
 
     def predicted(self, setting: Setting) -> float:
         """The term of the error that the sweep is about."""
@@ -122,7 +131,7 @@ def full_plan() -> tuple[list[Sweep], list[Setting]]:
         Sweep.over(PAPER, "epsilon", [0.0025, 0.005, 0.01, 0.02, 0.04]),
         Sweep.over(BATCH, "epsilon", [1.0, 2.0, 4.0, 8.0, 16.0]),
         Sweep.over(MICROBATCHES, "epsilon", [0.125, 0.25, 0.5, 1.0, 2.0, 4.0]),
-        Sweep.over(PAIRS, "epsilon", [0.0125, 0.025, 0.05, 0.1, 0.2]),
+        Sweep.over(PAIRS, "epsilon", [0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6]),
         Sweep.over(MICROBATCHES, "num_steps", [250 * 2**power for power in range(5)], epsilon=1.0),
         Sweep.over(MICROBATCHES, "dimension", [5, 10, 20, 40], epsilon=1.0),
         Sweep.over(BATCH, "num_examples", sizes),
@@ -147,9 +156,10 @@ def simulate_all(settings: list[Setting], seeds: int, workers: int) -> Errors:
     # Plans are calibrated here, where those of equal noise share the work, and travel with their settings.
     plans = {setting.plan for setting in distinct}
     print(f"{len(distinct)} settings with {len(plans)} privacy plans, {seeds} seeds each ...\n", flush=True)
-    jobs = [(setting, seed) for setting in distinct for seed in range(seeds)]
+    # Every run has a seed of its own: data and noise of no two points are the same.
+    jobs = [setting for setting in distinct for _ in range(seeds)]
     with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        errors = list(pool.map(simulate, *zip(*jobs)))
+        errors = list(pool.map(simulate, jobs, range(len(jobs))))
     return dict(zip(distinct, np.reshape(errors, (len(distinct), seeds))))
 
 
@@ -215,16 +225,19 @@ def print_row(*cells) -> None:
 
 
 def draw(sweeps: list[Sweep], fits: list[Fit], errors: Errors, path: Path) -> None:
-    """One panel per axis. Filled points are fitted; dashed is the prediction, dotted the same arm without noise."""
-    figure, panels = plt.subplots(2, 2, figsize=(12, 9.5), layout="constrained")
+    """One panel for each axis."""
+    figure, panels = plt.subplots(2, 2, figsize=(12, 11), layout="constrained")
+    figure.suptitle(CAPTION, fontsize=10)
     for panel, (axis, label) in zip(panels.flat, AXES.items()):
         for sweep, fitted in zip(sweeps, fits):
             if sweep.axis == axis:
                 draw_sweep(panel, sweep, fitted, errors)
         panel.set(xscale="log", yscale="log", xlabel=label, ylabel="error (rms sine of angles to the truth)")
+        for scale in (panel.xaxis, panel.yaxis):
+            scale.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
+            scale.set_major_formatter("{x:g}")
         panel.grid(alpha=0.3)
-        if panel.lines:
-            panel.legend(fontsize=8)
+        panel.legend(*panel.get_legend_handles_labels(), loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     print(f"\nFigure: {path}")
@@ -235,8 +248,8 @@ def draw_sweep(panel: Axes, sweep: Sweep, fitted: Fit, errors: Errors) -> None:
     mean, deviation = mean_errors(sweep, errors), np.array([errors[setting].std() for setting in sweep.settings])
     for points, filling in ((fitted.inside, color), (~fitted.inside, "white")):
         panel.errorbar(x[points], mean[points], deviation[points], color=color, markerfacecolor=filling, **ERRORBARS)
-    slope = f"slope {fitted.slopes.mean():.2f}, predicted {fitted.predicted:.2f}"
-    panel.plot(x, [sweep.predicted(s) for s in sweep.settings], "--", color=color, label=f"{sweep.name}: {slope}")
+    label = f"{sweep.name}: slope {fitted.slopes.mean():.2f}, predicted {fitted.predicted:.2f}"
+    panel.plot(x, [sweep.predicted(setting) for setting in sweep.settings], "--", color=color, label=label)
     if sweep.private:
         panel.plot(x, mean_errors(sweep.without_noise, errors), ":", color=color, linewidth=1)
 

@@ -140,7 +140,7 @@ def test_quick_run_prints_slopes_and_draws_them(tmp_path):
     command = [sys.executable, str(script), "--quick", "--seeds", "2", "--output", str(figure)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    predicted, fitted = re.search(r"microbatches of 32 \| pairs n \| (\S+) \| (\S+)", done.stdout).groups()
+    predicted, fitted = re.search(r"microbatches of 32, ε = 1 \| pairs n \| (\S+) \| (\S+)", done.stdout).groups()
     assert float(predicted) == pytest.approx(-1)
     assert float(fitted) == pytest.approx(-1, abs=0.15)
     assert figure.read_bytes().startswith(b"\x89PNG")
