@@ -18,7 +18,7 @@ ARMS = [SIMULATION.PAPER, SIMULATION.BATCH, SIMULATION.MICROBATCHES, SIMULATION.
 
 
 def setting(arm, **fields):
-    return SIMULATION.Setting(arm, **{"num_examples": 12_800, "dimension": 6, **fields})
+    return SIMULATION.Setting(arm, **{"num_examples": 12_800, "dimension": 6, "num_steps": 100, **fields})
 
 
 @pytest.fixture
@@ -110,15 +110,17 @@ def clipped_sum(arm, data, microbatches):
 
 
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
-def test_one_pair_moves_the_sum_by_no_more_than_the_sensitivity_and_can_move_it_by_most_of_it(arm, data):
-    data.pairs[0][0], data.pairs[1][0] = 1e3 * data.pairs[0][0], -1e3 * data.pairs[1][0]
+def test_one_pair_moves_the_sum_by_the_sensitivity_and_no_more(arm, data):
+    """Pair 1 decides the gradient of the rest; with pair 0, larger and of opposite sign, it turns around."""
+    for side, sign in zip(data.pairs, (1, -1)):
+        side[0], side[1] = 1e5 * side[2], sign * 1e3 * side[2]
     if setting(arm).plan.one_unit_per_microbatch:
         present, absent = [np.array([0]), np.array([1])], [np.array([1])]
     else:
         present, absent = [np.arange(32)], [np.arange(1, 32)]
     moved = (clipped_sum(arm, data, present) - clipped_sum(arm, data, absent)).norm().item()
     sensitivity = setting(arm).plan.sensitivity
-    assert 0.6 * sensitivity < moved <= sensitivity * (1 + 1e-5)
+    assert 0.99 * sensitivity < moved <= sensitivity * (1 + 1e-5)
 
 
 def test_error_is_the_sine_of_the_angle(data):

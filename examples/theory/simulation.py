@@ -129,11 +129,12 @@ class SpikedPairs:
 
     def error(self, encoders: list[Tensor]) -> float:
         """Root mean square of the sines of the principal angles between rows and truth, over both encoders."""
-        bases = [torch.linalg.qr(encoder.detach().T).Q for encoder in encoders]
+        bases = [torch.linalg.qr(encoder.T).Q for encoder in encoders]
         shared = [(basis.T @ space).square().sum() / RANK for basis, space in zip(bases, self.subspaces)]
         return math.sqrt(max(0.0, 1 - float(sum(shared)) / 2))
 
 
+@torch.no_grad()
 def simulate(setting: Setting, seed: int) -> float:
     """The error of the encoders after T private steps."""
     plan, data = setting.plan, SpikedPairs(setting.num_examples, setting.dimension, seed)
@@ -142,13 +143,11 @@ def simulate(setting: Setting, seed: int) -> float:
     sampler = PoissonSampler(plan, randomness.sampling())
     # One stream of noise is plenty for so few parameters.
     mechanism = GaussianMechanism(plan, encoders, randomness.noise()[:1])
-    optimizer = torch.optim.SGD(encoders, lr=LEARNING_RATE)
     for _ in range(setting.num_steps):
-        with torch.no_grad():
-            gradients = microbatch_gradients(encoders, data, sampler.draw(), plan)
-        add_clipped(mechanism, gradients)
+        add_clipped(mechanism, microbatch_gradients(encoders, data, sampler.draw(), plan))
         mechanism.release()
-        optimizer.step()
+        for encoder in encoders:
+            encoder.sub_(LEARNING_RATE * encoder.grad)
     return data.error(encoders)
 
 
