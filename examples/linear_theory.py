@@ -158,6 +158,7 @@ def simulate_all(settings: list[Setting], seeds: int, workers: int) -> Errors:
     print(f"{len(distinct)} settings with {len(plans)} privacy plans, {seeds} seeds each ...\n", flush=True)
     # Every run has a seed of its own: data and noise of no two points are the same.
     jobs = [setting for setting in distinct for _ in range(seeds)]
+    # One thread each: matrices this small are slower on several.
     with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         errors = list(pool.map(simulate, jobs, range(len(jobs))))
     return dict(zip(distinct, np.reshape(errors, (len(distinct), seeds))))

@@ -129,7 +129,16 @@ def test_error_is_the_sine_of_the_angle(data):
     assert data.error(truth) == pytest.approx(0, abs=1e-3)
 
 
-def test_without_privacy_the_error_is_the_predicted_one():
+@pytest.fixture
+def one_thread():
+    """Matrices this small are slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_without_privacy_the_error_is_the_predicted_one(one_thread):
     """300 steps: what descent has left to do dominates, and it is 0.173 of the start."""
     short = setting(SIMULATION.BATCH, num_steps=300)
     assert SIMULATION.simulate(short, seed=0) == pytest.approx(
