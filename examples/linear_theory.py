@@ -109,7 +109,7 @@ def main():
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=4, help="runs of every setting (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of every setting (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     parser.add_argument("--quick", action="store_true", help="a few short runs, to see that everything works")
     output = Path("outputs", "linear_theory.png")
