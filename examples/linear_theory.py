@@ -145,7 +145,6 @@ def quick_plan() -> tuple[list[Sweep], list[Setting]]:
     sweeps = [
         Sweep.over(MICROBATCHES, "num_examples", [6400, 25_600], epsilon=1.0, **short),
         Sweep.over(PAIRS, "epsilon", [0.025, 0.1], **short),
-        Sweep.over(BATCH, "num_examples", [6400, 25_600], **short),
     ]
     return sweeps, [sweep.settings[-1] for sweep in sweeps]
 
