@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch.nn.functional as F
@@ -54,6 +55,11 @@ class ContrastiveModel:
         """What turns similarities into logits: the logarithm of their scale, and SigLIP's bias."""
         scale_and_bias = [self.base.logit_scale]
         return [*scale_and_bias, self.base.logit_bias] if isinstance(self.base, SiglipModel) else scale_and_bias
+
+    @cached_property
+    def has_dropout(self) -> bool:
+        """Whether any layer draws random numbers in training."""
+        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
 
     @property
     def embedding_size(self) -> int:

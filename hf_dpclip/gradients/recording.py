@@ -5,7 +5,8 @@ A use that is not known here is left alone: its gradient arrives in `Parameter.g
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from .inputs import NotVectorizable
 from .layout import Layout
 
 
-class Recording(TorchFunctionMode):
+class Recording:
     """Context in which the forward pass runs.
 
     Args:
+        parameters (`Iterable[nn.Parameter]`): the trainable ones, whose uses are recorded.
         layout ([`Layout`]): the microbatches; dimension 0 of what a layer sees is the batch's.
-        generators (`list[torch.Generator]`): one per microbatch, from which dropout draws.
+        generators (`list[torch.Generator]`): one per microbatch, for dropout; none if there is no dropout.
         own_shapes (`bool`): whether the rows of every microbatch have the shape that they would have alone.
 
     Attributes:
@@ -32,18 +34,28 @@ class Recording(TorchFunctionMode):
             that the loss depends on, complete after the backward pass.
     """
 
-    def __init__(self, layout: Layout, generators: list[torch.Generator], own_shapes: bool):
-        super().__init__()
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        layout: Layout,
+        generators: list[torch.Generator],
+        own_shapes: bool,
+    ):
+        self.parameters = list(parameters)
         self.layout = layout
         self.generators = generators
         self.own_shapes = own_shapes
         self.gradients: dict[int, list[Dense | Outer | Sparse]] = defaultdict(list)
+        self._contexts = ExitStack()
 
-    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        interpret = _INTERPRETERS.get(function)
-        if interpret is None:
-            return function(*args, **(kwargs or {}))
-        return interpret(self, *args, **(kwargs or {}))
+    def __enter__(self) -> "Recording":
+        self._contexts.enter_context(_uses_recorded(self))
+        if self.generators:
+            self._contexts.enter_context(_Dropouts(self))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._contexts.close()
 
     def record(self, parameter: Tensor | None, gradients: Dense | Outer | Sparse) -> None:
         if _trainable(parameter):
@@ -57,6 +69,50 @@ class Recording(TorchFunctionMode):
     def holds(self, tensor: Tensor) -> bool:
         """Whether dimension 0 of a tensor is the batch's."""
         return tensor.dim() > 1 and tensor.shape[0] == self.layout.num_rows
+
+
+class _RecordedParameter(nn.Parameter):
+    """What trainable parameters are for the time of a forward pass: a function that is given one is interpreted.
+
+    All others run as fast as ever, which they would not under a mode that looks at every function.
+    """
+
+    recording: Recording
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        interpret = _INTERPRETERS.get(function)
+        with torch._C.DisableTorchFunctionSubclass():
+            if interpret is None:
+                return function(*args, **(kwargs or {}))
+            return interpret(cls.recording, *args, **(kwargs or {}))
+
+
+@contextmanager
+def _uses_recorded(recording: Recording) -> Iterator[None]:
+    kinds = [type(parameter) for parameter in recording.parameters]
+    _RecordedParameter.recording = recording
+    try:
+        for parameter in recording.parameters:
+            parameter.__class__ = _RecordedParameter
+        yield
+    finally:
+        del _RecordedParameter.recording
+        for parameter, kind in zip(recording.parameters, kinds):
+            parameter.__class__ = kind
+
+
+class _Dropouts(TorchFunctionMode):
+    """Lets dropout draw from the generators of the microbatches."""
+
+    def __init__(self, recording: Recording):
+        super().__init__()
+        self.recording = recording
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is F.dropout:
+            return _dropout(self.recording, *args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
 
 
 class _Linear(Function):
@@ -205,7 +261,6 @@ _INTERPRETERS = {
     F.layer_norm: _layer_norm,
     F.embedding: _embedding,
     F.conv2d: _conv2d,
-    F.dropout: _dropout,
     torch.Tensor.expand: _expand,
 }
 

@@ -84,9 +84,10 @@ def microbatch_gradients(
     for parameter in parameters:
         parameter.grad = None
     device = parameters[0].device
-    generators = [torch.Generator(device).manual_seed(seed) for seed, _ in microbatches]
+    seeds = [seed for seed, _ in microbatches] if model.has_dropout else []
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     own_shapes = not model.static_shapes and len({text_length(inputs) for _, inputs in microbatches}) == 1
-    recording = Recording(Layout(sizes, num_rows(inputs), device), generators, own_shapes)
+    recording = Recording(parameters, Layout(sizes, num_rows(inputs), device), generators, own_shapes)
     temperatures = [_one_for_each(each, len(sizes)) for each in model.temperature]
     outputs = _forward(model.model, inputs, recording)
     losses = model.losses(outputs.image_embeds, outputs.text_embeds, temperatures, sizes, model.captions(unfilled))

@@ -60,7 +60,7 @@ class CLIPForVisualQuestionAnswering(PreTrainedModel):
     CLIP that chooses one of a fixed set of answers to a question about an image.
 
     The loss is a mean over records, none of which sees another. With `microbatch_size=1` each record is therefore
-    clipped by itself: ordinary per-example DP-SGD, Δ = C (spec section 2).
+    clipped by itself: ordinary per-example DP-SGD, Δ = C (`docs/privacy.md`, "The theorem").
 
     Args:
         config ([`CLIPVQAConfig`]): the CLIP inside, the head, and the answers.
