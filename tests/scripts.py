@@ -9,6 +9,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def load_script(path):
+    if str(path.parent) not in sys.path:
+        # As when it is run: scripts find one another.
+        sys.path.append(str(path.parent))
     specification = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(specification)
     # Dataclasses look their own module up.

@@ -1,0 +1,64 @@
+"""The paper's table: rows are complete, measured once, and each can be measured by its own command."""
+
+import json
+import sys
+
+import pytest
+from scripts import ROOT, load_script
+
+
+PAPER_TABLE = load_script(ROOT / "examples" / "paper_table.py")
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["paper_table.py", *map(str, arguments)])
+    PAPER_TABLE.main()
+
+
+@pytest.fixture
+def hundred_digits(monkeypatch):
+    """The embedded digits, a hundred to train on and a hundred to test on, in batches that fit."""
+    preset = PAPER_TABLE.PRESETS["mnist-5k"]
+    splits = preset.load()
+    few = {name: split.select(range(100)) for name, split in splits.items()}
+    monkeypatch.setitem(PAPER_TABLE.PRESETS, "mnist-5k", type(preset)(lambda: few, preset.template))
+    monkeypatch.setattr(PAPER_TABLE, "FORWARD_BATCH", 16)
+    monkeypatch.setattr(PAPER_TABLE, "SMALL", PAPER_TABLE.Schedule(32, 1, 1))
+
+
+def test_every_arm_has_its_row(monkeypatch, tmp_path, hundred_digits):
+    rows = tmp_path / "results" / "rows.json"
+    options = ["--rows", rows, "--max_steps", "1", "--epsilons", "2", "4", "--tuning", "lora"]
+    run(monkeypatch, *options)
+    measured = json.loads(rows.read_text())
+    assert [(row["arm"], row["epsilon"], row["num_microbatches"]) for row in measured] == [
+        ("zero_shot", None, None),
+        ("non_private", None, None),
+        ("per_batch", 2.0, 1),
+        ("per_batch", 4.0, 1),
+        ("microbatch", 2.0, 4),
+        ("microbatch", 4.0, 4),
+        ("public_negatives", 2.0, 32),
+        ("public_negatives", 4.0, 32),
+    ]
+    assert all(0 <= row["accuracy"] <= 1 for row in measured)
+    assert measured[2]["delta"] == pytest.approx(100**-1.1)
+    run(monkeypatch, *options)
+    assert json.loads(rows.read_text()) == measured
+
+
+def test_the_command_of_a_row_asks_for_that_row_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["paper_table.py", "--epsilons", "3", "--seeds", "0", "7"])
+    args = PAPER_TABLE.parse_arguments()
+    wanted = PAPER_TABLE.wanted_rows(args, "mnist-5k")
+    for row in wanted:
+        _, script, *options = PAPER_TABLE.command(row, args).split()
+        assert script == "examples/paper_table.py"
+        monkeypatch.setattr(sys, "argv", [script, *options])
+        assert PAPER_TABLE.wanted_rows(PAPER_TABLE.parse_arguments(), "mnist-5k") == [row]
+
+
+def test_an_unknown_dataset_is_refused_with_the_known_ones(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--datasets", "cifar")
+    assert "mnist-5k" in capsys.readouterr().err
