@@ -114,7 +114,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", default=str(TINY_CLIP), help="start of all arms")
     parser.add_argument("--rows", type=Path, default=ROWS, help="JSON file with the rows (default: %(default)s)")
     parser.add_argument("--max_steps", type=int, default=-1, help="stop early, to try the script out")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.rows == ROWS and (args.max_steps > 0 or args.model_name_or_path != str(TINY_CLIP)):
+        parser.error("another start, or fewer steps, need a file of their own: --rows outputs/rows.json")
+    return args
 
 
 def wanted_rows(args: argparse.Namespace, dataset: str) -> list[dict]:
@@ -149,8 +152,8 @@ def command(row: dict, args: argparse.Namespace) -> str:
     """What measures this row alone."""
     names = {"dataset": "datasets", "arm": "arms", "epsilon": "epsilons", "seed": "seeds"}
     options = [f"--{names.get(name, name)} {row[name]}" for name in KEY if row[name] is not None]
-    if args.model_name_or_path != str(TINY_CLIP):
-        options.append(f"--model_name_or_path {args.model_name_or_path}")
+    if args.rows != ROWS:
+        options.append(f"--model_name_or_path {args.model_name_or_path} --rows {args.rows}")
     return " ".join(["python examples/paper_table.py", *options])
 
 

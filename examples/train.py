@@ -77,8 +77,9 @@ class ExampleArguments:
     public_negatives: str | None = field(
         default=None,
         metadata={
-            "help": "What every microbatch is contrasted with too, and what --microbatch_size 1 needs: class_prompts, "
-            "or public captions or images, named as for --dataset_name, in the columns of the private ones."
+            "help": "What every microbatch is contrasted with too, and what --microbatch_size 1 needs: class_prompts "
+            "(if the names of the classes are public), or public captions or images, named as for --dataset_name, in "
+            "the columns of the private ones."
         },
     )
     train_split: str = field(default="train", metadata={"help": "Split with the private records."})

@@ -162,13 +162,7 @@ class DPTrainingArguments(TrainingArguments):
 
     def _check_mechanism(self):
         self._check_positive("max_grad_norm", self.max_grad_norm or 0)
-        whole = (
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "microbatch_size",
-            "public_negatives_steps",
-        )
-        for name in whole:
+        for name in WHOLE_NUMBERS:
             value = getattr(self, name)
             if not ((isinstance(value, int) and value >= 1) or (name == "microbatch_size" and value is None)):
                 raise ValueError(f"{name}={value!r} is not possible: it must be a whole number of at least 1.")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
 from PIL.Image import Image as PILImage
-from transformers import ProcessorMixin
+from transformers import BatchEncoding, ProcessorMixin
 
 
 FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
@@ -52,7 +52,7 @@ class ImageTextCollator:
             inputs["images"] = [self._augmented(record[self.image_column].convert("RGB")) for record in records]
         if self.text_column is not None:
             inputs["text"] = [record[self.text_column] for record in records]
-        return self.processor(**inputs, padding=True, truncation=True, return_tensors="pt")
+        return self.processor(**inputs, **text_settings(self.processor), return_tensors="pt")
 
     def _augmented(self, image: PILImage) -> PILImage:
         return image if self.augmentation is None else self.augmentation(image)
@@ -94,8 +94,6 @@ class VisualQuestionCollator(ImageTextCollator):
         text_column (`str`, *optional*, defaults to `"question"`): questions.
         answer_column (`str`, *optional*, defaults to `"answer"`): answers, as strings.
 
-    Raises `ValueError` in training for an answer that has no label.
-
     Example:
         ```python
         collator = VisualQuestionCollator(processor, label2id=model.config.label2id)
@@ -114,20 +112,36 @@ class VisualQuestionCollator(ImageTextCollator):
 
     def __call__(self, records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = super().__call__(records)
-        batch["labels"] = torch.tensor([self._label(record[self.answer_column]) for record in records])
+        labels = [self.label2id[record[self.answer_column]] for record in records for _ in range(self.views)]
+        batch["labels"] = torch.tensor(labels)
         return batch
 
-    def _label(self, answer: str) -> int:
-        if answer not in self.label2id:
+    def check_answers(self, dataset: Dataset) -> None:
+        """Raises `ValueError` if a record's answer has no label, and names the record, not the answer."""
+        unknown = [row for row, answer in enumerate(dataset[self.answer_column]) if answer not in self.label2id]
+        if unknown:
             raise ValueError(
-                f"answer {answer!r} is none of the {len(self.label2id)} answers that the model can give: leave such "
-                "records out, or make the model with CLIPForVisualQuestionAnswering.from_clip(clip, answers=[...])."
+                f"the answer of record {unknown[0]} ({len(unknown)} such records) is none of the {len(self.label2id)} "
+                "answers that the model can give: leave such records out, or make the model with "
+                "CLIPForVisualQuestionAnswering.from_clip(clip, answers=[...])."
             )
-        return self.label2id[answer]
 
     @property
     def _arguments(self) -> str:
         return "label2id=..., image_column=..., text_column=..., answer_column=..."
+
+
+def text_settings(processor: Any) -> dict[str, Any]:
+    """How texts are filled up: to the longest, or, for models that are not told where texts end (SigLIP), to the one
+    length that they were trained on."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    padding = True if "attention_mask" in tokenizer.model_input_names else "max_length"
+    return {"padding": padding, "truncation": True}
+
+
+def encoded_texts(processor: Any, texts: list[str]) -> BatchEncoding:
+    """Texts alone, by a processor or a tokenizer."""
+    return processor(text=texts, **text_settings(processor), return_tensors="pt")
 
 
 def class_prompts(class_names: list[str], template: str = "a photo of a {}.") -> list[str]:

@@ -122,9 +122,10 @@ class MicrobatchDataset(Dataset):
         return microbatches
 
     def _fetched_together(self, forward_batch: ForwardBatch) -> list[list[Any] | None]:
-        """The records of each microbatch, where reading them draws no random numbers: one access is fastest."""
-        known = isinstance(self.dataset, datasets.Dataset) and self.dataset.format["type"] != "custom"
-        if not known or not forward_batch:
+        """The records of each microbatch, in one access where that cannot make them depend on one another: transforms
+        draw random numbers, and other formats choose one dtype for all that is read together."""
+        separable = isinstance(self.dataset, datasets.Dataset) and self.dataset.format["type"] is None
+        if not separable or not forward_batch:
             return [None] * len(forward_batch)
         sizes = [len(numbers) for _, numbers in forward_batch]
         records = iter(self._fetch(np.concatenate([numbers for _, numbers in forward_batch]).tolist()))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from .arguments import DPTrainingArguments
@@ -130,24 +130,34 @@ class ChunkByChunk:
         return everyone, sum(counts[: self.accelerator.process_index])
 
 
+def make_contrastive_model(trainer: "DPCLIPTrainer", prepare_inputs: Callable) -> ContrastiveModel | None:
+    """What is known of the model in training, if its loss is CLIP's or SigLIP's."""
+    base = trainer.contrastive_base
+    if base is None:
+        return None
+    return ContrastiveModel(
+        _own_model(trainer), base, prepare_inputs, trainer.args.static_shapes, trainer.public_negatives
+    )
+
+
 def choose_forward_pass(
-    trainer: "DPCLIPTrainer", mechanism: GaussianMechanism, dataset: MicrobatchDataset, prepare_inputs: Callable
+    trainer: "DPCLIPTrainer",
+    mechanism: GaussianMechanism,
+    dataset: MicrobatchDataset,
+    prepare_inputs: Callable,
+    contrastive: ContrastiveModel | None,
 ) -> OneByOne | AllAtOnce | ChunkByChunk:
     """The cheapest computation that is exact for the trainer's model and loss."""
-    args, accelerator, base = trainer.args, trainer.accelerator, trainer.contrastive_base
-    # Not through DDP, which would average gradients over processes before each is clipped.
-    model = accelerator.unwrap_model(trainer.model_wrapped)
-    if base is None:
-        contrastive = None
+    args, accelerator = trainer.args, trainer.accelerator
+    if args.chunked:
+        return ChunkByChunk(mechanism, contrastive, dataset, accelerator, args)
+    if contrastive is None:
+        model = _own_model(trainer)
         one_by_one = OneByOne(
             mechanism, lambda inputs: trainer.compute_loss(model, prepare_inputs(inputs)), accelerator.backward
         )
     else:
-        public = trainer.public_negatives
-        contrastive = ContrastiveModel(model, base, prepare_inputs, args.static_shapes, public)
         one_by_one = OneByOne(mechanism, contrastive.compute_loss, accelerator.backward)
-    if args.chunked:
-        return ChunkByChunk(mechanism, contrastive, dataset, accelerator, args)
     if args.num_microbatches * args.per_device_train_batch_size == args.expected_batch_size:
         return one_by_one
     reason = _obstacle(trainer)
@@ -157,9 +167,14 @@ def choose_forward_pass(
     return one_by_one
 
 
+def _own_model(trainer: "DPCLIPTrainer") -> nn.Module:
+    """Not through DDP, which would average gradients over processes before each is clipped."""
+    return trainer.accelerator.unwrap_model(trainer.model_wrapped)
+
+
 def _obstacle(trainer: "DPCLIPTrainer") -> str | None:
     if trainer.contrastive_base is None:
-        return "only CLIPModel's own loss is known to be computed for many of them at once"
+        return "of this model and loss it is not known how to compute many of them at once"
     if trainer.public_negatives is not None and trainer.args.public_negatives_gradient:
         return "public_negatives_gradient=True encodes the public negatives anew for each"
     return "torch_compile hides the model's layers" if trainer.args.torch_compile else obstacle(trainer.model)

@@ -1,14 +1,13 @@
 """Public images and captions as negatives: what a private pair alone can be contrasted with."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset, Image
-from transformers import BatchEncoding
 
-from .data import ImageTextCollator
+from .data import ImageTextCollator, encoded_texts
 from .gradients import ContrastiveModel
 from .gradients.inputs import num_rows
 from .losses import PublicEmbeddings
@@ -42,23 +41,26 @@ class PublicNegatives:
         """Public records."""
         return sum(num_rows(chunk) for chunk in self.chunks)
 
-    def begin_step(self) -> None:
-        """To be called before the first forward pass of every optimizer step."""
+    def begin_step(self, model: ContrastiveModel) -> None:
+        """To be called before the first forward pass of every optimizer step, whatever was drawn: when negatives are
+        encoded must not depend on the private records."""
+        if self.with_gradient:
+            return
         if self._steps_left == 0:
-            self._kept, self._steps_left = None, self.steps
+            self._kept, self._steps_left = self._encode_without_gradient(model), self.steps
         self._steps_left -= 1
 
     def embeddings(self, model: ContrastiveModel) -> PublicEmbeddings:
         """With gradient: of now. Without: those of the last step in which they were encoded."""
-        if self.with_gradient:
-            return self._encode(model)
-        if self._kept is None:
-            was_training = model.base.training
-            model.base.eval()
-            with torch.no_grad():
-                self._kept = self._encode(model)
-            model.base.train(was_training)
-        return self._kept
+        return self._encode(model) if self.with_gradient else self._kept
+
+    @torch.no_grad()
+    def _encode_without_gradient(self, model: ContrastiveModel) -> PublicEmbeddings:
+        was_training = model.base.training
+        model.base.eval()
+        embeddings = self._encode(model)
+        model.base.train(was_training)
+        return embeddings
 
     def _encode(self, model: ContrastiveModel) -> PublicEmbeddings:
         nothing = torch.empty(0, model.embedding_size, device=model.base.logit_scale.device)
@@ -78,12 +80,12 @@ class PublicNegatives:
 
 
 def encode_public_negatives(
-    public: list[str] | Dataset, collator: Callable, processor: Any, batch_size: int
+    public: Sequence[str] | Dataset, collator: Callable, processor: Any, batch_size: int
 ) -> list[dict[str, Any]]:
     """The collated chunks of public captions, images or pairs.
 
     Args:
-        public (`list[str]` or `Dataset`): captions; or records with the private ones' column of images, that of
+        public (`Sequence[str]` or `Dataset`): captions; or records with the private ones' column of images, that of
             captions, or both.
         collator (`Callable`): that of the private records.
         processor: tokenizer or processor, for captions.
@@ -93,15 +95,15 @@ def encode_public_negatives(
     """
     if len(public) == 0:
         raise ValueError("public_negatives is empty: give captions, images or pairs, or leave it out.")
-    if isinstance(public, list) and all(isinstance(caption, str) for caption in public):
+    if isinstance(public, Sequence) and not isinstance(public, str) and all(isinstance(each, str) for each in public):
         processor = collator.processor if isinstance(collator, ImageTextCollator) else processor
         if processor is None:
             raise ValueError("public_negatives are captions, which need processing_class=processor to be encoded.")
-        return [_encoded_texts(processor, captions) for captions in _batches(public, batch_size)]
+        return [dict(encoded_texts(processor, captions)) for captions in _batches(public, batch_size)]
     if isinstance(public, Dataset):
         if isinstance(collator, ImageTextCollator):
             collator = collator.for_public(public.column_names)
-        return [dict(collator([*records])) for records in _batches(public, batch_size)]
+        return [dict(collator(records)) for records in _batches(public, batch_size)]
     raise ValueError(
         f"public_negatives is a {type(public).__name__}: give a list of captions, or a datasets.Dataset with the "
         "image column, the caption column or both."
@@ -134,11 +136,6 @@ def _digests(dataset: Dataset, column: str) -> set[bytes]:
     return {hashlib.sha256(value.tobytes()).digest() for value in values}
 
 
-def _encoded_texts(processor: Any, captions: list[str]) -> BatchEncoding:
-    return processor(text=captions, padding=True, truncation=True, return_tensors="pt")
-
-
-def _batches(records: Any, size: int) -> Iterator[Any]:
+def _batches(records: Any, size: int) -> Iterator[list]:
     for start in range(0, len(records), size):
-        rows = range(start, min(start + size, len(records)))
-        yield records[start : rows.stop] if isinstance(records, list) else [records[row] for row in rows]
+        yield [records[row] for row in range(start, min(start + size, len(records)))]

@@ -26,10 +26,12 @@ def preserved_generators() -> Iterator[None]:
     """The global generators go on afterwards as if nothing had been drawn inside."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def seed_generators(seed: int) -> None:
@@ -38,5 +40,6 @@ def seed_generators(seed: int) -> None:
     np.random.seed(seed)
     # Not torch.manual_seed, which keeps a stack trace for each accelerator that may yet come into use.
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed(seed)
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and (accelerator.type != "cuda" or torch.cuda.is_initialized()):
+        torch.get_device_module(accelerator).manual_seed(seed)

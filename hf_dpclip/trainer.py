@@ -5,11 +5,15 @@ passes, `training_step` computes and clips the gradient of each, `_clip_grad_nor
 before every optimizer step) releases their noisy sum. Everything else is the `Trainer`'s.
 """
 
+import dataclasses
 import inspect
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
@@ -20,9 +24,9 @@ from transformers.utils import logging
 
 from . import validation
 from .arguments import DPTrainingArguments
-from .data import ImageTextCollator
+from .data import ImageTextCollator, VisualQuestionCollator
 from .dataloader import ForwardBatchSampler, MicrobatchDataset, PrivacyUnits, RecordNumbers, make_dataloader
-from .forward_pass import choose_forward_pass
+from .forward_pass import choose_forward_pass, make_contrastive_model
 from .gradients import contrastive_base
 from .guard import StepGuard
 from .model_card import privacy_section
@@ -44,7 +48,7 @@ class DPCLIPTrainer(Trainer):
     [`~transformers.Trainer`] whose result is (ε, δ)-differentially private in its training dataset.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): a `CLIPModel`, or any model that returns a loss.
+        model (`PreTrainedModel` or `PeftModel`): a `CLIPModel` or `SiglipModel`, or any model that returns a loss.
         args ([`DPTrainingArguments`]): training and privacy arguments.
         data_collator (`Callable`, *optional*): collates the records of one microbatch. Defaults to
             [`ImageTextCollator`] if `processing_class` is a processor and the dataset is not yet tokenized.
@@ -87,6 +91,7 @@ class DPCLIPTrainer(Trainer):
         self.can_return_loss = "return_loss" in forward
         validation.check_environment(self)
         validation.check_model(self.model)
+        validation.check_loss_is_known(args, self.contrastive_base, public_negatives is not None)
         self.public_negatives = None if public_negatives is None else self._encode_public(public_negatives)
         self.plan = None if train_dataset is None else self._make_plan()
         self._steps_taken = 0
@@ -102,11 +107,12 @@ class DPCLIPTrainer(Trainer):
         validation.check_dataset(self.train_dataset)
         if not args.log_private_statistics:
             validation.check_evaluation_data(self.train_dataset, self.eval_dataset)
-        validation.check_loss_is_known(args, self.contrastive_base, self.public_negatives)
         contrasts_in_batch = self.can_return_loss and self.compute_loss_func is None and self.public_negatives is None
         validation.check_loss_decomposes(args.expected_batch_size // args.num_microbatches, contrasts_in_batch)
         if isinstance(self.data_collator, ImageTextCollator):
             self.data_collator.check_columns(list(self.train_dataset[0]))
+        if isinstance(self.data_collator, VisualQuestionCollator) and isinstance(self.train_dataset, datasets.Dataset):
+            self.data_collator.check_answers(self.train_dataset)
         self._units = PrivacyUnits(self.train_dataset, args.privacy_unit_column)
         return make_plan(args, len(self._units))
 
@@ -141,7 +147,22 @@ class DPCLIPTrainer(Trainer):
         """As in the `Trainer`. Raises `ValueError` for the private training dataset."""
         if not self.args.log_private_statistics:
             validation.check_evaluation_data(self.train_dataset, eval_dataset)
-        return super().get_eval_dataloader(eval_dataset)
+        with self._images_as_they_are():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As in the `Trainer`."""
+        with self._images_as_they_are():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _images_as_they_are(self) -> Iterator[None]:
+        """Views and augmentation are for training."""
+        collator = self.data_collator
+        if isinstance(collator, ImageTextCollator):
+            self.data_collator = dataclasses.replace(collator, augmentation=None, views=1)
+        yield
+        self.data_collator = collator
 
     @property
     def contrastive_base(self) -> CLIPModel | SiglipModel | None:
@@ -176,8 +197,9 @@ class DPCLIPTrainer(Trainer):
         process, num_processes = self.args.process_index, self.args.world_size
         self._mechanism = GaussianMechanism(self.plan, parameters, self._noise, process, num_processes)
         self._guard = StepGuard(self.model, self._planned_forward_passes)
+        self._contrastive_model = make_contrastive_model(self, self._prepare_inputs)
         self._forward_pass = choose_forward_pass(
-            self, self._mechanism, self._microbatch_dataset(), self._prepare_inputs
+            self, self._mechanism, self._microbatch_dataset(), self._prepare_inputs, self._contrastive_model
         )
 
     def training_step(self, model: nn.Module, inputs: list[tuple[int, Any]], *_) -> torch.Tensor:
@@ -188,7 +210,7 @@ class DPCLIPTrainer(Trainer):
         self.model.train()
         self.optimizer.train()
         if self._guard.count_forward_pass() == 1 and self.public_negatives is not None:
-            self.public_negatives.begin_step()
+            self.public_negatives.begin_step(self._contrastive_model)
         losses = self._forward_pass(inputs)
         if losses and self.args.log_private_statistics:
             return torch.stack(losses).mean()

@@ -5,10 +5,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import Dataset, IterableDataset
-from transformers import PreTrainedModel, Trainer
+from transformers import CLIPModel, PreTrainedModel, Trainer
 
 from .arguments import DPTrainingArguments
-from .public_negatives import PublicNegatives, shared_rows
+from .public_negatives import shared_rows
 
 
 def check_model(model: nn.Module) -> None:
@@ -82,7 +82,7 @@ def check_loss_decomposes(microbatch_size: int, in_batch_negatives_only: bool) -
 
 
 def check_loss_is_known(
-    args: DPTrainingArguments, contrastive_base: PreTrainedModel | None, public_negatives: PublicNegatives | None
+    args: DPTrainingArguments, contrastive_base: PreTrainedModel | None, public_negatives: bool
 ) -> None:
     """Raises `ValueError` for what only CLIP's and SigLIP's own loss allows."""
     if args.chunked and contrastive_base is None:
@@ -91,9 +91,10 @@ def check_loss_is_known(
             f"{args.per_device_train_batch_size}; chunks of a microbatch can only be put together again for CLIPModel "
             "or SiglipModel with its own loss: choose a microbatch_size that divides per_device_train_batch_size."
         )
-    if args.static_shapes and contrastive_base is None:
-        raise ValueError("static_shapes=True needs CLIPModel or SiglipModel with its own loss: remove it.")
-    if public_negatives is not None and contrastive_base is None:
+    if args.static_shapes and not isinstance(contrastive_base, CLIPModel):
+        # SigLIP is not told where a text ends.
+        raise ValueError("static_shapes=True needs CLIPModel with its own loss: remove it.")
+    if public_negatives and contrastive_base is None:
         raise ValueError("public_negatives need CLIPModel or SiglipModel with its own loss: leave them out.")
     if args.chunked and args.public_negatives_gradient:
         raise ValueError(

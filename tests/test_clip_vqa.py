@@ -147,9 +147,14 @@ def test_labels_are_the_numbers_of_the_answers():
     assert collator()(list(records(4)))["labels"].tolist() == [0, 1, 2, 0]
 
 
-def test_an_unknown_answer_is_named():
-    with pytest.raises(ValueError, match="answer 'red' is none of the 2 answers that the model can give"):
-        collator(label2id={"yes": 0, "no": 1})(list(records(3)))
+def test_every_view_has_the_label_of_its_record():
+    assert collator(views=2)(list(records(2)))["labels"].tolist() == [0, 0, 1, 1]
+
+
+def test_unknown_answers_are_refused_before_training_and_not_shown(make_trainer):
+    with pytest.raises(ValueError, match=r"record 2 \(13 such records\) is none of the 2 answers") as refusal:
+        make_trainer(tiny_clip_vqa(), records(40), {"data_collator": collator(label2id={"yes": 0, "no": 1})})
+    assert "red" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("column", ["image", "question", "answer"])

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
-from factories import BOS, EOS, tiny_clip, tiny_processor
+from factories import BOS, EOS, arguments, tiny_clip, tiny_processor
 from PIL import Image as PILImage
 
-from hf_dpclip import ImageTextCollator
+from hf_dpclip import DPCLIPTrainer, ImageTextCollator
 from hf_dpclip.data import caption_by_label, class_prompts, load_pairs
 
 
@@ -72,6 +72,22 @@ def test_the_collator_reads_the_columns_that_it_is_told():
 def test_a_missing_column_is_named(columns, missing):
     with pytest.raises(ValueError, match=f"no column '{missing}' .it has .*image_column=..., text_column=..."):
         ImageTextCollator(tiny_processor()).check_columns(raw_pairs(1, *columns).column_names)
+
+
+def test_texts_of_a_model_that_is_not_told_where_they_end_have_one_length():
+    processor = tiny_processor()
+    processor.tokenizer.model_input_names = ["input_ids"]
+    assert ImageTextCollator(processor)(list(raw_pairs()))["input_ids"].shape == (3, 16)
+
+
+def test_evaluation_sees_images_as_they_are(tmp_path):
+    flipping, records = Flipping(), raw_pairs(8)
+    collator = ImageTextCollator(tiny_processor(), augmentation=flipping, views=2)
+    args = arguments(tmp_path, remove_unused_columns=False)
+    trainer = DPCLIPTrainer(tiny_clip(), args, collator, records, raw_pairs(4))
+    for loader in (trainer.get_eval_dataloader(), trainer.get_test_dataloader(raw_pairs(4))):
+        assert len(next(iter(loader))["input_ids"]) == 4
+    assert flipping.calls == 0 and trainer.data_collator is collator
 
 
 class Flipping:

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from factories import pairs
 from torch.utils.data import DataLoader
 
@@ -149,6 +150,14 @@ def test_padding_of_a_microbatch_does_not_depend_on_another_one():
     (_, first), (_, second) = dataset[[(5, np.array([0, 1])), (6, np.array([2]))]]
     assert first["ids"].shape == (2, 3)
     assert second["ids"].shape == (1, 9)
+
+
+def test_the_dtype_of_a_microbatch_does_not_depend_on_another_one():
+    """A missing value makes floats of all that is read together."""
+    dataset = Dataset.from_dict({"value": [16777217, 5, None]}).with_format("numpy")
+    microbatches = MicrobatchDataset(dataset, lambda records: {"value": [record["value"] for record in records]})
+    forward_batch = [(1, np.array([0])), (2, np.array([1, 2]))]
+    assert [int(value) for value in microbatches[forward_batch][0][1]["value"]] == [16777217]
 
 
 @pytest.mark.parametrize("as_list", [False, True], ids=["datasets.Dataset", "list"])

@@ -139,6 +139,8 @@ def test_a_public_image_whose_caption_is_the_pairs_own_is_no_negative():
         ([7, 1, 2, 9], [7, 1, 2, 3, 9], False),
         ([7, 1, 1, 9], [7, 1, 9, 9], False),
         ([7, 9], [7, 1, 9], False),
+        ([5, 7, 0, 0], [5, 9, 0, 0], False),  # the padding token ends the text
+        ([5, 7, 0, 0], [5, 7, 0, 0, 0], True),
     ],
 )
 def test_captions_are_told_apart_however_they_are_filled_up(first, second, equal):

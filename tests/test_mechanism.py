@@ -196,6 +196,16 @@ def test_noise_has_the_resolution_of_float32():
     check_resolution(released(plan(noise_multiplier=1.0), parameters(5000), []))
 
 
+def test_noise_is_float32_whatever_the_default_dtype_is():
+    weights = parameters(20_000)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        released(plan(noise_multiplier=1.0), weights, [])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    check_resolution(weights[0].grad)
+
+
 def contributions(generator, size):
     """A neighbourhood: the microbatches of D, and those of D with one record more in one of them."""
     records = [generator.normal(size=(size, 3)) * 10 ** generator.uniform(-2, 2) for _ in range(4)]

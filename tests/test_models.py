@@ -419,3 +419,8 @@ def test_only_the_last_checkpoints_are_kept_each_with_its_own_statement(make_tra
     make_trainer(max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2).train()
     steps = {path.name: PrivacyStatement.load(path).steps for path in tmp_path.glob("checkpoint-*")}
     assert steps == {"checkpoint-3": 3, "checkpoint-4": 4}
+
+
+def test_static_shapes_are_refused_for_a_model_that_is_not_told_where_texts_end(make_trainer):
+    with pytest.raises(ValueError, match="static_shapes=True needs CLIPModel"):
+        make_trainer(tiny_siglip(), static_shapes=True)

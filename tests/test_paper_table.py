@@ -58,6 +58,12 @@ def test_the_command_of_a_row_asks_for_that_row_alone(monkeypatch, tmp_path):
         assert PAPER_TABLE.wanted_rows(PAPER_TABLE.parse_arguments(), "mnist-5k") == [row]
 
 
+def test_trials_do_not_end_up_among_the_results(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--max_steps", "1")
+    assert "--rows outputs/rows.json" in capsys.readouterr().err
+
+
 def test_an_unknown_dataset_is_refused_with_the_known_ones(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "--datasets", "cifar")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from checks import check_bounded, flat_weights, one_update
 from datasets import Dataset
 from factories import IMAGE_SIZE, arguments, pairs, tiny_clip, tiny_processor
@@ -46,7 +47,9 @@ def update(tmp_path, train_dataset, public_negatives, **overrides) -> torch.Tens
 
 
 def encoded(negatives: PublicNegatives, model) -> tuple:
-    embeddings = negatives.embeddings(ContrastiveModel(model, contrastive_base(model), dict))
+    contrastive = ContrastiveModel(model, contrastive_base(model), dict)
+    negatives.begin_step(contrastive)
+    embeddings = negatives.embeddings(contrastive)
     return embeddings.images, embeddings.texts
 
 
@@ -103,12 +106,23 @@ def test_they_are_encoded_every_so_many_steps():
     negatives = PublicNegatives(chunks, steps=2)
     seen = []
     for _ in range(4):
-        negatives.begin_step()
         seen.append(encoded(negatives, model)[1])
         with torch.no_grad():
             model.text_projection.weight.add_(torch.randn_like(model.text_projection.weight))
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[3])
     assert not torch.equal(seen[1], seen[2])
+
+
+def test_when_they_are_encoded_does_not_depend_on_who_was_drawn(tmp_path):
+    """Nobody or somebody in the first of two steps that share embeddings: these are of the first step's weights."""
+    model = tiny_clip()
+    trainer = trainer_of(tmp_path, raw_pairs(8), CAPTIONS, model, public_negatives_steps=2, max_steps=1)
+    before = trainer.public_negatives
+    with torch.no_grad():
+        expected = F.normalize(model.eval().get_text_features(**before.chunks[0]).pooler_output, dim=1)
+    trainer.get_train_dataloader = lambda: [[]]  # a forward batch in which nobody was drawn
+    trainer.train()
+    assert torch.allclose(before.embeddings(None).texts, expected, atol=1e-5)
 
 
 def test_chunks_do_not_change_the_embeddings():
@@ -142,6 +156,11 @@ def test_encoded_private_records_are_recognised():
 
 def test_class_prompts_are_public_although_they_are_the_captions():
     assert shared_rows(raw_pairs(8), CAPTIONS) == 0
+
+
+def test_a_column_of_captions_will_do():
+    chunks = encode_public_negatives(raw_pairs(3)["text"], None, tiny_processor(), batch_size=9)
+    assert len(PublicNegatives(chunks)) == 3
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,10 @@ def caption_keys(inputs: dict[str, Any], pad_token_id: int) -> Tensor:
     input_ids = inputs["input_ids"].long()
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     in_text = inputs["attention_mask"] != 0 if "attention_mask" in inputs else input_ids != pad_token_id
-    # Texts may also be filled up with their last token: its repetitions at the end are left out, and so is itself.
+    # Texts may also be filled up with their last token: of its repetitions at the end, one counts.
     last = (positions * in_text).amax(dim=1, keepdim=True)
     ends_before = ((input_ids != input_ids.gather(1, last)) & in_text) * positions
-    in_text = positions <= ends_before.amax(dim=1, keepdim=True)
+    in_text = in_text & (positions <= ends_before.amax(dim=1, keepdim=True) + 1)
     # Multilinear hashing modulo 2^64, with a random odd factor for each position.
     factors = np.random.Generator(np.random.PCG64(0)).integers(2**63, size=len(positions)) * 2 + 1
     return ((input_ids + 1) * in_text * torch.from_numpy(factors).to(input_ids.device)).sum(dim=1)

@@ -176,7 +176,7 @@ class GaussianMechanism:
 
     def _add_share_of_noise_(self, pieces: list[Tensor], generator: torch.Generator) -> None:
         std = self.plan.noise_std / math.sqrt(DRAWS_PER_COORDINATE)
-        draws = torch.empty(max(map(len, pieces), default=0), device=generator.device)
+        draws = torch.empty(max(map(len, pieces), default=0), dtype=torch.float32, device=generator.device)
         for piece in pieces:
             for _ in range(DRAWS_PER_COORDINATE):
                 piece.add_(draws[: len(piece)].normal_(0, std, generator=generator))
