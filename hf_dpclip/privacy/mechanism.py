@@ -18,8 +18,9 @@ AUTOMATIC_CLIPPING_GAMMA = 0.01
 # torch's float32 normals never exceed 5.77 standard deviations; the sum of two reaches 8.16, beyond which a Gaussian
 # goes once in 10^15 draws.
 DRAWS_PER_COORDINATE = 2
-# Coordinates that are noised at a time: few enough for the processor's cache.
-NOISE_CHUNK = 2**16
+# Coordinates that are noised at a time: few enough for the processor's cache, and for torch not to start threads of
+# its own below each of ours, which would slow down all that comes after.
+NOISE_CHUNK = 2**14
 # Coordinates whose squares are added up in float32 before the sum goes on in float64.
 NORM_ROW = 2**12
 
@@ -168,7 +169,7 @@ class GaussianMechanism:
     def _add_noise_(self, tensors: list[Tensor]) -> None:
         """Adds an independent draw from N(0, (σΔ)²) to every coordinate, each stream to its share of them."""
         pieces = [piece for tensor in tensors for piece in tensor.view(-1).split(NOISE_CHUNK)]
-        if sum(map(len, pieces)) <= NOISE_CHUNK:
+        if sum(map(len, pieces)) <= NOISE_CHUNK * len(self.generators):
             # Handing it out would take longer.
             return self._add_share_of_noise_(pieces, self.generators[0])
         shares = [pieces[stream :: len(self.generators)] for stream in range(len(self.generators))]
