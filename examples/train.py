@@ -106,7 +106,7 @@ class Job:
 def main():
     disable_progress_bars()
     try:
-        job = prepare(*parse_arguments(sys.argv[1:]))
+        job = prepare(*parse_arguments(sys.argv[1:], ExampleArguments, DEFAULTS, EMBEDDED_DEFAULTS))
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"train.py: {error}")
     score = job.accuracy or (lambda model: job.trainer.evaluate()["eval_loss"])
@@ -121,12 +121,13 @@ def main():
     PartialState().destroy_process_group()
 
 
-def parse_arguments(argv: list[str]) -> tuple[ExampleArguments, DPTrainingArguments]:
-    """The arguments, with `DEFAULTS` for what was not given."""
-    parser = HfArgumentParser((ExampleArguments, DPTrainingArguments), allow_abbrev=False)
+def parse_arguments(argv: list[str], example_arguments: type, defaults: dict, embedded_defaults: dict) -> tuple:
+    """Both kinds of arguments, with `defaults` for what was not given, and further ones for the embedded data."""
+    parser = HfArgumentParser((example_arguments, DPTrainingArguments), allow_abbrev=False)
     options = [argument.split("=")[0] for argument in argv if argument.startswith("--")]
     given = {option.removeprefix("--").replace("-", "_") for option in options}
-    defaults = DEFAULTS if "dataset_name" in given else {**DEFAULTS, **EMBEDDED_DEFAULTS}
+    if "dataset_name" not in given:
+        defaults = {**defaults, **embedded_defaults}
     if given & {"noise_multiplier", "non_private"}:
         defaults = {**defaults, "target_epsilon": None}
     parser.set_defaults(**defaults)

@@ -28,8 +28,8 @@ from peft import get_peft_model
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from train import load_processor, non_private_arguments, private_and_held_out, save
-from transformers import CLIPModel, HfArgumentParser, Trainer, set_seed
+from train import load_processor, non_private_arguments, parse_arguments, private_and_held_out, save
+from transformers import CLIPModel, Trainer, set_seed
 
 from hf_dpclip import (
     CLIPForVisualQuestionAnswering,
@@ -64,6 +64,8 @@ DEFAULTS = {
     "remove_unused_columns": False,
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
+
+EMBEDDED_DEFAULTS = {"compare_non_private": True, "privacy_unit_column": "image_id"}
 
 
 @dataclass
@@ -109,7 +111,7 @@ class ExampleArguments:
 def main():
     disable_progress_bars()
     try:
-        arguments, args = parse_arguments(sys.argv[1:])
+        arguments, args = parse_arguments(sys.argv[1:], ExampleArguments, DEFAULTS, EMBEDDED_DEFAULTS)
         trainer = prepare(arguments, args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"train_vqa.py: {error}")
@@ -121,20 +123,6 @@ def main():
     if trainer.is_world_process_zero():
         report(trainer, scores, folder)
     PartialState().destroy_process_group()
-
-
-def parse_arguments(argv: list[str]) -> tuple[ExampleArguments, DPTrainingArguments]:
-    """The arguments, with `DEFAULTS` for what was not given."""
-    parser = HfArgumentParser((ExampleArguments, DPTrainingArguments), allow_abbrev=False)
-    options = [argument.split("=")[0] for argument in argv if argument.startswith("--")]
-    given = {option.removeprefix("--").replace("-", "_") for option in options}
-    defaults = dict(DEFAULTS)
-    if "dataset_name" not in given:
-        defaults |= {"compare_non_private": True, "privacy_unit_column": "image_id"}
-    if given & {"noise_multiplier", "non_private"}:
-        del defaults["target_epsilon"]
-    parser.set_defaults(**defaults)
-    return parser.parse_args_into_dataclasses(argv)
 
 
 def prepare(arguments: ExampleArguments, args: DPTrainingArguments) -> DPCLIPTrainer:
