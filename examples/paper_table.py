@@ -26,7 +26,7 @@ from train import TINY_CLIP, ExampleArguments, load_model, load_processor
 from transformers import ProcessorMixin, Trainer, TrainingArguments, set_seed
 
 from hf_dpclip import DPCLIPTrainer, DPTrainingArguments
-from hf_dpclip.data import class_prompts
+from hf_dpclip.data import class_prompts, encoded_texts
 from hf_dpclip.evaluation import zero_shot_accuracy
 from hf_dpclip.presets import PRESETS
 
@@ -79,7 +79,7 @@ class EncodedPairs(torch.utils.data.Dataset):
     """Images encoded once, and the caption of each: what the collator would make of them again in every epoch."""
 
     def __init__(self, dataset: Dataset, prompts: list[str], processor: ProcessorMixin):
-        texts = processor(text=prompts, padding=True, return_tensors="pt")
+        texts = encoded_texts(processor, prompts)
         labels = torch.tensor(dataset["label"][:])
         images = [
             processor(images=[image.convert("RGB") for image in batch["image"]], return_tensors="pt")["pixel_values"]

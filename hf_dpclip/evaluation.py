@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import EvalPrediction, ProcessorMixin
 
+from .data import encoded_texts
 from .metrics import RetrievalRecall, VQAAccuracy, ZeroShotAccuracy
 
 
@@ -33,7 +34,7 @@ def zero_shot_accuracy(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    text = processor(text=prompts, padding=True, return_tensors="pt").to(device)
+    text = encoded_texts(processor, prompts).to(device)
     metric = ZeroShotAccuracy()
     for start in range(0, len(dataset), batch_size):
         batch = dataset[start : start + batch_size]

@@ -161,8 +161,10 @@ class DPCLIPTrainer(Trainer):
         collator = self.data_collator
         if isinstance(collator, ImageTextCollator):
             self.data_collator = dataclasses.replace(collator, augmentation=None, views=1)
-        yield
-        self.data_collator = collator
+        try:
+            yield
+        finally:
+            self.data_collator = collator
 
     @property
     def contrastive_base(self) -> CLIPModel | SiglipModel | None:

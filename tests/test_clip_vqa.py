@@ -167,7 +167,9 @@ def test_wrong_column_names_are_refused_before_training(make_trainer, column):
 def test_columns_may_have_other_names(make_trainer):
     names = {"image_column": "scan", "text_column": "asked", "answer_column": "finding"}
     dataset = records(8, image="scan", question="asked", answer="finding")
-    make_trainer(tiny_clip_vqa(), dataset, {"data_collator": collator(**names)}).train()
+    trainer = make_trainer(tiny_clip_vqa(), dataset, {"data_collator": collator(**names)})
+    trainer.train()
+    assert trainer.privacy_spent().steps == 2
 
 
 def test_missing_labels_are_said_to_be_missing(make_trainer):
