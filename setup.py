@@ -31,5 +31,6 @@ setup(
         "torch>=2.6",
         "transformers>=5.3,<6",
     ],
+    entry_points={"console_scripts": ["hf-dpclip = hf_dpclip.cli:main"]},
     extras_require={"examples": EXAMPLES, "test": TEST},
 )

@@ -1,0 +1,43 @@
+"""`hf-dpclip`: what the library knows, from the command line.
+
+Each command is a module of this package with a `SUMMARY`, `add_arguments(parser)` and `run(arguments)`, which returns
+the exit code: 0 for yes, 1 for no. Modules import what is heavy when they run, so that `--help` is immediate.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+
+COMMANDS: list[str] = []
+
+# argparse's own exit code for a wrong command line.
+WRONG_USAGE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): the command line; by default that of the process.
+
+    Returns the exit code: 0 for success, 1 where the command's answer is no, 2 for input that it cannot use.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (OSError, ValueError) as error:
+        print(f"hf-dpclip {arguments.command}: {error}", file=sys.stderr)
+        return WRONG_USAGE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("hf-dpclip", description="Differentially private training of CLIP models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name in COMMANDS:
+        module = import_module(f"{__name__}.{name}")
+        subparser = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
+    return parser
