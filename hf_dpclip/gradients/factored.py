@@ -66,8 +66,11 @@ class Outer:
         a, b = self.activations[: len(of_row)], self.output_gradients[: len(of_row)]
         if some_are_zero:
             a, b, of_row = a[of_row != 0], b[of_row != 0], of_row[of_row != 0]
-        weighted = b.float() * of_row[:, None, None]
-        return weighted.flatten(0, 1).T @ a.flatten(0, 1).float()
+        of_row = of_row[:, None, None]
+        a, b = a.float(), b.float()
+        # The narrower one is copied.
+        a, b = (a, b * of_row) if b.shape[-1] <= a.shape[-1] else (a * of_row, b)
+        return b.flatten(0, 1).T @ a.flatten(0, 1)
 
     def dense(self) -> Tensor:
         """`[K, p, d]`."""
