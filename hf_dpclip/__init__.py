@@ -18,6 +18,7 @@ _HOME_OF = {
     "PrivacySpent": "privacy",
     "PrivacyStatement": "privacy",
     "VisualQuestionCollator": "data",
+    "WeightAveraging": "averaging",
     "lora_config": "models",
 }
 

@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from . import validation
 from .arguments import DPTrainingArguments
+from .averaging import load_averages, save_averages
 from .data import ImageTextCollator, VisualQuestionCollator
 from .dataloader import ForwardBatchSampler, MicrobatchDataset, PrivacyUnits, RecordNumbers, make_dataloader
 from .forward_pass import choose_forward_pass, make_contrastive_model
@@ -295,6 +296,16 @@ class DPCLIPTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save and self.plan is not None:
             self.privacy_statement().save(output_dir or self.args.output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            save_averages(self.callback_handler.callbacks, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_averages(self.callback_handler.callbacks, checkpoint, self.model)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The Trainer copies the files it knows from the checkpoint to the folder that is uploaded.

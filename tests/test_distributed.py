@@ -8,7 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checks import check_independent_labels, check_noise_law, check_poisson_batches, check_uncorrelated, one_update
+from checks import (
+    check_independent_labels,
+    check_noise_law,
+    check_poisson_batches,
+    check_uncorrelated,
+    flat_weights,
+    one_update,
+)
+from factories import tiny_clip
+
+
+sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+
+from two_processes import averaged_update
 
 
 SCRIPT = Path(__file__).parent / "distributed" / "two_processes.py"
@@ -37,7 +50,7 @@ def test_there_are_two_processes_and_their_microbatches_add_up(run):
     assert run["facts"][0]["num_microbatches"] == 4
 
 
-@pytest.mark.parametrize("name", ["noisy", "exact", "spanning", "empty"])
+@pytest.mark.parametrize("name", ["noisy", "exact", "spanning", "averaged", "empty"])
 def test_weights_are_identical_on_all_processes(run, name):
     first, second = (results[name] for results in run["results"])
     assert np.array_equal(first, second)
@@ -70,6 +83,12 @@ def test_one_microbatch_on_two_processes_is_the_same_as_on_one(run, tmp_path):
     update, _ = one_update(tmp_path, **settings)
     difference = torch.tensor(run["results"][0]["spanning"]) - update
     assert float(difference.norm() / update.norm()) < 1e-5
+
+
+def test_a_resumed_run_on_two_processes_goes_on_with_the_averages(run, tmp_path):
+    expected = averaged_update(tmp_path)
+    assert torch.allclose(torch.tensor(run["results"][0]["averaged"]), expected, rtol=1e-5, atol=1e-6)
+    assert float((expected - flat_weights(tiny_clip())).norm()) > 1e-2
 
 
 def as_draws(results):

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from checks import flat_weights, one_update
 from factories import arguments, pairs, tiny_clip
 
-from hf_dpclip import DPCLIPTrainer
+from hf_dpclip import DPCLIPTrainer, WeightAveraging
 
 
 LOUD = 30.0
@@ -65,6 +65,20 @@ def spanning_update(folder: Path) -> torch.Tensor:
     return update
 
 
+def averaged_update(folder: Path) -> torch.Tensor:
+    """Averages of four steps, of which a resumed run took the last two. The same on one process as on two."""
+    settings = {"non_private": True, "noise_seed": 5, "microbatch_size": 2, "optim": "sgd", "learning_rate": 1.0}
+    batch = 16 // int(os.environ.get("WORLD_SIZE", 1))
+    args = arguments(
+        folder, per_device_train_batch_size=batch, max_steps=4, save_strategy="steps", save_steps=2, **settings
+    )
+    for checkpoint in (None, str(folder / "checkpoint-2")):
+        model = tiny_clip()
+        trainer = DPCLIPTrainer(model, args, train_dataset=pairs(64), callbacks=[WeightAveraging()])
+        trainer.train(resume_from_checkpoint=checkpoint)
+    return flat_weights(model)
+
+
 def draws(folder: Path) -> np.ndarray:
     """Which of 60 units this process was dealt in each of many steps, and in which of its microbatches."""
     args = arguments(folder, per_device_train_batch_size=6, microbatch_size=3, max_steps=1)
@@ -99,6 +113,7 @@ def main():
         "noisy": noisy_update(folder).numpy(),
         "exact": exact_update(folder).numpy(),
         "spanning": spanning_update(folder).numpy(),
+        "averaged": averaged_update(folder / "averaged").numpy(),
         "empty": mostly_empty(folder).numpy(),
         "draws": draws(folder),
     }
