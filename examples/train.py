@@ -207,9 +207,12 @@ def load_public_negatives(arguments: ExampleArguments, prompts: list[str] | None
 
 def load_splits(arguments: ExampleArguments) -> DatasetDict:
     if arguments.dataset_name not in PRESETS:
-        return load_pairs(arguments.dataset_name, arguments.image_column)
+        try:
+            return load_pairs(arguments.dataset_name, arguments.image_column)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error} Known by name are {', '.join(PRESETS)}.") from error
     preset = PRESETS[arguments.dataset_name]
-    arguments.label_column = "label"
+    arguments.image_column, arguments.label_column = "image", "label"
     arguments.prompt_template = arguments.prompt_template or preset.template
     return preset.load()
 

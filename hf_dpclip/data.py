@@ -159,16 +159,27 @@ def class_prompts(class_names: list[str], template: str = "a photo of a {}.") ->
 def caption_by_label(dataset: Dataset, label_column: str, template: str, caption_column: str = "caption") -> Dataset:
     """Adds a column with the prompt of each record's class.
 
-    Raises `ValueError` if `label_column` is not a column of class labels.
+    Raises `ValueError` as [`check_labels`] does.
     """
-    feature = dataset.features.get(label_column)
-    if not isinstance(feature, ClassLabel):
+    check_labels(dataset, label_column)
+    prompts = class_prompts(dataset.features[label_column].names, template)
+    return dataset.add_column(caption_column, [prompts[label] for label in dataset[label_column]])
+
+
+def check_labels(dataset: Dataset, label_column: str) -> None:
+    """Raises `ValueError` if `label_column` is not a column of class labels, or if a record has none, and names it."""
+    if not isinstance(dataset.features.get(label_column), ClassLabel):
         raise ValueError(
             f"label column {label_column!r} is not a ClassLabel column of the dataset ({dict(dataset.features)}): "
             f"name one, or convert it with dataset.class_encode_column({label_column!r})."
         )
-    prompts = class_prompts(feature.names, template)
-    return dataset.add_column(caption_column, [prompts[label] for label in dataset[label_column]])
+    # The Hub writes -1 where labels are held back.
+    unlabelled = [row for row, label in enumerate(dataset[label_column]) if label is None or label < 0]
+    if unlabelled:
+        raise ValueError(
+            f"record {unlabelled[0]} ({len(unlabelled)} such records) has no label in column {label_column!r}: leave "
+            "such records out, or choose a split that has labels."
+        )
 
 
 def load_pairs(name: str, image_column: str = "image") -> DatasetDict:
@@ -190,16 +201,17 @@ def load_pairs(name: str, image_column: str = "image") -> DatasetDict:
     elif path.is_dir():
         splits = load_dataset("imagefolder", data_dir=name)
     else:
-        splits = _load_from_hub(name)
+        splits = load_from_hub(name)
     columns = next(iter(splits.values())).column_names
     if image_column not in columns:
         raise ValueError(f"{name} has no image column {image_column!r}, only {columns}: name one of these.")
     return splits
 
 
-def _load_from_hub(name: str) -> DatasetDict:
+def load_from_hub(name: str, config: str | None = None) -> DatasetDict:
+    """All splits of a dataset on the Hub. Raises `FileNotFoundError` if it does not give them."""
     try:
-        return load_dataset(name)
+        return load_dataset(name, config)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{name} is neither a file or folder here nor a dataset that the Hub gave ({error}): check the spelling."

@@ -1,17 +1,33 @@
-"""Datasets that the examples know by name, from files that packages install."""
+"""Datasets that the examples know by name: from files that packages install, and from the Hub."""
 
 import gzip
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
 
+from .data import check_labels, load_from_hub
+
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 GARMENTS = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+CIFAR_OBJECTS = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+LAND_COVERS = [
+    "annual crops",
+    "forest",
+    "herbaceous vegetation",
+    "a highway",
+    "industrial buildings",
+    "pasture",
+    "permanent crops",
+    "residential buildings",
+    "a river",
+    "a sea or lake",
+]
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -69,10 +85,59 @@ def load_easy_vqa() -> DatasetDict:
     )
 
 
+def load_labelled_images(
+    name: str, class_names: list[str], config: str | None = None, image_column: str = "image"
+) -> DatasetDict:
+    """A dataset on the Hub, with the columns `image` and `label` and the class names that prompts are made of.
+
+    Args:
+        name (`str`): its name on the Hub, or a folder in the Hub's layout.
+        class_names (`list[str]`): one for each number in its column `label`.
+        config (`str`, *optional*): which of its configurations.
+        image_column (`str`, *optional*, defaults to `"image"`): its own name for the images.
+
+    Raises `FileNotFoundError` if the Hub does not give it and `ValueError` if it is not laid out as expected.
+    """
+    splits = load_from_hub(name, config)
+    missing = {"train", "test"} - splits.keys()
+    if missing:
+        raise ValueError(f"{name} has the splits {', '.join(splits)}; expected were train and test.")
+    return DatasetDict(
+        {split: _as_preset(name, splits[split], class_names, image_column) for split in ("train", "test")}
+    )
+
+
+# Those with a slash are on the Hub, under this name.
 PRESETS = {
     "mnist-5k": Preset(load_mnist_5k, "a handwritten digit {}"),
     "fashion-mnist": Preset(load_fashion_mnist, "a photo of a {}"),
+    "ylecun/mnist": Preset(partial(load_labelled_images, "ylecun/mnist", DIGITS), "a handwritten digit {}"),
+    "zalando-datasets/fashion_mnist": Preset(
+        partial(load_labelled_images, "zalando-datasets/fashion_mnist", GARMENTS), "a photo of a {}"
+    ),
+    "uoft-cs/cifar10": Preset(
+        partial(load_labelled_images, "uoft-cs/cifar10", CIFAR_OBJECTS, image_column="img"), "a photo of a {}"
+    ),
+    "ufldl-stanford/svhn": Preset(
+        partial(load_labelled_images, "ufldl-stanford/svhn", DIGITS, config="cropped_digits"),
+        "a photo of the house number {}",
+    ),
+    "blanchon/EuroSAT_RGB": Preset(
+        partial(load_labelled_images, "blanchon/EuroSAT_RGB", LAND_COVERS), "a satellite photo of {}"
+    ),
 }
+
+
+def _as_preset(name: str, dataset: Dataset, class_names: list[str], image_column: str) -> Dataset:
+    absent = {image_column, "label"} - set(dataset.column_names)
+    if absent:
+        raise ValueError(f"{name} has the columns {dataset.column_names}; expected were {image_column} and label.")
+    check_labels(dataset, "label")
+    known = dataset.features["label"].num_classes
+    if known != len(class_names):
+        raise ValueError(f"{name} has {known} classes; expected were {len(class_names)}: {', '.join(class_names)}.")
+    dataset = dataset.select_columns([image_column, "label"]).rename_columns({image_column: "image"})
+    return dataset.cast_column("label", ClassLabel(names=class_names))
 
 
 def _questions(questions: list[str], answers: list[str], image_ids: list[int], paths: dict[int, str]) -> Dataset:

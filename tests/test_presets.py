@@ -6,12 +6,21 @@ import sys
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 from factories import tiny_clip, tiny_processor
 from PIL import Image as PILImage
 
+from hf_dpclip.data import caption_by_label
 from hf_dpclip.evaluation import zero_shot_accuracy
-from hf_dpclip.presets import DIGITS, GARMENTS, PRESETS, load_easy_vqa, load_fashion_mnist, load_mnist_5k
+from hf_dpclip.presets import (
+    CIFAR_OBJECTS,
+    DIGITS,
+    GARMENTS,
+    PRESETS,
+    load_easy_vqa,
+    load_fashion_mnist,
+    load_mnist_5k,
+)
 
 
 def test_mnist_is_split_evenly_into_private_and_held_out():
@@ -65,6 +74,81 @@ def test_a_missing_file_is_named_with_the_remedy(tmp_path):
 
 def test_every_preset_has_a_place_for_the_class_name():
     assert all("{}" in preset.template for preset in PRESETS.values())
+
+
+# ---- From the Hub ----
+
+# Of each dataset: its configuration, its name for the images, its splits, and the names that it has for its classes.
+ON_HUB = {
+    "ylecun/mnist": (None, "image", ["train", "test"], [str(digit) for digit in range(10)]),
+    "zalando-datasets/fashion_mnist": (None, "image", ["train", "test"], ["T - shirt / top", *GARMENTS[1:]]),
+    "uoft-cs/cifar10": (None, "img", ["train", "test"], CIFAR_OBJECTS),
+    "ufldl-stanford/svhn": ("cropped_digits", "image", ["train", "test", "extra"], [str(d) for d in range(10)]),
+    "blanchon/EuroSAT_RGB": (None, "image", ["train", "test", "validation"], [f"cover {i}" for i in range(10)]),
+}
+
+
+def write_hub_folder(folder, config, image_column, splits, names, labels=(9, 0)):
+    """A repository as the Hub keeps it: Parquet files, and a card that says which of them belong to which split."""
+    features = Features({image_column: Image(), "label": ClassLabel(names=names), "filename": Value("string")})
+    images = [PILImage.new("RGB", (8, 8), (value, 0, 0)) for value in range(len(labels))]
+    records = {image_column: images, "label": list(labels), "filename": ["a.tif"] * len(labels)}
+    for split in splits:
+        path = folder / (config or "data") / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Dataset.from_dict(records, features=features).to_parquet(path)
+    files = [f"  - split: {split}\n    path: {config or 'data'}/{split}-*" for split in splits]
+    card = ["---", "configs:", f"- config_name: {config or 'default'}", "  data_files:", *files, "---"]
+    (folder / "README.md").write_text("\n".join(card))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder that stands for the Hub."""
+    monkeypatch.setattr("hf_dpclip.data.load_dataset", lambda name, config: load_dataset(str(tmp_path / name), config))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_every_preset_of_the_hub_is_known_here():
+    assert {name for name in PRESETS if "/" in name} == ON_HUB.keys()
+
+
+@pytest.mark.parametrize("name", ON_HUB)
+def test_datasets_of_the_hub_get_the_columns_and_the_class_names_of_presets(hub, name):
+    write_hub_folder(hub / name, *ON_HUB[name])
+    preset = PRESETS[name]
+    splits = preset.load()
+    assert splits.keys() == {"train", "test"}
+    for split in splits.values():
+        assert split.column_names == ["image", "label"]
+        assert split["label"][:] == [9, 0]
+        assert split[1]["image"].getpixel((0, 0)) == (1, 0, 0)
+    names = splits["train"].features["label"].names
+    assert len(set(names)) == 10
+    assert caption_by_label(splits["test"], "label", preset.template)["caption"][0] == preset.template.format(names[9])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_column": "image"}, r"columns \['image', 'label', 'filename'\]; expected were img and label"),
+        ({"splits": ["train", "validation"]}, "splits train, validation; expected were train and test"),
+        ({"names": ["cat", "dog"], "labels": (1, 0)}, "2 classes; expected were 10: airplane, automobile"),
+        ({"labels": (3, -1)}, r"record 1 \(1 such records\) has no label in column 'label'"),
+        ({"labels": (None, 3)}, r"record 0 \(1 such records\) has no label in column 'label'"),
+    ],
+)
+def test_a_dataset_that_is_not_laid_out_as_expected_is_refused(hub, changes, message):
+    layout = dict(zip(("config", "image_column", "splits", "names"), ON_HUB["uoft-cs/cifar10"]))
+    write_hub_folder(hub / "uoft-cs/cifar10", **{**layout, **changes})
+    with pytest.raises(ValueError, match=message):
+        PRESETS["uoft-cs/cifar10"].load()
+
+
+def test_a_dataset_that_the_hub_does_not_give_is_named():
+    with pytest.raises(FileNotFoundError, match="uoft-cs/cifar10 is neither a file or folder here nor a dataset"):
+        PRESETS["uoft-cs/cifar10"].load()
 
 
 class Brightness(torch.nn.Module):
