@@ -12,6 +12,10 @@ from .data import encoded_texts
 from .metrics import RetrievalRecall, VQAAccuracy, ZeroShotAccuracy
 
 
+# What Pillow raises, by format and by what is wrong with the file.
+UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError)
+
+
 @torch.no_grad()
 def zero_shot_accuracy(
     model: nn.Module,
@@ -30,6 +34,8 @@ def zero_shot_accuracy(
         dataset (`Dataset`): held-out images and their class numbers; not the private training records.
         prompts (`list[str]`): one caption per class number.
         batch_size (`int`, *optional*, defaults to 256): images per forward pass.
+
+    Raises `ValueError` for an image that cannot be decoded, and names its record.
     """
     was_training = model.training
     model.eval()
@@ -37,7 +43,7 @@ def zero_shot_accuracy(
     text = encoded_texts(processor, prompts).to(device)
     metric = ZeroShotAccuracy()
     for start in range(0, len(dataset), batch_size):
-        batch = dataset[start : start + batch_size]
+        batch = _decoded(dataset, start, start + batch_size)
         images = [image.convert("RGB") for image in batch[image_column]]
         pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(device)
         logits = model(pixel_values=pixel_values, **text).logits_per_image
@@ -109,6 +115,25 @@ def vqa_accuracy(prediction: EvalPrediction, id2label: dict[int, str]) -> dict[s
     answers = [id2label[label] for label in prediction.predictions.argmax(axis=-1).tolist()]
     references = [id2label[label] for label in prediction.label_ids.tolist()]
     return VQAAccuracy(keep_in_memory=True).compute(predictions=answers, references=references)
+
+
+def _decoded(dataset: Dataset, start: int, stop: int) -> dict[str, list]:
+    """The columns of some records. Where an image fails, they are tried in turn, to find out which it is."""
+    try:
+        return dataset[start:stop]
+    except UNDECODABLE as error:
+        row = next(row for row in range(start, stop) if not _decodes(dataset, row))
+        raise ValueError(
+            f"an image of record {row} cannot be decoded ({error}): replace the file, or leave the record out."
+        ) from error
+
+
+def _decodes(dataset: Dataset, row: int) -> bool:
+    try:
+        dataset[row]
+    except UNDECODABLE:
+        return False
+    return True
 
 
 def _by_image(images: np.ndarray, texts: np.ndarray, image_ids: Sequence) -> tuple[np.ndarray, list[np.ndarray]]:

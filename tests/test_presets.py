@@ -182,3 +182,13 @@ def test_zero_shot_accuracy_counts_images_whose_own_prompt_wins(dark_and_bright,
 def test_zero_shot_accuracy_runs_a_real_model(dark_and_bright):
     accuracy = zero_shot_accuracy(tiny_clip(), tiny_processor(), dark_and_bright, ["a", "b"], "scan", "kind")
     assert 0 <= accuracy <= 1
+
+
+@pytest.mark.parametrize("damage", [lambda png: b"no image", lambda png: png[: len(png) // 2], lambda png: b""])
+def test_an_image_that_cannot_be_decoded_is_named(dark_and_bright, damage):
+    stored = dark_and_bright.cast_column("scan", Image(decode=False))
+    records = stored.to_list()
+    records[2]["scan"]["bytes"] = damage(records[2]["scan"]["bytes"])
+    damaged = Dataset.from_list(records, features=stored.features).cast_column("scan", Image())
+    with pytest.raises(ValueError, match=r"an image of record 2 cannot be decoded \(.+\): replace the file"):
+        zero_shot_accuracy(Brightness(), tiny_processor(), damaged, ["dark", "bright"], "scan", "kind", 3)

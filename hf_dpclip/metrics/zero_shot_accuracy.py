@@ -11,6 +11,9 @@ class ZeroShotAccuracy(evaluate.Metric):
     `predictions` are rows of image-to-prompt similarities, of shape `(num_images, num_classes)`; `references` are
     class numbers. Usable with `evaluate.combine`, without a network.
 
+    `compute` raises `ValueError` for a reference that is no class number, such as the -1 of a held-back label, which
+    would count as a wrong answer.
+
     Example:
         ```python
         ZeroShotAccuracy().compute(predictions=logits_per_image, references=labels)  # {"accuracy": 0.93}
@@ -28,4 +31,11 @@ class ZeroShotAccuracy(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[list[float]], references: list[int]) -> dict[str, float]:
-        return {"accuracy": float(np.mean(np.argmax(predictions, axis=1) == np.asarray(references)))}
+        similarities, labels = np.asarray(predictions), np.asarray(references)
+        unknown = np.flatnonzero((labels < 0) | (labels >= similarities.shape[1]))
+        if len(unknown):
+            raise ValueError(
+                f"the label of image {unknown[0]} ({len(unknown)} such images) is {labels[unknown[0]]}, and there are "
+                f"{similarities.shape[1]} prompts: leave images without a label out, and give one prompt per class."
+            )
+        return {"accuracy": float(np.mean(similarities.argmax(axis=1) == labels))}
