@@ -6,11 +6,13 @@ Each row is written as soon as it is measured, and rows that are in the file alr
 be interrupted, continued, and split over days and machines. The start of all arms is the tiny CLIP beside this script,
 which knows synthetic pictures only; or any other:
 
-    python examples/paper_table.py --model_name_or_path openai/clip-vit-base-patch32 --rows outputs/vit.json
+    python examples/paper_table.py --model_name_or_path openai/clip-vit-base-patch32 --rows outputs/vit.json \
+        --learning_rate 1e-5
 
 Arms: `zero_shot` (the start itself), `non_private` (the ordinary `Trainer`), `per_batch` (as in the paper: the whole
-batch is one microbatch), `microbatch` (groups of 8 pairs), `public_negatives` (single pairs, contrasted with the class
-prompts). MNIST has 4,000 records here, all other datasets what they have.
+batch is one microbatch), `microbatch` (groups of 8 pairs; `--num_microbatches` changes that), `public_negatives`
+(single pairs, contrasted with the class prompts). `mnist-5k` has 4,000 records, all other datasets what they have.
+`results_report.py` makes tables and figures of the rows.
 """
 
 import argparse
@@ -25,18 +27,21 @@ from datasets import Dataset, disable_progress_bars
 from train import TINY_CLIP, ExampleArguments, load_model, load_processor
 from transformers import ProcessorMixin, Trainer, TrainingArguments, set_seed
 
-from hf_dpclip import DPCLIPTrainer, DPTrainingArguments
-from hf_dpclip.data import class_prompts, encoded_texts
+from hf_dpclip import DPCLIPTrainer, DPTrainingArguments, ImageTextCollator
+from hf_dpclip.data import caption_by_label, class_prompts, encoded_texts
 from hf_dpclip.evaluation import zero_shot_accuracy
 from hf_dpclip.presets import PRESETS
 
 
 ROWS = Path(__file__).parents[1] / "docs" / "results" / "paper_table.json"
 LORA_RANKS = {"full": 0, "lora": 8}
-# What makes two rows the same measurement.
-KEY = ("dataset", "arm", "tuning", "epsilon", "seed")
+# What makes two rows the same measurement. K is one of them: the arm `microbatch` is measured at several. Everything
+# else of a recipe (learning rate, epochs, B) follows from these, or takes a file of its own.
+KEY = ("dataset", "arm", "tuning", "epsilon", "num_microbatches", "seed")
 # Pairs in one forward pass.
 FORWARD_BATCH = 512
+# Bytes of images that are encoded once and kept, rather than anew in every epoch.
+KEPT = 4e9
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,10 @@ class Schedule:
 
 
 SMALL, LARGE = Schedule(512, 10, 10), Schedule(1024, 6, 6)
-# Datasets below this many records are small.
-LARGE_FROM = 20_000
+# K of the arm `microbatch`: between those of the other arms, with two pairs or more in each.
+COUNTS = [2, 4, 8, 16, 32, 64, 128, 256]
+# Below 20,000 records.
+SMALL_DATASETS = ("mnist-5k", "blanchon/EuroSAT_RGB")
 
 
 class EncodedPairs(torch.utils.data.Dataset):
@@ -111,24 +118,45 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tuning", nargs="+", choices=LORA_RANKS, default=[*LORA_RANKS])
     parser.add_argument("--epsilons", nargs="+", type=float, default=[1.0, 3.0, 8.0], help="of the private arms")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of order and new weights; noise is fresh")
+    counts = {"nargs": "+", "type": int, "choices": COUNTS}
+    parser.add_argument("--num_microbatches", **counts, help="K of the arm microbatch (default: B/8)")
+    parser.add_argument("--learning_rate", type=float, help="of all arms, instead of those for the tiny CLIP")
     parser.add_argument("--model_name_or_path", default=str(TINY_CLIP), help="start of all arms")
     parser.add_argument("--rows", type=Path, default=ROWS, help="JSON file with the rows (default: %(default)s)")
     parser.add_argument("--max_steps", type=int, default=-1, help="stop early, to try the script out")
     args = parser.parse_args()
-    if args.rows == ROWS and (args.max_steps > 0 or args.model_name_or_path != str(TINY_CLIP)):
-        parser.error("another start, or fewer steps, need a file of their own: --rows outputs/rows.json")
+    other_recipe = args.max_steps > 0 or args.learning_rate or args.model_name_or_path != str(TINY_CLIP)
+    if args.rows == ROWS and other_recipe:
+        parser.error(
+            "another start, another learning rate, or fewer steps need a file of their own: --rows outputs/rows.json"
+        )
     return args
+
+
+def schedule_of(dataset: str) -> Schedule:
+    return SMALL if dataset in SMALL_DATASETS else LARGE
 
 
 def wanted_rows(args: argparse.Namespace, dataset: str) -> list[dict]:
     """What identifies each row that was asked for; arms without privacy have one row for all ε."""
     return [
-        {"dataset": dataset, "arm": arm, "tuning": tuning, "epsilon": epsilon, "seed": seed}
+        dict(zip(KEY, (dataset, arm, tuning, epsilon, num_microbatches, seed)))
         for arm in args.arms
         for tuning in args.tuning
         for epsilon in (args.epsilons if arm in PRIVATE_ARMS else [None])
+        for num_microbatches in wanted_microbatches(args, dataset, arm)
         for seed in args.seeds
     ]
+
+
+def wanted_microbatches(args: argparse.Namespace, dataset: str, arm: str) -> list[int | None]:
+    """K of the rows of one arm."""
+    if arm not in PRIVATE_ARMS:
+        return [None]
+    if arm == "microbatch" and args.num_microbatches:
+        return args.num_microbatches
+    batch_size = schedule_of(dataset).batch_size
+    return [batch_size // (PRIVATE_ARMS[arm].microbatch_size or batch_size)]
 
 
 def load_rows(path: Path) -> list[dict]:
@@ -151,7 +179,12 @@ def add_row(path: Path, row: dict) -> None:
 def command(row: dict, args: argparse.Namespace) -> str:
     """What measures this row alone."""
     names = {"dataset": "datasets", "arm": "arms", "epsilon": "epsilons", "seed": "seeds"}
-    options = [f"--{names.get(name, name)} {row[name]}" for name in KEY if row[name] is not None]
+    asked = [
+        name for name in KEY if row[name] is not None and (name != "num_microbatches" or row["arm"] == "microbatch")
+    ]
+    options = [f"--{names.get(name, name)} {row[name]}" for name in asked]
+    if args.learning_rate:
+        options.append(f"--learning_rate {args.learning_rate}")
     if args.rows != ROWS:
         options.append(f"--model_name_or_path {args.model_name_or_path} --rows {args.rows}")
     return " ".join(["python examples/paper_table.py", *options])
@@ -166,11 +199,14 @@ class Task:
         splits = preset.load()
         self.test = splits["test"]
         self.prompts = class_prompts(self.test.features["label"].names, preset.template)
-        self.train = EncodedPairs(splits["train"], self.prompts, self.processor)
-        self.schedule = LARGE if len(self.train) >= LARGE_FROM else SMALL
+        self.train = caption_by_label(splits["train"], "label", preset.template)
+        self.collator = ImageTextCollator(self.processor, text_column="caption")
+        if len(self.train) * self.collator([self.train[0]])["pixel_values"].nbytes <= KEPT:
+            self.train, self.collator = EncodedPairs(self.train, self.prompts, self.processor), _stacked
+        self.schedule = schedule_of(dataset)
 
     def measure(self, row: dict) -> dict:
-        """The rest of a row: `accuracy` on the test split, `delta` and `num_microbatches`."""
+        """The rest of a row: `accuracy` on the test split, and `delta`."""
         set_seed(row["seed"])
         arguments = ExampleArguments(self.args.model_name_or_path, LORA_RANKS[row["tuning"]])
         model, plan = load_model(arguments), None
@@ -181,7 +217,6 @@ class Task:
                 plan = self._train_privately(model, row, folder)
         return {
             "delta": plan and plan.target_delta,
-            "num_microbatches": plan and plan.num_microbatches,
             "accuracy": zero_shot_accuracy(model, self.processor, self.test, self.prompts),
         }
 
@@ -190,9 +225,9 @@ class Task:
             **self._common(row, folder),
             per_device_train_batch_size=64,
             num_train_epochs=self.schedule.non_private_epochs,
-            learning_rate=NON_PRIVATE_LEARNING_RATES[row["tuning"]],
+            learning_rate=self.args.learning_rate or NON_PRIVATE_LEARNING_RATES[row["tuning"]],
         )
-        Trainer(model, args, lambda records: {**_stacked(records), "return_loss": True}, self.train).train()
+        Trainer(model, args, lambda records: {**self.collator(records), "return_loss": True}, self.train).train()
 
     def _train_privately(self, model, row: dict, folder: str):
         arm, schedule = PRIVATE_ARMS[row["arm"]], self.schedule
@@ -201,15 +236,15 @@ class Task:
             **self._common(row, folder),
             per_device_train_batch_size=FORWARD_BATCH,
             gradient_accumulation_steps=schedule.batch_size // FORWARD_BATCH,
-            microbatch_size=arm.microbatch_size or schedule.batch_size,
+            microbatch_size=schedule.batch_size // row["num_microbatches"],
             num_train_epochs=schedule.epochs,
-            learning_rate=arm.learning_rates[row["tuning"]],
+            learning_rate=self.args.learning_rate or arm.learning_rates[row["tuning"]],
             lr_scheduler_type="constant",
             target_epsilon=row["epsilon"],
         )
         public = self.prompts if row["arm"] == "public_negatives" else None
         trainer = DPCLIPTrainer(
-            model, args, _stacked, self.train, processing_class=self.processor, public_negatives=public
+            model, args, self.collator, self.train, processing_class=self.processor, public_negatives=public
         )
         trainer.train()
         return trainer.plan

@@ -48,7 +48,8 @@ def test_every_arm_has_its_row(monkeypatch, tmp_path, hundred_digits):
 
 
 def test_the_command_of_a_row_asks_for_that_row_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["paper_table.py", "--epsilons", "3", "--seeds", "0", "7"])
+    asked = ["--epsilons", "3", "--seeds", "0", "7", "--num_microbatches", "16", "128"]
+    monkeypatch.setattr(sys, "argv", ["paper_table.py", *asked])
     args = PAPER_TABLE.parse_arguments()
     wanted = PAPER_TABLE.wanted_rows(args, "mnist-5k")
     for row in wanted:
@@ -56,6 +57,32 @@ def test_the_command_of_a_row_asks_for_that_row_alone(monkeypatch, tmp_path):
         assert script == "examples/paper_table.py"
         monkeypatch.setattr(sys, "argv", [script, *options])
         assert PAPER_TABLE.wanted_rows(PAPER_TABLE.parse_arguments(), "mnist-5k") == [row]
+
+
+def test_numbers_of_microbatches_are_rows_of_their_own(monkeypatch, tmp_path, hundred_digits):
+    rows = tmp_path / "rows.json"
+    options = ["--rows", rows, "--max_steps", "1", "--arms", "microbatch", "--tuning", "lora", "--epsilons", "2"]
+    for counts in (["2"], ["2", "16"], []):
+        run(monkeypatch, *options, *(["--num_microbatches", *counts] if counts else []))
+    assert [row["num_microbatches"] for row in json.loads(rows.read_text())] == [2, 16, 4]
+
+
+@pytest.mark.parametrize("count", [100, 512, 0])
+def test_microbatches_of_less_than_two_pairs_are_refused(monkeypatch, capsys, count):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--num_microbatches", count)
+    assert f"invalid choice: {count} (choose from 2, 4, 8" in capsys.readouterr().err
+
+
+def test_images_that_are_too_many_to_keep_are_encoded_when_they_are_needed(monkeypatch, tmp_path, hundred_digits):
+    monkeypatch.setattr(PAPER_TABLE, "KEPT", 0)
+    rows = tmp_path / "rows.json"
+    arms = ["non_private", "public_negatives"]
+    options = ["--max_steps", "1", "--tuning", "lora", "--epsilons", "2", "--learning_rate", "1e-3"]
+    run(monkeypatch, "--rows", rows, *options, "--arms", *arms)
+    measured = json.loads(rows.read_text())
+    assert [row["arm"] for row in measured] == arms
+    assert all("--learning_rate 0.001" in row["command"] for row in measured)
 
 
 def test_trials_do_not_end_up_among_the_results(monkeypatch, capsys):
