@@ -193,15 +193,20 @@ def fit(sweep: Sweep, errors: Errors) -> Fit:
     return Fit(inside, np.polyfit(x, predicted, 1)[0], np.polyfit(x, measured, 1)[0])
 
 
+def decimals(slope: float) -> str:
+    """Two of them, and no sign before a zero."""
+    return f"{round(slope, 2) + 0.0:.2f}"
+
+
 def print_slopes(sweeps: list[Sweep], fits: list[Fit]) -> None:
     print_row("arm", "against", "predicted slope", "fitted slope", "points fitted", "range fitted")
     print_row(*["---"] * 6)
     for sweep, fitted in zip(sweeps, fits):
-        slope = f"{fitted.slopes.mean():.2f} ± {fitted.slopes.std():.2f}"
+        slope = f"{decimals(fitted.slopes.mean())} ± {fitted.slopes.std():.2f}"
         values = sweep.values[fitted.inside]
         span = f"{values[0]:g} to {values[-1]:g}" if len(values) else "none"
         points = f"{len(values)} of {len(sweep.values)}"
-        print_row(sweep.name, AXES[sweep.axis], f"{fitted.predicted:.2f}", slope, points, span)
+        print_row(sweep.name, AXES[sweep.axis], decimals(fitted.predicted), slope, points, span)
 
 
 def print_side_by_side(settings: list[Setting], errors: Errors) -> None:
@@ -248,7 +253,7 @@ def draw_sweep(panel: Axes, sweep: Sweep, fitted: Fit, errors: Errors) -> None:
     mean, deviation = mean_errors(sweep, errors), np.array([errors[setting].std() for setting in sweep.settings])
     for points, filling in ((fitted.inside, color), (~fitted.inside, "white")):
         panel.errorbar(x[points], mean[points], deviation[points], color=color, markerfacecolor=filling, **ERRORBARS)
-    label = f"{sweep.name}: slope {fitted.slopes.mean():.2f}, predicted {fitted.predicted:.2f}"
+    label = f"{sweep.name}: slope {decimals(fitted.slopes.mean())}, predicted {decimals(fitted.predicted)}"
     panel.plot(x, [sweep.predicted(setting) for setting in sweep.settings], "--", color=color, label=label)
     if sweep.private:
         panel.plot(x, mean_errors(sweep.without_noise, errors), ":", color=color, linewidth=1)
