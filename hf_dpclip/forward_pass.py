@@ -12,9 +12,12 @@ from .arguments import DPTrainingArguments
 from .dataloader import Chunks, ForwardBatch, MicrobatchDataset
 from .gradients import (
     ContrastiveModel,
+    MeanLossModel,
     NotVectorizable,
+    VectorizableModel,
     accumulate_chunked_gradient,
     accumulate_gradient,
+    mean_loss_base,
     microbatch_gradients,
     obstacle,
 )
@@ -61,10 +64,10 @@ class AllAtOnce:
 
     Args:
         one_by_one ([`OneByOne`]): takes over for good if the model turns out not to allow it.
-        model ([`~gradients.ContrastiveModel`]): the model in training.
+        model ([`~gradients.VectorizableModel`]): the model in training.
     """
 
-    def __init__(self, one_by_one: OneByOne, model: ContrastiveModel):
+    def __init__(self, one_by_one: OneByOne, model: VectorizableModel):
         self.one_by_one = one_by_one
         self.model = model
         self.possible = True
@@ -160,11 +163,19 @@ def choose_forward_pass(
         one_by_one = OneByOne(mechanism, contrastive.compute_loss, accelerator.backward)
     if args.num_microbatches * args.per_device_train_batch_size == args.expected_batch_size:
         return one_by_one
-    reason = _obstacle(trainer)
+    vectorizable = contrastive or _make_mean_loss_model(trainer, prepare_inputs)
+    reason = _obstacle(trainer, vectorizable)
     if reason is None:
-        return AllAtOnce(one_by_one, contrastive)
+        return AllAtOnce(one_by_one, vectorizable)
     notice(reason)
     return one_by_one
+
+
+def _make_mean_loss_model(trainer: "DPCLIPTrainer", prepare_inputs: Callable) -> MeanLossModel | None:
+    base = mean_loss_base(trainer.model)
+    if base is None or trainer.label_smoother is not None or not trainer.minimises_own_loss:
+        return None
+    return MeanLossModel(_own_model(trainer), base, prepare_inputs)
 
 
 def _own_model(trainer: "DPCLIPTrainer") -> nn.Module:
@@ -172,8 +183,8 @@ def _own_model(trainer: "DPCLIPTrainer") -> nn.Module:
     return trainer.accelerator.unwrap_model(trainer.model_wrapped)
 
 
-def _obstacle(trainer: "DPCLIPTrainer") -> str | None:
-    if trainer.contrastive_base is None:
+def _obstacle(trainer: "DPCLIPTrainer", vectorizable: VectorizableModel | None) -> str | None:
+    if vectorizable is None:
         return "of this model and loss it is not known how to compute many of them at once"
     if trainer.public_negatives is not None and trainer.args.public_negatives_gradient:
         return "public_negatives_gradient=True encodes the public negatives anew for each"

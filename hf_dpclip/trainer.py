@@ -170,8 +170,12 @@ class DPCLIPTrainer(Trainer):
     @property
     def contrastive_base(self) -> CLIPModel | SiglipModel | None:
         """The `CLIPModel` or `SiglipModel` in training, if it is its own contrastive loss that is minimised."""
-        own_loss = self.compute_loss_func is None and type(self).compute_loss is DPCLIPTrainer.compute_loss
-        return contrastive_base(self.model) if own_loss else None
+        return contrastive_base(self.model) if self.minimises_own_loss else None
+
+    @property
+    def minimises_own_loss(self) -> bool:
+        """Whether nobody put another loss in the place of the one that the model returns."""
+        return self.compute_loss_func is None and type(self).compute_loss is DPCLIPTrainer.compute_loss
 
     # ---- One step ----
 

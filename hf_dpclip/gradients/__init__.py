@@ -1,24 +1,29 @@
 """How the gradients of microbatches are computed. Knows models, knows nothing of privacy.
 
-`plain` is right for every model: one forward and one backward pass per microbatch. For CLIP's loss, `vectorized` takes
-one pass for all microbatches (`recording` sees the layers, `factored` keeps what norms and sums need), and `chunked`
-takes a microbatch that is larger than memory in pieces. All give the same gradients.
+`plain` is right for every model: one forward and one backward pass per microbatch. For CLIP's loss, and for one that
+is a mean over records, `vectorized` takes one pass for all microbatches (`vectorizable` says what is to be known of a
+model, `recording` sees the layers, `factored` keeps what norms and sums need). For CLIP's loss, `chunked` takes a
+microbatch that is larger than memory in pieces. All give the same gradients.
 """
 
 from .chunked import accumulate_chunked_gradient
 from .contrastive import ContrastiveModel, contrastive_base
 from .inputs import NotVectorizable
 from .plain import accumulate_gradient
+from .vectorizable import MeanLossModel, VectorizableModel, mean_loss_base
 from .vectorized import MicrobatchGradients, microbatch_gradients, obstacle
 
 
 __all__ = [
     "ContrastiveModel",
+    "MeanLossModel",
     "MicrobatchGradients",
     "NotVectorizable",
+    "VectorizableModel",
     "accumulate_chunked_gradient",
     "accumulate_gradient",
     "contrastive_base",
+    "mean_loss_base",
     "microbatch_gradients",
     "obstacle",
 ]

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from transformers import CLIPModel, SiglipModel
 
 from ..losses import PublicEmbeddings, contrastive_losses, sigmoid_losses
 from .inputs import caption_keys, filled_up, num_rows, text_length
+from .vectorizable import VectorizableModel
 
 
 # Texts are filled up to multiples of this where shapes are static.
@@ -24,7 +24,7 @@ class Negatives(Protocol):
     def embeddings(self, model: "ContrastiveModel") -> PublicEmbeddings: ...
 
 
-class ContrastiveModel:
+class ContrastiveModel(VectorizableModel):
     """A `CLIPModel` or `SiglipModel`, as it is or with adapters.
 
     Args:
@@ -44,10 +44,7 @@ class ContrastiveModel:
         static_shapes: bool = False,
         public_negatives: Negatives | None = None,
     ):
-        self.model = model
-        self.base = base
-        self.prepare_inputs = prepare_inputs
-        self.static_shapes = static_shapes
+        super().__init__(model, base, prepare_inputs, static_shapes)
         self.public_negatives = public_negatives
 
     @property
@@ -56,10 +53,9 @@ class ContrastiveModel:
         scale_and_bias = [self.base.logit_scale]
         return [*scale_and_bias, self.base.logit_bias] if isinstance(self.base, SiglipModel) else scale_and_bias
 
-    @cached_property
-    def has_dropout(self) -> bool:
-        """Whether any layer draws random numbers in training."""
-        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
+    @property
+    def scalars(self) -> list[nn.Parameter]:
+        return self.temperature
 
     @property
     def embedding_size(self) -> int:
@@ -103,6 +99,11 @@ class ContrastiveModel:
         function = sigmoid_losses if isinstance(self.base, SiglipModel) else contrastive_losses
         public = None if self.public_negatives is None else self.public_negatives.embeddings(self)
         return function(image_embeds, text_embeds, *temperatures, sizes, captions, public)
+
+    def microbatch_losses(
+        self, outputs: Any, inputs: dict[str, Any], scalars: list[Tensor], sizes: list[int]
+    ) -> Tensor:
+        return self.losses(outputs.image_embeds, outputs.text_embeds, scalars, sizes, self.captions(inputs))
 
     def loss(self, image_embeds: Tensor, text_embeds: Tensor, temperature: list[Tensor], captions: Tensor) -> Tensor:
         """The same for one microbatch, a scalar."""

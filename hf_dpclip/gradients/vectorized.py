@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn.modules import activation
 
 from ..seeding import seeded
-from .contrastive import ContrastiveModel
 from .factored import Dense, Outer, Sparse
 from .inputs import NotVectorizable, concatenated, num_rows, text_length
 from .layout import Layout
 from .recording import Recording
+from .vectorizable import VectorizableModel
 
 
 # Modules that treat every row of a batch by itself, whose layers dimension 0 tells apart: some by class, others by the
@@ -25,6 +25,8 @@ ROW_WISE_FILES = (
     "peft.peft_model",
     "peft.tuners.lora.model",
     "peft.tuners.lora.layer",
+    "peft.utils.other",
+    "hf_dpclip.models.clip_vqa",
 )
 
 
@@ -59,14 +61,14 @@ class MicrobatchGradients:
 
 
 def microbatch_gradients(
-    model: ContrastiveModel,
+    model: VectorizableModel,
     microbatches: list[tuple[int, dict[str, Any]]],
     backward: Callable[[Tensor], None],
 ) -> tuple[Tensor, MicrobatchGradients]:
     """One forward and one backward pass over all microbatches together.
 
     Args:
-        model ([`ContrastiveModel`]): the model in training, without an [`obstacle`].
+        model ([`VectorizableModel`]): the model in training, without an [`obstacle`].
         microbatches (`list`): the seed of the randomness and the collated inputs of each.
         backward (`Callable`): runs the backward pass, e.g. `Accelerator.backward`.
 
@@ -88,11 +90,11 @@ def microbatch_gradients(
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     own_shapes = not model.static_shapes and len({text_length(inputs) for _, inputs in microbatches}) == 1
     recording = Recording(parameters, Layout(sizes, num_rows(inputs), device), generators, own_shapes)
-    temperatures = [_one_for_each(each, len(sizes)) for each in model.temperature]
+    scalars = [_one_for_each(each, len(sizes)) for each in model.scalars]
     outputs = _forward(model.model, inputs, recording)
-    losses = model.losses(outputs.image_embeds, outputs.text_embeds, temperatures, sizes, model.captions(unfilled))
+    losses = model.microbatch_losses(outputs, unfilled, scalars, sizes)
     backward(losses.sum())
-    for parameter, of_each in zip(model.temperature, temperatures):
+    for parameter, of_each in zip(model.scalars, scalars):
         if of_each.grad is not None:
             recording.record(parameter, Dense(of_each.grad))
     _check_no_gradient_arrived(model.base)

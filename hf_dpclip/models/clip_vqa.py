@@ -122,8 +122,13 @@ class CLIPForVisualQuestionAnswering(PreTrainedModel):
         images = self.clip.get_image_features(pixel_values=pixel_values).pooler_output
         questions = self.clip.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
         logits = self.head(images, questions)
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        loss = None if labels is None else self.record_losses(logits, labels).mean()
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    @staticmethod
+    def record_losses(logits: Tensor, labels: Tensor) -> Tensor:
+        """The cross entropy of each record, `[records]`, float32. The loss is their mean."""
+        return F.cross_entropy(logits.float(), labels, reduction="none")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

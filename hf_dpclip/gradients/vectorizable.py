@@ -1,0 +1,98 @@
+"""What has to be known of a model for many microbatches to be computed at once, and models whose loss is a mean."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..models import CLIPForVisualQuestionAnswering
+from .inputs import NotVectorizable
+
+
+class VectorizableModel:
+    """A model in training. Subclasses know its loss.
+
+    Args:
+        model (`nn.Module`): the model as it is called: compiled, under autocast, with adapters.
+        base (`PreTrainedModel`): the model inside.
+        prepare_inputs (`Callable`): moves inputs to the device.
+        static_shapes (`bool`): whether batches are filled up to a few fixed sizes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: PreTrainedModel,
+        prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]],
+        static_shapes: bool = False,
+    ):
+        self.model = model
+        self.base = base
+        self.prepare_inputs = prepare_inputs
+        self.static_shapes = static_shapes
+
+    @cached_property
+    def has_dropout(self) -> bool:
+        """Whether any layer draws random numbers in training."""
+        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
+
+    @property
+    def scalars(self) -> list[nn.Parameter]:
+        """Parameters of one element that the loss reads itself, beside the outputs of the model."""
+        return []
+
+    @property
+    def pad_token_id(self) -> int:
+        """What texts are filled up with."""
+        raise NotImplementedError
+
+    def prepared(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs as the model is given them."""
+        raise NotImplementedError
+
+    def microbatch_losses(
+        self, outputs: Any, inputs: dict[str, Any], scalars: list[Tensor], sizes: list[int]
+    ) -> Tensor:
+        """The loss of each microbatch, `[K]`.
+
+        Args:
+            outputs: what the model returned for all microbatches together.
+            inputs (`dict`): theirs, one after another, before they were prepared.
+            scalars (`list[Tensor]` of shape `[K]`): for each of `scalars`, one entry for each microbatch.
+            sizes (`list[int]`): rows of each.
+        """
+        raise NotImplementedError
+
+
+class MeanLossModel(VectorizableModel):
+    """A model whose loss is the mean of `record_losses`, each of which depends on its own record only."""
+
+    base: CLIPForVisualQuestionAnswering
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.base.config.clip_config.text_config.pad_token_id
+
+    def prepared(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return self.prepare_inputs(inputs)
+
+    def microbatch_losses(
+        self, outputs: Any, inputs: dict[str, Any], scalars: list[Tensor], sizes: list[int]
+    ) -> Tensor:
+        if "labels" not in inputs:
+            raise NotVectorizable("a batch has no labels")
+        losses = self.base.record_losses(outputs.logits, inputs["labels"].to(outputs.logits.device))
+        counts = torch.tensor(sizes, device=losses.device)
+        microbatch_of_row = torch.arange(len(sizes), device=losses.device).repeat_interleave(counts)
+        return losses.new_zeros(len(sizes)).index_add(0, microbatch_of_row, losses) / counts
+
+
+def mean_loss_base(model: nn.Module) -> CLIPForVisualQuestionAnswering | None:
+    """The model inside, without adapters, if its loss is known to be such a mean and is the one that it came with."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    known = CLIPForVisualQuestionAnswering
+    return base if isinstance(base, known) and type(base).forward is known.forward else None
