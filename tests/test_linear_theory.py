@@ -14,6 +14,7 @@ from hf_dpclip.privacy.mechanism import clip_factors
 
 
 SIMULATION = load_script(ROOT / "examples" / "theory" / "simulation.py")
+LINEAR_THEORY = load_script(ROOT / "examples" / "linear_theory.py")
 ARMS = [SIMULATION.PAPER, SIMULATION.BATCH, SIMULATION.MICROBATCHES, SIMULATION.PAIRS]
 
 
@@ -144,6 +145,11 @@ def test_without_privacy_the_error_is_the_predicted_one(one_thread):
     assert SIMULATION.simulate(short, seed=0) == pytest.approx(
         math.sin(math.atan(SIMULATION.predict(short).total)), rel=0.1
     )
+
+
+@pytest.mark.parametrize(("slope", "written"), [(-0.004, "0.00"), (0.004, "0.00"), (-0.996, "-1.00"), (0.5, "0.50")])
+def test_a_slope_of_zero_has_no_sign(slope, written):
+    assert LINEAR_THEORY.decimals(slope) == written
 
 
 def test_quick_run_prints_slopes_and_draws_them(tmp_path):
