@@ -21,8 +21,9 @@ class WeightAveraging(TrainerCallback):
 
     Between two steps the model holds the averages, so that whatever happens there (evaluation, checkpoints, callbacks
     listed after this one, and everything after the last step) sees them. During a step it holds the weights that the
-    optimizer moves. After step t, counted from 0, averages become d · averages + (1 − d) · weights, d = min(decay, (1 + t) /
-    (10 + t)), so that a short run soon forgets its start. They are float32 whatever the dtype of the parameters.
+    optimizer moves. After step t, counted from 0, averages become d · averages + (1 − d) · weights, where d is
+    min(decay, (1 + t) / (10 + t)), so that a short run soon forgets its start. They are float32 whatever the dtype of
+    the parameters.
 
     A checkpoint holds the averages where the model is kept, and in `weight_averages.safetensors` these in float32 and
     the weights of the last step, from which a run resumed by [`DPCLIPTrainer`] goes on.
