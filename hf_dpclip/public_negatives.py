@@ -11,6 +11,7 @@ from .data import ImageTextCollator, encoded_texts
 from .gradients import ContrastiveModel
 from .gradients.inputs import num_rows
 from .losses import PublicEmbeddings
+from .shared_images import image_digests
 
 
 IMAGE_INPUTS = ("pixel_values",)
@@ -128,11 +129,9 @@ def _holds_images(dataset: Dataset, column: str) -> bool:
 
 
 def _digests(dataset: Dataset, column: str) -> set[bytes]:
-    dataset = dataset.select_columns([column])
     if isinstance(dataset.features[column], Image):
-        values = dataset.cast_column(column, Image(decode=False)).with_format(None)[column]
-        return {hashlib.sha256(value["bytes"] or value["path"].encode()).digest() for value in values}
-    values = dataset.with_format("numpy")[column]
+        return {*image_digests(dataset, column)} - {None}
+    values = dataset.select_columns([column]).with_format("numpy")[column]
     return {hashlib.sha256(value.tobytes()).digest() for value in values}
 
 
