@@ -96,6 +96,7 @@ class ImageTextCollator:
                 f"{type(self.processor).__name__} is no processor of images and texts: pass one, as "
                 "AutoProcessor.from_pretrained gives for the model."
             )
+        if self.image_column is not None:
             check_picture(first[self.image_column], self.image_column)
         if self.text_column is not None:
             check_text(first[self.text_column], self.text_column)

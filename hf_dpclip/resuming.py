@@ -37,6 +37,11 @@ def check_resumable(checkpoint: str | Path, plan: PrivacyPlan) -> PrivacyStateme
     neither plan's. Warns if the run had gone on beyond this checkpoint.
     """
     statement = PrivacyStatement.load(checkpoint)
+    if not Path(checkpoint, TRAINER_STATE_NAME).is_file():
+        raise ValueError(
+            f"{checkpoint} has no {TRAINER_STATE_NAME}, so it is a saved model or was cut short: resume from one of "
+            "the checkpoint-... folders, or start a new run from these weights and account for both."
+        )
     if _same_calibration(plan, statement.plan):
         plan = dataclasses.replace(plan, noise_multiplier=statement.plan.noise_multiplier)
     saved, current = dataclasses.asdict(statement.plan), dataclasses.asdict(plan)

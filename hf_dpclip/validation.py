@@ -113,9 +113,12 @@ def check_pairs_are_read(model: nn.Module, collator: Callable, tokens: int | Non
     if not isinstance(collator, ImageTextCollator):
         return
     parameters = inspect.signature(model.forward).parameters
+    # Those of transformers take options of the attention by any name.
+    anything = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    reads_anything = anything and not isinstance(model, PreTrainedModel)
     columns = {"pixel_values": collator.image_column, "input_ids": collator.text_column}
     unread = [name for name, column in columns.items() if column is not None and name not in parameters]
-    if unread and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+    if unread and not reads_anything:
         raise ValueError(
             f"{type(model).__name__} reads no {unread[0]}: choose a model of images and texts, e.g. CLIPModel, or "
             "pass a data_collator that makes what it reads."

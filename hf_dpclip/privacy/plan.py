@@ -66,7 +66,7 @@ class PrivacyPlan:
     non_private: bool = False
 
     def __post_init__(self):
-        if self.target_delta is None:
+        if self.target_delta is None and isinstance(self.num_examples, int):
             object.__setattr__(self, "target_delta", default_delta(self.num_examples))
         for name, possible, expected in self._requirements():
             _require(possible, name, getattr(self, name), expected)
