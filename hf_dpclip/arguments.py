@@ -200,11 +200,12 @@ class DPTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose one of {', '.join(choices)}.")
 
     def _check_length(self):
-        epochs = self.num_train_epochs
-        if self.max_steps <= 0 and not (isinstance(epochs, int | float) and 0 < epochs < math.inf):
+        epochs, steps = self.num_train_epochs, self.max_steps
+        by_epochs = isinstance(epochs, int | float) and 0 < epochs < math.inf
+        if not isinstance(steps, int) or (steps <= 0 and not by_epochs):
             raise ValueError(
-                f"num_train_epochs={epochs!r} and max_steps={self.max_steps!r} leave no step to take: set one of them "
-                "to a positive, finite number."
+                f"num_train_epochs={epochs!r} and max_steps={steps!r} give no number of steps: set one of them to a "
+                "positive, finite number."
             )
 
     def _check_microbatch_size(self):

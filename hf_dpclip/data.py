@@ -12,7 +12,7 @@ from PIL.Image import Image as PILImage
 from torch.utils.data import Dataset as TorchDataset
 from transformers import BatchEncoding, ProcessorMixin
 
-from .records import check_complete, check_picture, check_text, read_records
+from .records import check_complete, check_picture, check_text, first_record
 
 
 FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
@@ -84,12 +84,7 @@ class ImageTextCollator:
 
     def check_records(self, dataset: TorchDataset) -> None:
         """Raises `ValueError` for records that cannot be collated, as far as the first one and the table tell."""
-        (first,) = read_records(dataset, [0])
-        if not isinstance(first, dict):
-            raise ValueError(
-                f"records are of type {type(first).__name__}: make them dictionaries with an entry for each of "
-                f"{self.columns}, or pass a data_collator of your own."
-            )
+        first = first_record(dataset)
         self.check_columns([*first])
         if self.image_column is not None and not isinstance(self.processor, ProcessorMixin):
             raise ValueError(
@@ -138,6 +133,11 @@ class VisualQuestionCollator(ImageTextCollator):
     text_column: str = "question"
     answer_column: str = "answer"
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.label2id, dict):
+            raise ValueError(f"label2id is a {type(self.label2id).__name__}: pass model.config.label2id.")
+
     @property
     def columns(self) -> list[str]:
         """As in [`ImageTextCollator`]."""
@@ -175,9 +175,13 @@ class VisualQuestionCollator(ImageTextCollator):
 def text_settings(processor: Any) -> dict[str, Any]:
     """How texts are filled up: to the longest, or, for models that are not told where texts end (SigLIP), to the one
     length that they were trained on."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    padding = True if "attention_mask" in tokenizer.model_input_names else "max_length"
+    padding = True if "attention_mask" in tokenizer_of(processor).model_input_names else "max_length"
     return {"padding": padding, "truncation": True}
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """A processor's tokenizer; a tokenizer itself."""
+    return getattr(processor, "tokenizer", processor)
 
 
 def encoded_texts(processor: Any, texts: list[str]) -> BatchEncoding:
@@ -194,7 +198,7 @@ def class_prompts(class_names: list[str], template: str = "a photo of a {}.") ->
         raise ValueError(
             f"prompt template {template!r} has no {{}} for the class name: write e.g. 'a photo of a {{}}.'"
         )
-    return [template.replace("{}", name) for name in class_names]
+    return [template.replace("{}", str(name)) for name in class_names]
 
 
 def caption_by_label(dataset: Dataset, label_column: str, template: str, caption_column: str = "caption") -> Dataset:

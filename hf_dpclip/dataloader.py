@@ -1,7 +1,7 @@
 """From Poisson draws to collated microbatches: the training data loader of [`DPCLIPTrainer`]."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -134,8 +134,16 @@ class MicrobatchDataset(Dataset):
             for (seed, numbers), records in zip(forward_batch, fetched):
                 seed_generators(seed)
                 records = records or read_records(self.dataset, numbers.tolist())
-                microbatches.append((seed, dict(self.collator(records))))
+                microbatches.append((seed, self._collated(records)))
         return microbatches
+
+    def _collated(self, records: list[Any]) -> dict[str, Any]:
+        batch = self.collator(records)
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"the data_collator returned a {type(batch).__name__}: return a dictionary of the model's inputs."
+            )
+        return dict(batch)
 
     def _fetched_together(self, forward_batch: ForwardBatch) -> list[list[Any] | None]:
         """The records of each microbatch, in one access where that cannot make them depend on one another: transforms

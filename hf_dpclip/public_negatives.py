@@ -94,7 +94,7 @@ def encode_public_negatives(
 
     Raises `ValueError` for anything else, and where there is nothing.
     """
-    if len(public) == 0:
+    if isinstance(public, Sequence | Dataset) and len(public) == 0:
         raise ValueError("public_negatives is empty: give captions, images or pairs, or leave it out.")
     if isinstance(public, Sequence) and not isinstance(public, str) and all(isinstance(each, str) for each in public):
         processor = collator.processor if isinstance(collator, ImageTextCollator) else processor

@@ -1,5 +1,6 @@
 """What records must be like: read and looked at before training, so that no work is lost on those that are not."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import datasets
@@ -25,6 +26,17 @@ def read_records(dataset: Dataset, numbers: list[int]) -> list[Any]:
             f"record {number} of the dataset cannot be read ({type(cause).__name__}: {cause}): repair it, or leave it "
             f"out, as in dataset.select(row for row in range(len(dataset)) if row != {number})."
         ) from cause
+
+
+def first_record(dataset: Dataset) -> Mapping[str, Any]:
+    """The first record. Raises `ValueError` if it cannot be read, or has no columns."""
+    (first,) = read_records(dataset, [0])
+    if not isinstance(first, Mapping):
+        raise ValueError(
+            f"records are of type {type(first).__name__}: make them dictionaries, with the names of the columns as "
+            "keys, or pass a data_collator of your own."
+        )
+    return first
 
 
 def check_picture(picture: Any, column: str) -> PILImage:
@@ -67,7 +79,7 @@ def _read(dataset: Dataset, numbers: list[int]) -> list[Any]:
     return [dataset[number] for number in numbers]
 
 
-def _unreadable(dataset: Dataset, numbers: list[int]):
+def _unreadable(dataset: Dataset, numbers: list[int]) -> Iterator[tuple[int, Exception]]:
     for number in numbers:
         try:
             _read(dataset, [number])

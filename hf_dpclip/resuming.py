@@ -36,6 +36,8 @@ def check_resumable(checkpoint: str | Path, plan: PrivacyPlan) -> PrivacyStateme
     Raises `FileNotFoundError` or `ValueError` if the checkpoint has none, or that of another plan: its ε would then be
     neither plan's. Warns if the run had gone on beyond this checkpoint.
     """
+    if not isinstance(checkpoint, str | Path):
+        raise ValueError(f"resume_from_checkpoint={checkpoint!r} is no folder: name one, or pass True for the last.")
     statement = PrivacyStatement.load(checkpoint)
     if not Path(checkpoint, TRAINER_STATE_NAME).is_file():
         raise ValueError(

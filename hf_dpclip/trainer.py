@@ -101,6 +101,8 @@ class DPCLIPTrainer(Trainer):
         self.can_return_loss = "return_loss" in forward
         validation.check_environment(self)
         validation.check_model(self.model)
+        if data_collator is None:
+            validation.check_encoded(self.contrastive_base, train_dataset)
         validation.check_loss_is_known(args, self.contrastive_base, public_negatives is not None)
         self.public_negatives = None if public_negatives is None else self._encode_public(public_negatives)
         self.plan = None if train_dataset is None else self._make_plan()

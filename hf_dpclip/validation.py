@@ -13,8 +13,10 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import CLIPModel, PreTrainedModel, ProcessorMixin, Trainer
 
 from .arguments import DPTrainingArguments
-from .data import ImageTextCollator
+from .data import ImageTextCollator, VisualQuestionCollator, tokenizer_of
+from .models import CLIPForVisualQuestionAnswering
 from .public_negatives import shared_rows
+from .records import first_record
 from .shared_images import image_columns
 
 
@@ -86,7 +88,7 @@ def check_dataset(dataset: Dataset) -> None:
             f"train_dataset is a {type(dataset).__name__}, not a dataset: make one of columns with "
             "datasets.Dataset.from_dict, and load one by its name with hf_dpclip.data.load_pairs."
         )
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+    if not _has_random_access(dataset):
         raise ValueError(
             f"{type(dataset).__name__} has no random access, which Poisson sampling needs: load the dataset with "
             "streaming=False, or materialise it with datasets.Dataset.from_generator."
@@ -101,8 +103,21 @@ def check_records(collator: Callable, *collated: Dataset | dict[str, Dataset] | 
         return
     for candidate in collated:
         for dataset in candidate.values() if isinstance(candidate, dict) else [candidate]:
-            if dataset is not None and len(dataset) > 0:
+            if _has_random_access(dataset) and len(dataset) > 0:
                 collator.check_records(dataset)
+
+
+def check_encoded(model: PreTrainedModel | None, dataset: Dataset | None) -> None:
+    """Raises `ValueError` for records that no collator encodes and that lack what a model of pairs reads."""
+    if model is None or dataset is None:
+        return
+    names = [*first_record(dataset)]
+    missing = [name for name in ("pixel_values", "input_ids") if name not in names]
+    if missing:
+        raise ValueError(
+            f"records have no {missing[0]!r} (they have {names}), which {type(model).__name__} reads: pass a "
+            "processor as processing_class to encode images and texts, or encode them before."
+        )
 
 
 def check_pairs_are_read(model: nn.Module, collator: Callable, tokens: int | None) -> None:
@@ -123,12 +138,10 @@ def check_pairs_are_read(model: nn.Module, collator: Callable, tokens: int | Non
             f"{type(model).__name__} reads no {unread[0]}: choose a model of images and texts, e.g. CLIPModel, or "
             "pass a data_collator that makes what it reads."
         )
-    tokenizer = collator.processor.tokenizer
-    if tokens is not None and collator.text_column is not None and tokenizer.model_max_length > tokens:
-        raise ValueError(
-            f"the tokenizer cuts texts at {tokenizer.model_max_length} tokens, but the model reads at most {tokens}: "
-            f"set processor.tokenizer.model_max_length = {tokens}."
-        )
+    if isinstance(collator, VisualQuestionCollator) and isinstance(model, CLIPForVisualQuestionAnswering):
+        _check_labels(collator.label2id, model.config.num_labels)
+    if tokens is not None and collator.text_column is not None:
+        _check_text_length(tokenizer_of(collator.processor).model_max_length, tokens)
 
 
 def check_evaluation_data(train_dataset: Dataset, eval_dataset: Dataset | dict[str, Dataset] | None) -> None:
@@ -205,6 +218,27 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Parame
                 "the optimizer holds trainable parameters that are not the model's: their gradients would be neither "
                 "clipped nor noised. Make them part of the model, or remove them from the optimizer."
             )
+
+
+def _check_labels(label2id: dict[str, int], num_labels: int):
+    beyond = [label for label in label2id.values() if not 0 <= label < num_labels]
+    if beyond:
+        raise ValueError(
+            f"label2id has label {beyond[0]}, but the model gives {num_labels} answers: pass model.config.label2id."
+        )
+
+
+def _check_text_length(cut_at: int, read: int):
+    if cut_at > read:
+        raise ValueError(
+            f"the tokenizer cuts texts at {cut_at} tokens, but the model reads at most {read}: set "
+            f"processor.tokenizer.model_max_length = {read}."
+        )
+
+
+def _has_random_access(dataset: Any) -> bool:
+    indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    return indexed and not isinstance(dataset, IterableDataset)
 
 
 def _keeps_statistics(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
-from factories import pictures, raw_pairs, tiny_clip_vqa, tiny_processor
+from factories import pairs, pictures, raw_pairs, tiny_clip_vqa, tiny_processor
 from wrong_calls import check_explained, processed, table, trainer
 
 from hf_dpclip import DPCLIPTrainer, ImageTextCollator, VisualQuestionCollator
@@ -27,10 +27,11 @@ def undecodable(number: int) -> Dataset:
     return with_images(images).cast_column("image", Image())
 
 
-def questions(answers: list, folder) -> DPCLIPTrainer:
+def questions(answers: list, folder, label2id=None) -> DPCLIPTrainer:
     model = tiny_clip_vqa()
+    label2id = label2id or model.config.label2id
     dataset = with_texts(["a"] * len(answers)).rename_column("text", "question").add_column("answer", answers)
-    return trainer(folder, dataset, model, VisualQuestionCollator(tiny_processor(), label2id=model.config.label2id))
+    return trainer(folder, dataset, model, VisualQuestionCollator(tiny_processor(), label2id=label2id))
 
 
 def long_texts(folder):
@@ -172,6 +173,46 @@ DATA = {
         lambda f: questions([["yes", "no"]] * 4, f),
         "column 'answer' holds list where a text is expected",
         "one record of each of several texts",
+    ),
+    "labels that the model has not": (
+        lambda f: questions(["yes"] * 4, f, {"yes": 99}),
+        "label2id has label 99, but the model gives 3 answers",
+        "pass model.config.label2id",
+    ),
+    "a list of labels": (
+        lambda f: questions(["yes"] * 4, f, ["yes"]),
+        "label2id is a list",
+        "pass model.config.label2id",
+    ),
+    "arrays as records": (
+        lambda f: trainer(f, np.zeros((8, 3))),
+        "records are of type ndarray",
+        "make them dictionaries",
+    ),
+    "no encoded images": (
+        lambda f: trainer(f, pairs(8).remove_columns("pixel_values")),
+        "records have no 'pixel_values' (they have ['input_ids']), which CLIPModel reads",
+        "pass a processor as processing_class",
+    ),
+    "no encoded texts": (
+        lambda f: trainer(f, pairs(8).remove_columns("input_ids")),
+        "records have no 'input_ids'",
+        "pass a processor as processing_class",
+    ),
+    "a collator of nothing": (
+        lambda f: trainer(f, pairs(8), collator=lambda records: records, train=True),
+        "the data_collator returned a list",
+        "return a dictionary of the model's inputs",
+    ),
+    "evaluation by name": (
+        lambda f: processed(f, raw_pairs(8), options={"eval_dataset": "test"}),
+        "records are of type str",
+        "make them dictionaries",
+    ),
+    "a number of public negatives": (
+        lambda f: processed(f, raw_pairs(8), options={"public_negatives": 5}),
+        "public_negatives is a int",
+        "give a list of captions",
     ),
     "a prompt without a place": (
         lambda f: class_prompts(["cat"], "a photo"),

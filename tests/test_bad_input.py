@@ -9,7 +9,8 @@ from functools import partial
 
 import pytest
 import torch
-from factories import ANSWERS, arguments, pairs, raw_pairs, tiny_clip
+from datasets import Dataset
+from factories import ANSWERS, arguments, pairs, pictures, raw_pairs, tiny_clip, tiny_processor
 from peft import LoraConfig, PeftModel, get_peft_model
 from scripts import ROOT, load_script
 from torch import nn
@@ -17,6 +18,8 @@ from transformers import BertConfig, BertModel, CLIPVisionModel
 from wrong_calls import check_explained, processed, trainer
 
 from hf_dpclip import CLIPForVisualQuestionAnswering, PrivacyPlan, PrivacyStatement, cli, lora_config
+from hf_dpclip.evaluation import zero_shot_accuracy
+from hf_dpclip.metrics import ZeroShotAccuracy
 
 
 # ---- Arguments ----
@@ -55,9 +58,10 @@ ARGUMENTS = [
     ({"noise_seed": 0.5}, "noise_seed=0.5 is not possible", "a whole number of at least 0"),
     ({"secure_noise": True, "noise_seed": 1}, "secure_noise=True cannot be", "remove one or the other"),
     ({"secure_noise": True, "non_private": True}, "secure_noise=True cannot be", "remove one or the other"),
-    ({"max_steps": 0, "num_train_epochs": 0}, "num_train_epochs=0 and max_steps=0", "to a positive, finite number"),
-    ({"max_steps": -1, "num_train_epochs": -2}, "leave no step to take", "to a positive, finite number"),
-    ({"max_steps": -1, "num_train_epochs": math.nan}, "num_train_epochs=nan", "to a positive, finite number"),
+    ({"max_steps": 0, "num_train_epochs": 0}, "num_train_epochs=0 and max_steps=0", "a positive, finite number"),
+    ({"max_steps": -1, "num_train_epochs": -2}, "num_train_epochs=-2 and max_steps=-1", "a positive, finite number"),
+    ({"max_steps": -1, "num_train_epochs": math.nan}, "num_train_epochs=nan", "a positive, finite number"),
+    ({"max_steps": "3"}, "max_steps='3' give no number of steps", "a positive, finite number"),
     ({"clipping": "per_layer"}, "clipping='per_layer' is not known", "choose one of flat, automatic"),
     ({"accountant": "prv"}, "accountant='prv' is not known", "choose one of pld, rdp"),
     ({"fp16": True}, "fp16 scales the loss", "use bf16=True"),
@@ -251,6 +255,7 @@ CHECKPOINTS = {
         "nowhere/checkpoint-1/privacy.json does not exist",
         "Choose a checkpoint that DPCLIPTrainer saved",
     ),
+    "a number": (lambda f: resume(f, 3), "resume_from_checkpoint=3 is no folder", "pass True for the last"),
     "a saved model": (
         lambda f: resume(f, saved(f)),
         "has no trainer_state.json",
@@ -268,6 +273,33 @@ CHECKPOINTS = {
 def test_wrong_checkpoints(tmp_path, row):
     call, wrong, remedy = CHECKPOINTS[row]
     check_explained(lambda: call(tmp_path), wrong, remedy)
+
+
+# ---- Metrics and evaluation (see also `test_metrics.py`) ----
+
+CLASSES = Dataset.from_dict({"image": pictures(2), "label": [0, 1]})
+METRICS = [
+    (
+        lambda: ZeroShotAccuracy().compute(predictions=[[0.1, 0.2]], references=[7]),
+        "class numbers go up to 7, but there are 2 prompts",
+        "give one prompt for each class",
+    ),
+    (
+        lambda: zero_shot_accuracy(tiny_clip(), tiny_processor(), CLASSES, []),
+        "there are no prompts",
+        "one for each class",
+    ),
+    (
+        lambda: zero_shot_accuracy(tiny_clip(), tiny_processor(), CLASSES, ["a", "b"], label_column="kind"),
+        "the dataset has no column 'kind'",
+        "label_column=...",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "wrong", "remedy"), METRICS)
+def test_wrong_evaluation(call, wrong, remedy):
+    check_explained(call, wrong, remedy)
 
 
 # ---- The command line ----
@@ -288,7 +320,7 @@ TRAINING = [
     ("--max_eval_samples -5", "--max_eval_samples -5 is not possible", "give 1 or more"),
     ("--epsilon 3", "--epsilon 3: no such option", "--help lists all of them"),
     ("--resume_from_checkpoint nowhere", "nowhere/privacy.json does not exist", "Choose a checkpoint"),
-    ("--num_train_epochs 0", "num_train_epochs=0.0", "to a positive, finite number"),
+    ("--num_train_epochs 0", "num_train_epochs=0.0", "a positive, finite number"),
     ("--noise_multiplier 1e-6", "noise_multiplier=1e-06 is not possible", "expected more"),
     ("--noise_seed -3", "noise_seed=-3 is not possible", "at least 0"),
 ]
