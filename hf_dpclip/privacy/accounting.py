@@ -22,9 +22,9 @@ ACCOUNTANTS = ("pld", "rdp")
 WIDEST_INTERVAL, NARROWEST_INTERVAL = 1e-3, 1e-4
 INTERVALS_PER_DEVIATION = 40
 
-# Privacy losses up to which a distribution of them is computed: beyond, it takes minutes and gigabytes, and ε is in
-# the hundreds.
-LARGEST_LOSS = 300
+# Privacy losses up to which a distribution of them is computed: beyond, it takes minutes and gigabytes, and ε is near
+# a thousand or beyond it.
+LARGEST_LOSS = 500
 
 # Calibration accepts any σ whose ε lands in this share of the target, never above it.
 ACCEPTED_SHARE = (0.992, 1.0)

@@ -37,7 +37,7 @@ class SecureGaussianMechanism(GaussianMechanism):
         Every coordinate of the noisy sum is a multiple of `grid_width(plan)`, a function of the plan: the possible
         releases are the same whatever the records. Given real numbers, sum and noise, rounding to the nearest multiple
         is post-processing, so sensitivity, σ and ε are those of [`GaussianMechanism`]. Float64 comes close to real
-        numbers, not more: about 2^-43, relative, in the probability of a grid point near the centre.
+        numbers, not more: to the order of 2^-40, relative, in the probability of a grid point near the centre.
     """
 
     def __init__(
