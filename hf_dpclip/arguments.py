@@ -17,6 +17,7 @@ WHOLE_NUMBERS = (
     "public_negatives_steps",
     "max_records_per_unit",
 )
+# Those of them that may be left unset.
 OPTIONAL = ("microbatch_size", "max_records_per_unit")
 
 

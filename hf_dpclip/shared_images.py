@@ -28,7 +28,8 @@ def image_digests(dataset: Dataset, column: str) -> Iterator[bytes | None]:
     `None` where there is no image."""
     for batch in dataset.select_columns([column]).with_format("arrow").iter(BATCH):
         for image in batch[column].to_pylist():
-            yield image and hashlib.sha256(image["bytes"] or image["path"].encode()).digest()
+            file = image and (image["bytes"] or (image["path"] or "").encode())
+            yield hashlib.sha256(file).digest() if file else None
 
 
 def warn_of_shared_images(dataset: Any) -> None:

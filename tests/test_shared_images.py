@@ -61,6 +61,11 @@ def test_images_are_not_decoded():
     assert len(set(image_digests(broken, "image"))) == 1
 
 
+def test_images_of_nothing_are_not_the_same_image(caplog):
+    nothing = Dataset.from_dict({"image": [{"bytes": None, "path": None}] * 2}).cast_column("image", Image())
+    assert warnings_of(caplog, nothing) == ""
+
+
 def test_a_large_dataset_is_looked_at_in_part(caplog, monkeypatch):
     monkeypatch.setattr("hf_dpclip.shared_images.LOOKED_AT", 3)
     assert warnings_of(caplog, captioned([1, 2, 3, 1])) == ""
