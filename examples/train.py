@@ -32,6 +32,7 @@ from hf_dpclip.data import caption_by_label, class_prompts, load_pairs
 from hf_dpclip.evaluation import zero_shot_accuracy
 from hf_dpclip.presets import PRESETS
 from hf_dpclip.privacy import STATEMENT_NAME
+from hf_dpclip.resuming import check_resumable
 
 
 TINY_CLIP = Path(__file__).parent / "tiny-clip"
@@ -93,6 +94,11 @@ class ExampleArguments:
         metadata={"help": "Also train without privacy. Its accuracy is not private. On for the embedded data."},
     )
 
+    def __post_init__(self):
+        if self.lora_rank < 0:
+            raise ValueError(f"--lora_rank {self.lora_rank} is not possible: give 1 or more, or 0 for all parameters.")
+        check_limits(self)
+
 
 @dataclass
 class Job:
@@ -131,7 +137,10 @@ def parse_arguments(argv: list[str], example_arguments: type, defaults: dict, em
     if given & {"noise_multiplier", "non_private"}:
         defaults = {**defaults, "target_epsilon": None}
     parser.set_defaults(**defaults)
-    return parser.parse_args_into_dataclasses(argv)
+    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"{' '.join(unknown)}: no such option; --help lists all of them.")
+    return tuple(parsed)
 
 
 def prepare(arguments: ExampleArguments, args: DPTrainingArguments) -> Job:
@@ -151,6 +160,9 @@ def prepare(arguments: ExampleArguments, args: DPTrainingArguments) -> Job:
         processor,
         public_negatives=load_public_negatives(arguments, prompts),
     )
+
+    if args.resume_from_checkpoint:
+        check_resumable(args.resume_from_checkpoint, trainer.plan)
 
     def accuracy(model) -> float:
         columns = arguments.image_column, arguments.label_column
@@ -226,6 +238,14 @@ def private_and_held_out(splits: DatasetDict, arguments: ExampleArguments) -> li
         pair = list(pair[0].train_test_split(test_size=0.1, seed=0).values())
     limits = arguments.max_train_samples, arguments.max_eval_samples
     return [dataset.select(range(min(len(dataset), limit or len(dataset)))) for dataset, limit in zip(pair, limits)]
+
+
+def check_limits(arguments):
+    """Raises `ValueError` for numbers of records that are none."""
+    for name in ("max_train_samples", "max_eval_samples"):
+        limit = getattr(arguments, name)
+        if limit is not None and limit < 1:
+            raise ValueError(f"--{name} {limit} is not possible: give 1 or more, or leave it out for all records.")
 
 
 def non_private_arguments(args: DPTrainingArguments) -> TrainingArguments:

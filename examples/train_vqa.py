@@ -28,7 +28,7 @@ from peft import get_peft_model
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from train import load_processor, non_private_arguments, parse_arguments, private_and_held_out, save
+from train import check_limits, load_processor, non_private_arguments, parse_arguments, private_and_held_out, save
 from transformers import CLIPModel, Trainer, set_seed
 
 from hf_dpclip import (
@@ -42,6 +42,7 @@ from hf_dpclip.data import load_pairs
 from hf_dpclip.evaluation import vqa_accuracy
 from hf_dpclip.metrics import VQAAccuracy
 from hf_dpclip.presets import load_easy_vqa
+from hf_dpclip.resuming import check_resumable
 
 
 EASY_VQA = "easy-vqa"
@@ -107,6 +108,9 @@ class ExampleArguments:
         metadata={"help": "Also train without privacy, and without images. Not private. On for the embedded data."},
     )
 
+    def __post_init__(self):
+        check_limits(self)
+
 
 def main():
     disable_progress_bars()
@@ -136,7 +140,7 @@ def prepare(arguments: ExampleArguments, args: DPTrainingArguments) -> DPCLIPTra
     model = load_model(arguments, answers)
     columns = arguments.image_column, arguments.question_column, arguments.answer_column
     names = dict(zip(("image_column", "text_column", "answer_column"), columns))
-    return DPCLIPTrainer(
+    trainer = DPCLIPTrainer(
         model,
         args,
         VisualQuestionCollator(processor, label2id=model.config.label2id, **names),
@@ -145,6 +149,9 @@ def prepare(arguments: ExampleArguments, args: DPTrainingArguments) -> DPCLIPTra
         processor,
         compute_metrics=partial(vqa_accuracy, id2label=model.config.id2label),
     )
+    if args.resume_from_checkpoint:
+        check_resumable(args.resume_from_checkpoint, trainer.plan)
+    return trainer
 
 
 def load_model(arguments: ExampleArguments, answers: list[str]):

@@ -15,7 +15,10 @@ WHOLE_NUMBERS = (
     "gradient_accumulation_steps",
     "microbatch_size",
     "public_negatives_steps",
+    "max_records_per_unit",
 )
+# Those of them that may be left unset.
+OPTIONAL = ("microbatch_size", "max_records_per_unit")
 
 
 @dataclass
@@ -45,6 +48,10 @@ class DPTrainingArguments(TrainingArguments):
             the public negatives too. They are then encoded anew for each microbatch.
         privacy_unit_column (`str`, *optional*): column that says to whom a record belongs; all records with one value
             are protected together. By default every record is a unit of its own.
+        max_records_per_unit (`int`, *optional*): of a unit with more records, so many, drawn anew whenever the unit
+            takes part. Bounds the memory of a microbatch; the guarantee covers all records all the same.
+        secure_noise (`bool`, *optional*, defaults to `False`): draws the noise in float64 from the operating system's
+            cryptographic generator, and releases multiples of a public grid width only.
         noise_seed (`int`, *optional*): makes sampling and noise reproducible and the run NOT PRIVATE.
         non_private (`bool`, *optional*, defaults to `False`): trains without noise, for comparison.
         log_private_statistics (`bool`, *optional*, defaults to `False`): logs the raw training loss and the like, for
@@ -89,6 +96,13 @@ class DPTrainingArguments(TrainingArguments):
     privacy_unit_column: str | None = field(
         default=None, metadata={"help": "Column whose values (user or image ids) are protected as a whole."}
     )
+    max_records_per_unit: int | None = field(
+        default=None, metadata={"help": "Records with which a unit takes part at most, drawn anew each time."}
+    )
+    secure_noise: bool = field(
+        default=False,
+        metadata={"help": "Noise from the operating system's cryptographic generator, in float64, on a public grid."},
+    )
     noise_seed: int | None = field(
         default=None, metadata={"help": "Reproducible sampling and noise, for research. The run is NOT PRIVATE."}
     )
@@ -109,6 +123,7 @@ class DPTrainingArguments(TrainingArguments):
         if self.deepspeed:
             raise ValueError("DeepSpeed reduces gradients before they are clipped: use DDP (torchrun).")
         super().__post_init__()
+        self._check_length()
         self._check_microbatch_size()
         self._check_compatible()
 
@@ -159,16 +174,40 @@ class DPTrainingArguments(TrainingArguments):
             )
         for name in ("target_epsilon", "noise_multiplier"):
             self._check_positive(name, None if self.non_private else getattr(self, name))
+        if self.noise_seed is not None and not (isinstance(self.noise_seed, int) and self.noise_seed >= 0):
+            raise ValueError(
+                f"noise_seed={self.noise_seed!r} is not possible: it must be a whole number of at least 0, or, for a "
+                "private run, unset."
+            )
+        if self.secure_noise and (self.non_private or self.noise_seed is not None):
+            raise ValueError(
+                "secure_noise=True cannot be combined with non_private=True or noise_seed, which leave no noise that "
+                "nobody knows: remove one or the other."
+            )
 
     def _check_mechanism(self):
         self._check_positive("max_grad_norm", self.max_grad_norm or 0)
         for name in WHOLE_NUMBERS:
             value = getattr(self, name)
-            if not ((isinstance(value, int) and value >= 1) or (name == "microbatch_size" and value is None)):
+            if not ((isinstance(value, int) and value >= 1) or (name in OPTIONAL and value is None)):
                 raise ValueError(f"{name}={value!r} is not possible: it must be a whole number of at least 1.")
+        if self.max_records_per_unit is not None and self.privacy_unit_column is None:
+            raise ValueError(
+                "max_records_per_unit is set, but a unit is a single record: name the column of its ids with "
+                "privacy_unit_column, or remove it."
+            )
         for name, choices in {"clipping": CLIPPINGS, "accountant": ACCOUNTANTS}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose one of {', '.join(choices)}.")
+
+    def _check_length(self):
+        epochs, steps = self.num_train_epochs, self.max_steps
+        by_epochs = isinstance(epochs, int | float) and 0 < epochs < math.inf
+        if not isinstance(steps, int) or (steps <= 0 and not by_epochs):
+            raise ValueError(
+                f"num_train_epochs={epochs!r} and max_steps={steps!r} give no number of steps: set one of them to a "
+                "positive, finite number."
+            )
 
     def _check_microbatch_size(self):
         """Not before the number of processes is known."""

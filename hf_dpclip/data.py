@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 from PIL.Image import Image as PILImage
+from torch.utils.data import Dataset as TorchDataset
 from transformers import BatchEncoding, ProcessorMixin
+
+from .records import check_complete, check_picture, check_text, first_record
 
 
 FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
@@ -40,6 +44,14 @@ class ImageTextCollator:
     augmentation: Callable[[PILImage], PILImage] | None = None
     views: int = 1
 
+    def __post_init__(self):
+        if not isinstance(self.views, int) or self.views < 1:
+            raise ValueError(f"views={self.views!r} is not possible: it must be a whole number of at least 1.")
+        if self.augmentation is not None and not callable(self.augmentation):
+            raise ValueError(
+                f"augmentation is a {type(self.augmentation).__name__}: give a function from an image to an image."
+            )
+
     @property
     def columns(self) -> list[str]:
         """The dataset columns that are read, which the trainer therefore keeps."""
@@ -49,9 +61,10 @@ class ImageTextCollator:
         records = [record for record in records for _ in range(self.views)]
         inputs = {}
         if self.image_column is not None:
-            inputs["images"] = [self._augmented(record[self.image_column].convert("RGB")) for record in records]
+            pictures = [check_picture(record[self.image_column], self.image_column) for record in records]
+            inputs["images"] = [self._augmented(picture.convert("RGB")) for picture in pictures]
         if self.text_column is not None:
-            inputs["text"] = [record[self.text_column] for record in records]
+            inputs["text"] = [check_text(record[self.text_column], self.text_column) for record in records]
         return self.processor(**inputs, **text_settings(self.processor), return_tensors="pt")
 
     def _augmented(self, image: PILImage) -> PILImage:
@@ -68,6 +81,21 @@ class ImageTextCollator:
                 f"{self.text_column!r}: rename them to those of the private records."
             )
         return replace(self, image_column=image_column, text_column=text_column, augmentation=None, views=1)
+
+    def check_records(self, dataset: TorchDataset) -> None:
+        """Raises `ValueError` for records that cannot be collated, as far as the first one and the table tell."""
+        first = first_record(dataset)
+        self.check_columns([*first])
+        if self.image_column is not None and not isinstance(self.processor, ProcessorMixin):
+            raise ValueError(
+                f"{type(self.processor).__name__} is no processor of images and texts: pass one, as "
+                "AutoProcessor.from_pretrained gives for the model."
+            )
+        if self.image_column is not None:
+            check_picture(first[self.image_column], self.image_column)
+        if self.text_column is not None:
+            check_text(first[self.text_column], self.text_column)
+        check_complete(dataset, self.image_column, self.text_column)
 
     def check_columns(self, names: list[str]) -> None:
         """Raises `ValueError` unless both columns are among `names`."""
@@ -105,6 +133,11 @@ class VisualQuestionCollator(ImageTextCollator):
     text_column: str = "question"
     answer_column: str = "answer"
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.label2id, dict):
+            raise ValueError(f"label2id is a {type(self.label2id).__name__}: pass model.config.label2id.")
+
     @property
     def columns(self) -> list[str]:
         """As in [`ImageTextCollator`]."""
@@ -112,13 +145,21 @@ class VisualQuestionCollator(ImageTextCollator):
 
     def __call__(self, records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = super().__call__(records)
-        labels = [self.label2id[record[self.answer_column]] for record in records for _ in range(self.views)]
+        answers = [check_text(record[self.answer_column], self.answer_column) for record in records]
+        labels = [self.label2id[answer] for answer in answers for _ in range(self.views)]
         batch["labels"] = torch.tensor(labels)
         return batch
 
+    def check_records(self, dataset: TorchDataset) -> None:
+        """As in [`ImageTextCollator`]; looks at the answers of a `datasets.Dataset` too."""
+        super().check_records(dataset)
+        if isinstance(dataset, Dataset):
+            self.check_answers(dataset)
+
     def check_answers(self, dataset: Dataset) -> None:
         """Raises `ValueError` if a record's answer has no label, and names the record, not the answer."""
-        unknown = [row for row, answer in enumerate(dataset[self.answer_column]) if answer not in self.label2id]
+        answers = [check_text(answer, self.answer_column) for answer in dataset[self.answer_column]]
+        unknown = [row for row, answer in enumerate(answers) if answer not in self.label2id]
         if unknown:
             raise ValueError(
                 f"the answer of record {unknown[0]} ({len(unknown)} such records) is none of the {len(self.label2id)} "
@@ -134,9 +175,13 @@ class VisualQuestionCollator(ImageTextCollator):
 def text_settings(processor: Any) -> dict[str, Any]:
     """How texts are filled up: to the longest, or, for models that are not told where texts end (SigLIP), to the one
     length that they were trained on."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    padding = True if "attention_mask" in tokenizer.model_input_names else "max_length"
+    padding = True if "attention_mask" in tokenizer_of(processor).model_input_names else "max_length"
     return {"padding": padding, "truncation": True}
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """A processor's tokenizer; a tokenizer itself."""
+    return getattr(processor, "tokenizer", processor)
 
 
 def encoded_texts(processor: Any, texts: list[str]) -> BatchEncoding:
@@ -153,7 +198,7 @@ def class_prompts(class_names: list[str], template: str = "a photo of a {}.") ->
         raise ValueError(
             f"prompt template {template!r} has no {{}} for the class name: write e.g. 'a photo of a {{}}.'"
         )
-    return [template.format(name) for name in class_names]
+    return [template.replace("{}", str(name)) for name in class_names]
 
 
 def caption_by_label(dataset: Dataset, label_column: str, template: str, caption_column: str = "caption") -> Dataset:
@@ -190,16 +235,17 @@ def load_pairs(name: str, image_column: str = "image") -> DatasetDict:
             a `metadata.csv`, or a dataset on the Hub.
         image_column (`str`, *optional*, defaults to `"image"`): images, or paths relative to the file that names them.
 
-    Raises `FileNotFoundError` for a path that does not exist and `ValueError` for a missing image column.
+    Raises `FileNotFoundError` for a path that does not exist and `ValueError` for a file that cannot be read and for a
+    missing image column.
     """
     path = Path(name)
-    if path.suffix in FILE_FORMATS:
+    if path.suffix in FILE_FORMATS or path.is_file():
         splits = _load_file(path, image_column)
     elif Path(path, "dataset_dict.json").is_file() or Path(path, "state.json").is_file():
         loaded = load_from_disk(name)
         splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
     elif path.is_dir():
-        splits = load_dataset("imagefolder", data_dir=name)
+        splits = _load("imagefolder", data_dir=name)
     else:
         splits = load_from_hub(name)
     columns = next(iter(splits.values())).column_names
@@ -221,11 +267,30 @@ def load_from_hub(name: str, config: str | None = None) -> DatasetDict:
 def _load_file(path: Path, image_column: str) -> DatasetDict:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: check the path (it is relative to {Path.cwd()}).")
-    splits = load_dataset(FILE_FORMATS[path.suffix], data_files=str(path))
-    dataset = splits["train"]
+    if path.suffix not in FILE_FORMATS:
+        raise ValueError(f"{path} is in no known format: convert it to one of {', '.join(FILE_FORMATS)}.")
+    dataset = _load(FILE_FORMATS[path.suffix], data_files=str(path))["train"]
     if isinstance(dataset.features.get(image_column), Value):
-        paths = [str(path.parent / image) for image in dataset[image_column]]
+        paths = [_beside(path, row, image) for row, image in enumerate(dataset[image_column])]
         dataset = (
             dataset.remove_columns(image_column).add_column(image_column, paths).cast_column(image_column, Image())
         )
     return DatasetDict(train=dataset)
+
+
+def _beside(table: Path, row: int, image: Any) -> str:
+    """The path of an image that row `row` of a table names."""
+    if not isinstance(image, str):
+        raise ValueError(
+            f"row {row} of {table} names no image ({image!r}): write the image's path there, or leave the row out."
+        )
+    return str(table.parent / image)
+
+
+def _load(kind: str, **where: str) -> DatasetDict:
+    try:
+        return load_dataset(kind, **where)
+    except (DatasetsError, OSError, ValueError) as error:
+        (place,) = where.values()
+        reason = error.__cause__ or error
+        raise ValueError(f"{place} cannot be read as {kind} ({reason}): check the file or folder.") from error

@@ -1,7 +1,7 @@
 """From Poisson draws to collated microbatches: the training data loader of [`DPCLIPTrainer`]."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .arguments import DPTrainingArguments
 from .privacy import PoissonSampler
+from .records import read_records
 from .seeding import preserved_generators, seed_generators
 
 
@@ -23,12 +24,14 @@ class PrivacyUnits:
     Args:
         dataset: a map-style dataset.
         column (`str`, *optional*): the column whose values are the units; by default each record is a unit of its own.
+        max_records (`int`, *optional*): records with which a unit takes part at most, whenever it is drawn.
 
     Raises `ValueError` if `column` is not a column of ids.
     """
 
-    def __init__(self, dataset: Dataset, column: str | None = None):
+    def __init__(self, dataset: Dataset, column: str | None = None, max_records: int | None = None):
         self.dataset = dataset
+        self.max_records = max_records
         self.num_records = len(dataset)
         self._records = None if column is None else _records_by_value(dataset, column)
 
@@ -36,11 +39,23 @@ class PrivacyUnits:
         """n, the number of privacy units."""
         return self.num_records if self._records is None else len(self._records)
 
-    def records(self, units: np.ndarray) -> np.ndarray:
-        """The numbers of all records of the given units, both 1-dimensional."""
+    def records(self, units: np.ndarray, seed: int) -> np.ndarray:
+        """The numbers of the records with which the given units take part, both 1-dimensional.
+
+        Args:
+            units (`np.ndarray`): the units of one microbatch.
+            seed (`int`): the microbatch's. A unit with more than `max_records` takes part with a uniformly random
+                subset, drawn from it: the same on every process, and nothing that another microbatch depends on.
+        """
         if self._records is None or len(units) == 0:
             return units
-        return np.concatenate([self._records[unit] for unit in units])
+        generator = np.random.default_rng(seed)
+        return np.concatenate([self._capped(self._records[unit], generator) for unit in units])
+
+    def _capped(self, records: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        if self.max_records is None or len(records) <= self.max_records:
+            return records
+        return generator.choice(records, size=self.max_records, replace=False, shuffle=False)
 
 
 class ForwardBatchSampler(Sampler[ForwardBatch]):
@@ -94,8 +109,8 @@ class ForwardBatchSampler(Sampler[ForwardBatch]):
         """This process's share of a step."""
         every = slice(self.process, None, self.num_processes)
         if self.spanning:
-            return [(seed, self.units.records(units)[every]) for seed, units in drawn]
-        return [(seed, self.units.records(units)) for seed, units in drawn[every]]
+            return [(seed, self.units.records(units, seed)[every]) for seed, units in drawn]
+        return [(seed, self.units.records(units, seed)) for seed, units in drawn[every]]
 
 
 class MicrobatchDataset(Dataset):
@@ -118,8 +133,17 @@ class MicrobatchDataset(Dataset):
         with preserved_generators():
             for (seed, numbers), records in zip(forward_batch, fetched):
                 seed_generators(seed)
-                microbatches.append((seed, dict(self.collator(records or self._fetch(numbers.tolist())))))
+                records = records or read_records(self.dataset, numbers.tolist())
+                microbatches.append((seed, self._collated(records)))
         return microbatches
+
+    def _collated(self, records: list[Any]) -> dict[str, Any]:
+        batch = self.collator(records)
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"the data_collator returned a {type(batch).__name__}: return a dictionary of the model's inputs."
+            )
+        return dict(batch)
 
     def _fetched_together(self, forward_batch: ForwardBatch) -> list[list[Any] | None]:
         """The records of each microbatch, in one access where that cannot make them depend on one another: transforms
@@ -128,13 +152,9 @@ class MicrobatchDataset(Dataset):
         if not separable or not forward_batch:
             return [None] * len(forward_batch)
         sizes = [len(numbers) for _, numbers in forward_batch]
-        records = iter(self._fetch(np.concatenate([numbers for _, numbers in forward_batch]).tolist()))
+        everyone = np.concatenate([numbers for _, numbers in forward_batch]).tolist()
+        records = iter(read_records(self.dataset, everyone))
         return [[*itertools.islice(records, size)] for size in sizes]
-
-    def _fetch(self, records: list[int]) -> list[Any]:
-        if isinstance(self.dataset, datasets.Dataset):
-            return self.dataset.__getitems__(records)
-        return [self.dataset[record] for record in records]
 
 
 class RecordNumbers(Dataset):

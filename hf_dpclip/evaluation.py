@@ -35,8 +35,16 @@ def zero_shot_accuracy(
         prompts (`list[str]`): one caption per class number.
         batch_size (`int`, *optional*, defaults to 256): images per forward pass.
 
-    Raises `ValueError` for an image that cannot be decoded, and names its record.
+    Raises `ValueError` for missing columns or prompts, and for an image that cannot be decoded: it names its record.
     """
+    missing = [column for column in (image_column, label_column) if column not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"the dataset has no column {missing[0]!r} (it has {dataset.column_names}): name its own with "
+            "image_column=... and label_column=..."
+        )
+    if not prompts:
+        raise ValueError("there are no prompts to choose from: give one for each class.")
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device

@@ -11,6 +11,7 @@ from .data import ImageTextCollator, encoded_texts
 from .gradients import ContrastiveModel
 from .gradients.inputs import num_rows
 from .losses import PublicEmbeddings
+from .shared_images import image_digests
 
 
 IMAGE_INPUTS = ("pixel_values",)
@@ -93,7 +94,7 @@ def encode_public_negatives(
 
     Raises `ValueError` for anything else, and where there is nothing.
     """
-    if len(public) == 0:
+    if isinstance(public, Sequence | Dataset) and len(public) == 0:
         raise ValueError("public_negatives is empty: give captions, images or pairs, or leave it out.")
     if isinstance(public, Sequence) and not isinstance(public, str) and all(isinstance(each, str) for each in public):
         processor = collator.processor if isinstance(collator, ImageTextCollator) else processor
@@ -128,11 +129,9 @@ def _holds_images(dataset: Dataset, column: str) -> bool:
 
 
 def _digests(dataset: Dataset, column: str) -> set[bytes]:
-    dataset = dataset.select_columns([column])
     if isinstance(dataset.features[column], Image):
-        values = dataset.cast_column(column, Image(decode=False)).with_format(None)[column]
-        return {hashlib.sha256(value["bytes"] or value["path"].encode()).digest() for value in values}
-    values = dataset.with_format("numpy")[column]
+        return {*image_digests(dataset, column)} - {None}
+    values = dataset.select_columns([column]).with_format("numpy")[column]
     return {hashlib.sha256(value.tobytes()).digest() for value in values}
 
 

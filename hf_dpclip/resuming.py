@@ -36,7 +36,14 @@ def check_resumable(checkpoint: str | Path, plan: PrivacyPlan) -> PrivacyStateme
     Raises `FileNotFoundError` or `ValueError` if the checkpoint has none, or that of another plan: its ε would then be
     neither plan's. Warns if the run had gone on beyond this checkpoint.
     """
+    if not isinstance(checkpoint, str | Path):
+        raise ValueError(f"resume_from_checkpoint={checkpoint!r} is no folder: name one, or pass True for the last.")
     statement = PrivacyStatement.load(checkpoint)
+    if not Path(checkpoint, TRAINER_STATE_NAME).is_file():
+        raise ValueError(
+            f"{checkpoint} has no {TRAINER_STATE_NAME}, so it is a saved model or was cut short: resume from one of "
+            "the checkpoint-... folders, or start a new run from these weights and account for both."
+        )
     if _same_calibration(plan, statement.plan):
         plan = dataclasses.replace(plan, noise_multiplier=statement.plan.noise_multiplier)
     saved, current = dataclasses.asdict(statement.plan), dataclasses.asdict(plan)

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
@@ -25,17 +24,26 @@ from transformers.utils import logging
 from . import validation
 from .arguments import DPTrainingArguments
 from .averaging import load_averages, save_averages
-from .data import ImageTextCollator, VisualQuestionCollator
+from .data import ImageTextCollator
 from .dataloader import ForwardBatchSampler, MicrobatchDataset, PrivacyUnits, RecordNumbers, make_dataloader
 from .forward_pass import choose_forward_pass, make_contrastive_model
 from .gradients import contrastive_base
 from .guard import StepGuard
 from .model_card import privacy_section
 from .planning import make_plan, steps_per_epoch
-from .privacy import GaussianMechanism, PoissonSampler, PrivacyPlan, PrivacySpent, PrivacyStatement, Randomness
+from .privacy import (
+    GaussianMechanism,
+    PoissonSampler,
+    PrivacyPlan,
+    PrivacySpent,
+    PrivacyStatement,
+    Randomness,
+    SecureGaussianMechanism,
+)
 from .public_negatives import PublicNegatives, encode_public_negatives
 from .reporting import PrivacyCallback, PrivacyProgressCallback
 from .resuming import check_resumable, last_complete_checkpoint
+from .shared_images import warn_of_shared_images
 
 
 logger = logging.get_logger(__name__)
@@ -84,6 +92,7 @@ class DPCLIPTrainer(Trainer):
             raise ValueError(
                 f"args must be DPTrainingArguments, which carry target_epsilon, not {type(args).__name__}."
             )
+        validation.check_call(model, data_collator, train_dataset, processing_class)
         if data_collator is None and _needs_processing(train_dataset, processing_class):
             data_collator = ImageTextCollator(processing_class)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
@@ -92,6 +101,8 @@ class DPCLIPTrainer(Trainer):
         self.can_return_loss = "return_loss" in forward
         validation.check_environment(self)
         validation.check_model(self.model)
+        if data_collator is None:
+            validation.check_encoded(self.contrastive_base, train_dataset)
         validation.check_loss_is_known(args, self.contrastive_base, public_negatives is not None)
         self.public_negatives = None if public_negatives is None else self._encode_public(public_negatives)
         self.plan = None if train_dataset is None else self._make_plan()
@@ -105,16 +116,17 @@ class DPCLIPTrainer(Trainer):
 
     def _make_plan(self) -> PrivacyPlan:
         args = self.args
-        validation.check_dataset(self.train_dataset)
         if not args.log_private_statistics:
             validation.check_evaluation_data(self.train_dataset, self.eval_dataset)
         contrasts_in_batch = self.can_return_loss and self.compute_loss_func is None and self.public_negatives is None
         validation.check_loss_decomposes(args.expected_batch_size // args.num_microbatches, contrasts_in_batch)
-        if isinstance(self.data_collator, ImageTextCollator):
-            self.data_collator.check_columns(list(self.train_dataset[0]))
-        if isinstance(self.data_collator, VisualQuestionCollator) and isinstance(self.train_dataset, datasets.Dataset):
-            self.data_collator.check_answers(self.train_dataset)
-        self._units = PrivacyUnits(self.train_dataset, args.privacy_unit_column)
+        validation.check_records(self.data_collator, self.train_dataset, self.eval_dataset)
+        longest = self.contrastive_base and self.contrastive_base.config.text_config.max_position_embeddings
+        validation.check_pairs_are_read(_unwrapped(self.model), self.data_collator, longest)
+        if args.privacy_unit_column is None and self.is_world_process_zero():
+            # Now, before a tracker reads the console along.
+            warn_of_shared_images(self.train_dataset)
+        self._units = PrivacyUnits(self.train_dataset, args.privacy_unit_column, args.max_records_per_unit)
         return make_plan(args, len(self._units))
 
     def _encode_public(self, public: list[str] | Dataset) -> PublicNegatives:
@@ -202,7 +214,8 @@ class DPCLIPTrainer(Trainer):
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         validation.check_optimizer(self.optimizer, parameters)
         process, num_processes = self.args.process_index, self.args.world_size
-        self._mechanism = GaussianMechanism(self.plan, parameters, self._noise, process, num_processes)
+        mechanism = SecureGaussianMechanism if self.args.secure_noise else GaussianMechanism
+        self._mechanism = mechanism(self.plan, parameters, self._noise, process, num_processes)
         self._guard = StepGuard(self.model, self._planned_forward_passes)
         self._contrastive_model = make_contrastive_model(self, self._prepare_inputs)
         self._forward_pass = choose_forward_pass(

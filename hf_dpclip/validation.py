@@ -1,14 +1,52 @@
 """Refusals: what the guarantee does not cover is an error before the first step, with the remedy in its message."""
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import datasets
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import Dataset, IterableDataset
-from transformers import CLIPModel, PreTrainedModel, Trainer
+from transformers import CLIPModel, PreTrainedModel, ProcessorMixin, Trainer
 
 from .arguments import DPTrainingArguments
+from .data import ImageTextCollator, VisualQuestionCollator, tokenizer_of
+from .models import CLIPForVisualQuestionAnswering
 from .public_negatives import shared_rows
+from .records import first_record
+from .shared_images import image_columns
+
+
+def check_call(
+    model: nn.Module | None, data_collator: Callable | None, train_dataset: Dataset | None, processing_class: Any
+) -> None:
+    """Raises `ValueError` for arguments of [`DPCLIPTrainer`] of the wrong kind, often one in another one's place."""
+    if model is not None and not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is a {type(model).__name__}: load the model itself, as in CLIPModel.from_pretrained(name)."
+        )
+    if model is not None and any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "parameters of the model are on the meta device, without values: load them with from_pretrained, outside "
+            "torch.device('meta') and init_empty_weights."
+        )
+    if data_collator is not None and not callable(data_collator):
+        raise ValueError(
+            f"data_collator is a {type(data_collator).__name__}, which cannot be called: pass datasets as "
+            "train_dataset=... and eval_dataset=..."
+        )
+    if train_dataset is not None:
+        check_dataset(train_dataset)
+    raw = image_columns(train_dataset) if isinstance(train_dataset, datasets.Dataset) else []
+    if raw and data_collator is None and not isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            f"train_dataset has raw images (column {raw[0]!r}), which the processing_class, "
+            f"{type(processing_class).__name__}, does not encode: pass a processor, as AutoProcessor.from_pretrained "
+            "gives, or a data_collator."
+        )
 
 
 def check_model(model: nn.Module) -> None:
@@ -24,7 +62,10 @@ def check_model(model: nn.Module) -> None:
         )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
-        raise ValueError("the model has no trainable parameter: set requires_grad=True on those to be trained.")
+        raise ValueError(
+            "the model has no trainable parameter: set requires_grad=True on those to be trained; load adapters with "
+            "PeftModel.from_pretrained(..., is_trainable=True)."
+        )
     if len({parameter.device for parameter in trainable}) > 1 or any(isinstance(p, DTensor) for p in trainable):
         raise ValueError(
             "trainable parameters are spread over devices: load the model without device_map or sharding."
@@ -38,15 +79,69 @@ def check_model(model: nn.Module) -> None:
 
 def check_dataset(dataset: Dataset) -> None:
     """Raises `ValueError` for a dataset that Poisson sampling cannot draw from."""
-    if isinstance(dataset, dict):
+    if isinstance(dataset, dict) and all(isinstance(split, Dataset | datasets.Dataset) for split in dataset.values()):
         raise ValueError(
             f"train_dataset has several splits ({', '.join(dataset)}): pass one of them, as dataset['train']."
         )
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+    if isinstance(dataset, dict | str):
+        raise ValueError(
+            f"train_dataset is a {type(dataset).__name__}, not a dataset: make one of columns with "
+            "datasets.Dataset.from_dict, and load one by its name with hf_dpclip.data.load_pairs."
+        )
+    if not _has_random_access(dataset):
         raise ValueError(
             f"{type(dataset).__name__} has no random access, which Poisson sampling needs: load the dataset with "
             "streaming=False, or materialise it with datasets.Dataset.from_generator."
         )
+    if len(dataset) == 0:
+        raise ValueError("train_dataset is empty: check the split, and what filters have left of it.")
+
+
+def check_records(collator: Callable, *collated: Dataset | dict[str, Dataset] | None) -> None:
+    """Raises `ValueError` for records that an [`ImageTextCollator`] cannot collate, those of evaluation included."""
+    if not isinstance(collator, ImageTextCollator):
+        return
+    for candidate in collated:
+        for dataset in candidate.values() if isinstance(candidate, dict) else [candidate]:
+            if _has_random_access(dataset) and len(dataset) > 0:
+                collator.check_records(dataset)
+
+
+def check_encoded(model: PreTrainedModel | None, dataset: Dataset | None) -> None:
+    """Raises `ValueError` for records that no collator encodes and that lack what a model of pairs reads."""
+    if model is None or dataset is None:
+        return
+    names = [*first_record(dataset)]
+    missing = [name for name in ("pixel_values", "input_ids") if name not in names]
+    if missing:
+        raise ValueError(
+            f"records have no {missing[0]!r} (they have {names}), which {type(model).__name__} reads: pass a "
+            "processor as processing_class to encode images and texts, or encode them before."
+        )
+
+
+def check_pairs_are_read(model: nn.Module, collator: Callable, tokens: int | None) -> None:
+    """Raises `ValueError` where the model cannot take what an [`ImageTextCollator`] makes of records.
+
+    `tokens` are those of the longest text that the model reads, where that is known.
+    """
+    if not isinstance(collator, ImageTextCollator):
+        return
+    parameters = inspect.signature(model.forward).parameters
+    # Those of transformers take options of the attention by any name.
+    anything = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    reads_anything = anything and not isinstance(model, PreTrainedModel)
+    columns = {"pixel_values": collator.image_column, "input_ids": collator.text_column}
+    unread = [name for name, column in columns.items() if column is not None and name not in parameters]
+    if unread and not reads_anything:
+        raise ValueError(
+            f"{type(model).__name__} reads no {unread[0]}: choose a model of images and texts, e.g. CLIPModel, or "
+            "pass a data_collator that makes what it reads."
+        )
+    if isinstance(collator, VisualQuestionCollator) and isinstance(model, CLIPForVisualQuestionAnswering):
+        _check_labels(collator.label2id, model.config.num_labels)
+    if tokens is not None and collator.text_column is not None:
+        _check_text_length(tokenizer_of(collator.processor).model_max_length, tokens)
 
 
 def check_evaluation_data(train_dataset: Dataset, eval_dataset: Dataset | dict[str, Dataset] | None) -> None:
@@ -123,6 +218,27 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Parame
                 "the optimizer holds trainable parameters that are not the model's: their gradients would be neither "
                 "clipped nor noised. Make them part of the model, or remove them from the optimizer."
             )
+
+
+def _check_labels(label2id: dict[str, int], num_labels: int):
+    beyond = [label for label in label2id.values() if not 0 <= label < num_labels]
+    if beyond:
+        raise ValueError(
+            f"label2id has label {beyond[0]}, but the model gives {num_labels} answers: pass model.config.label2id."
+        )
+
+
+def _check_text_length(cut_at: int, read: int):
+    if cut_at > read:
+        raise ValueError(
+            f"the tokenizer cuts texts at {cut_at} tokens, but the model reads at most {read}: set "
+            f"processor.tokenizer.model_max_length = {read}."
+        )
+
+
+def _has_random_access(dataset: Any) -> bool:
+    indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    return indexed and not isinstance(dataset, IterableDataset)
 
 
 def _keeps_statistics(module: nn.Module) -> bool:

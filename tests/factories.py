@@ -2,8 +2,10 @@
 
 import string
 
+import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
+from PIL import Image as PILImage
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from hf_dpclip import CLIPForVisualQuestionAnswering, DPTrainingArguments
@@ -19,6 +21,7 @@ except ModuleNotFoundError:
 BOS, EOS, PAD = 48, 49, 0
 VOCABULARY = 50
 IMAGE_SIZE = 8
+CAPTIONS = ["a cat", "a red dog", "u"]
 ANSWERS = ["yes", "no", "red"]
 
 
@@ -61,6 +64,18 @@ def pairs(n: int, seed: int = 0) -> Dataset:
     pixel_values = torch.randn(n, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     columns = {"pixel_values": pixel_values.numpy(), "input_ids": input_ids.numpy()}
     return Dataset.from_dict(columns).with_format("torch")
+
+
+def pictures(n: int, mode: str = "RGB") -> list[PILImage.Image]:
+    """`n` different images of noise."""
+    pixels = np.random.default_rng(0).integers(256, size=(n, 10, 12, 3), dtype=np.uint8)
+    return [PILImage.fromarray(image).convert(mode) for image in pixels]
+
+
+def raw_pairs(n: int = 3, image: str = "image", text: str = "text") -> Dataset:
+    """`n` different images with captions, not yet encoded."""
+    captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(n)]
+    return Dataset.from_dict({image: pictures(n), text: captions}).cast_column(image, Image())
 
 
 def answered_questions(n: int, seed: int = 0) -> Dataset:

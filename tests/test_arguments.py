@@ -1,6 +1,4 @@
-"""`DPTrainingArguments`: parsing, defaults, what is derived from them, and every combination that is refused."""
-
-import math
+"""`DPTrainingArguments`: parsing, defaults, and what is derived from them. (What is refused: `test_bad_input.py`.)"""
 
 import pytest
 from factories import arguments
@@ -45,7 +43,7 @@ def test_every_own_option_has_a_help_text(capsys):
         parse("--help")
     own = DPTrainingArguments.__dataclass_fields__.keys() - TrainingArguments.__dataclass_fields__.keys()
     shown = capsys.readouterr().out
-    assert len(own) == 13
+    assert len(own) == 15
     assert all(DPTrainingArguments.__dataclass_fields__[name].metadata["help"] for name in own)
     assert all(f"--{name}" in shown for name in own)
 
@@ -107,63 +105,6 @@ def test_every_reason_why_a_run_is_not_private_is_named(tmp_path, overrides, nam
     reasons = arguments(tmp_path, **overrides).not_private_because
     assert len(reasons) == len(names)
     assert all(reason.startswith(name) for reason, name in zip(reasons, names))
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"noise_multiplier": 1.0, "target_epsilon": 3.0}, "both of target_epsilon and noise_multiplier given"),
-        ({"noise_multiplier": None}, "neither of target_epsilon and noise_multiplier given"),
-        ({"non_private": True, "noise_multiplier": 1.0}, "non_private=True trains without noise.*noise_multiplier"),
-        ({"non_private": True, "target_epsilon": 1.0}, "non_private=True trains without noise.*target_epsilon"),
-        ({"noise_multiplier": 0.0}, r"noise_multiplier=0.0 is not possible.*takes non_private=True"),
-        ({"noise_multiplier": -1.0}, "noise_multiplier=-1.0 is not possible: it must be positive and finite"),
-        ({"noise_multiplier": math.inf}, "noise_multiplier=inf is not possible: it must be positive and finite"),
-        ({"noise_multiplier": math.nan}, "noise_multiplier=nan is not possible: it must be positive and finite"),
-        ({"target_epsilon": 0.0}, r"target_epsilon=0.0 is not possible.*takes non_private=True"),
-        ({"target_epsilon": -3.0}, "target_epsilon=-3.0 is not possible: it must be positive and finite"),
-        ({"target_epsilon": math.inf}, "target_epsilon=inf is not possible: it must be positive and finite"),
-        ({"target_epsilon": math.nan}, "target_epsilon=nan is not possible: it must be positive and finite"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm=0 is not possible: it must be positive and finite"),
-        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0 is not possible: it must be positive and finite"),
-        ({"max_grad_norm": math.inf}, "max_grad_norm=inf is not possible: it must be positive and finite"),
-        ({"max_grad_norm": math.nan}, "max_grad_norm=nan is not possible: it must be positive and finite"),
-        ({"microbatch_size": 3}, "microbatch_size=3 does not divide per_device_train_batch_size=8.*multiple of 3"),
-        (
-            {"microbatch_size": 16},
-            "microbatch_size=16 is computed in chunks of per_device_train_batch_size=8.*accumulation_steps=2",
-        ),
-        ({"microbatch_size": 0}, "microbatch_size=0 is not possible: it must be a whole number"),
-        ({"microbatch_size": -2}, "microbatch_size=-2 is not possible: it must be a whole number"),
-        ({"clipping": "per_layer"}, "clipping='per_layer' is not known: choose one of flat, automatic"),
-        ({"accountant": "prv"}, "accountant='prv' is not known: choose one of pld, rdp"),
-    ],
-)
-def test_mechanism_that_promises_nothing_is_refused(tmp_path, overrides, message):
-    with pytest.raises(ValueError, match=message):
-        arguments(tmp_path, **overrides)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"fp16": True}, "fp16 scales the loss.*use bf16=True"),
-        ({"fsdp": True}, "FSDP reduces gradients before they are clipped: use DDP"),
-        ({"auto_find_batch_size": True}, "auto_find_batch_size changes the sampling probability.*per_device"),
-        ({"train_sampling_strategy": "group_by_length"}, "'group_by_length' replaces Poisson sampling: remove it"),
-        ({"train_sampling_strategy": "sequential"}, "'sequential' replaces Poisson sampling: remove it"),
-        ({"optim": "lomo"}, "optim='lomo' updates weights during the backward pass.*use adamw_torch"),
-        (
-            {"optim": "galore_adamw_layerwise", "optim_target_modules": ["q_proj"]},
-            "optim='galore_adamw_layerwise' updates weights during the backward pass",
-        ),
-        ({"include_num_input_tokens_seen": "all"}, "realised batch sizes.*include_num_input_tokens_seen='no'"),
-        ({"skip_memory_metrics": False}, "realised batch sizes.*skip_memory_metrics=True"),
-    ],
-)
-def test_trainer_option_under_which_the_guarantee_would_not_hold_is_refused(tmp_path, overrides, message):
-    with pytest.raises(ValueError, match=message):
-        arguments(tmp_path, **overrides)
 
 
 def test_parallelism_config_is_refused(tmp_path):

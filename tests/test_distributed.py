@@ -50,7 +50,7 @@ def test_there_are_two_processes_and_their_microbatches_add_up(run):
     assert run["facts"][0]["num_microbatches"] == 4
 
 
-@pytest.mark.parametrize("name", ["noisy", "exact", "spanning", "averaged", "empty"])
+@pytest.mark.parametrize("name", ["noisy", "exact", "spanning", "averaged", "empty", "secure"])
 def test_weights_are_identical_on_all_processes(run, name):
     first, second = (results[name] for results in run["results"])
     assert np.array_equal(first, second)
@@ -65,6 +65,14 @@ def test_one_reduction_of_the_trainable_parameters_per_step(run):
 def test_noise_has_the_planned_variance_after_the_reduction(run):
     # Three steps of K = 4: the sum of three independent draws.
     check_noise_law(torch.tensor(run["results"][0]["noisy"]) * 4, 30.0 * 2 * 3**0.5)
+
+
+def test_secure_noise_of_both_processes_is_on_one_grid_and_has_the_planned_variance(run):
+    values = torch.tensor(run["results"][0]["secure"])
+    check_noise_law(values, 2.0)
+    # The standard deviation is 1024 grid widths.
+    assert torch.equal(values * 512, (values * 512).round())
+    check_uncorrelated(*values.chunk(2))
 
 
 def test_the_shares_of_noise_are_independent(run):

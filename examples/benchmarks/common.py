@@ -106,9 +106,11 @@ class Workload:
     def plain_trainer(self, folder: str) -> Trainer:
         return Trainer(self.model(), TrainingArguments(**self.arguments(folder)), collate_with_loss, self.dataset())
 
-    def private_trainer(self, folder: str, microbatch_size: int) -> DPCLIPTrainer:
+    def private_trainer(self, folder: str, microbatch_size: int, **options) -> DPCLIPTrainer:
+        """`options` are further ones of `DPTrainingArguments`."""
         args = DPTrainingArguments(
             **self.arguments(folder),
+            **options,
             noise_multiplier=1.0,
             microbatch_size=microbatch_size,
             accountant="rdp",  # the faster one: ε is computed whenever a run ends, which here is after every step

@@ -18,8 +18,13 @@ def accumulate_gradient(
         backward (callable): runs the backward pass, e.g. `Accelerator.backward`.
         microbatch (`dict`): the inputs, collated; all of them take part in one loss.
 
-    Returns the loss, detached.
+    Returns the loss, detached. Raises `ValueError` for a loss that has no gradient or is not one number.
     """
     loss = compute_loss(microbatch)
+    if loss.numel() != 1 or not loss.requires_grad:
+        raise ValueError(
+            f"the loss of a microbatch has shape {tuple(loss.shape)} and requires_grad={loss.requires_grad}: return "
+            "one number that depends on the trainable parameters, e.g. the mean over records."
+        )
     backward(loss)
     return loss.detach()

@@ -22,6 +22,10 @@ ACCOUNTANTS = ("pld", "rdp")
 WIDEST_INTERVAL, NARROWEST_INTERVAL = 1e-3, 1e-4
 INTERVALS_PER_DEVIATION = 40
 
+# Privacy losses up to which a distribution of them is computed: beyond, it takes minutes and gigabytes, and ε is near
+# a thousand or beyond it.
+LARGEST_LOSS = 500
+
 # Calibration accepts any σ whose ε lands in this share of the target, never above it.
 ACCEPTED_SHARE = (0.992, 1.0)
 AIMED_SHARE = 0.997
@@ -34,6 +38,16 @@ def dp_event(sampling_probability: float, noise_multiplier: float, steps: int) -
         sampling_probability, dp_accounting.GaussianDpEvent(noise_multiplier)
     )
     return dp_accounting.SelfComposedDpEvent(one_step, steps)
+
+
+def typical_loss(sampling_probability: float, noise_multiplier: float, steps: int) -> float:
+    """How large the privacy loss gets, about: that of one step for a record that is drawn, and the mean of all steps.
+
+    The mean is at most q times that of a step without sampling, and at most the chi-square divergence of a step.
+    """
+    drawn = 0.5 / noise_multiplier / noise_multiplier
+    chi_square = sampling_probability**2 * math.expm1(min(2 * drawn, 100.0))
+    return drawn + steps * min(sampling_probability * drawn, chi_square)
 
 
 @lru_cache(maxsize=1024)

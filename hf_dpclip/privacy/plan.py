@@ -10,6 +10,7 @@ from . import accounting
 
 
 CLIPPINGS = ("flat", "automatic")
+LARGEST_TARGET = 100
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class PrivacyPlan:
     non_private: bool = False
 
     def __post_init__(self):
-        if self.target_delta is None:
+        if self.target_delta is None and isinstance(self.num_examples, int):
             object.__setattr__(self, "target_delta", default_delta(self.num_examples))
         for name, possible, expected in self._requirements():
             _require(possible, name, getattr(self, name), expected)
@@ -78,7 +79,9 @@ class PrivacyPlan:
         that no noise multiplier reaches.
         """
         plan = cls(num_examples=num_examples, target_delta=target_delta, noise_multiplier=1.0, **fields)
-        _require(_positive(target_epsilon), "target_epsilon", target_epsilon, "a positive, finite number, e.g. 3.0")
+        target = _positive(target_epsilon) and target_epsilon <= LARGEST_TARGET
+        expected = f"a positive number of at most {LARGEST_TARGET}, e.g. 3.0; beyond, no record is protected"
+        _require(target, "target_epsilon", target_epsilon, expected)
         noise_multiplier = accounting.calibrate_noise_multiplier(
             target_epsilon, plan.target_delta, plan.sampling_probability, plan.num_steps, plan.accountant
         )
@@ -116,7 +119,7 @@ class PrivacyPlan:
     def epsilon(self, steps: int | None = None) -> float:
         """ε at `target_delta` after `steps` steps (*optional*, defaults to all `num_steps`)."""
         steps = self.num_steps if steps is None else steps
-        _require(steps >= 0, "steps", steps, "0 or more")
+        _require(isinstance(steps, int) and steps >= 0, "steps", steps, "0 or more")
         return accounting.epsilon(
             self.sampling_probability, self.noise_multiplier, steps, self.target_delta, self.accountant
         )
@@ -161,6 +164,13 @@ class PrivacyPlan:
             "sampler": "poisson",
         }
 
+    def _computable(self) -> bool:
+        """Whether the plan's accountant can compute ε. That by Rényi divergences always can."""
+        if self.accountant != "pld" or self.noise_multiplier == 0:
+            return True
+        loss = accounting.typical_loss(self.sampling_probability, self.noise_multiplier, self.num_steps)
+        return loss <= accounting.LARGEST_LOSS
+
     def _requirements(self):
         """Yields (field, whether its value is possible, what is), in an order in which each may rely on the former."""
         for name in ("num_examples", "expected_batch_size", "num_microbatches", "num_steps"):
@@ -169,7 +179,8 @@ class PrivacyPlan:
         n, batch = self.num_examples, self.expected_batch_size
         yield "expected_batch_size", batch <= n, f"at most the {n} privacy units of the dataset; lower the batch size"
         yield "num_microbatches", self.num_microbatches <= batch, f"at most expected_batch_size={batch}, one unit each"
-        yield "target_delta", 0 < self.target_delta < 1 / n, f"positive and below 1/n = {1 / n:.3g}; unset is n**-1.1"
+        delta = _positive(self.target_delta) and self.target_delta < 1 / n
+        yield "target_delta", delta, f"positive and below 1/n = {1 / n:.3g}; unset is n**-1.1"
         # Below 1e-6, float32 squares of coordinates that matter would vanish from the norm.
         bound = _positive(self.max_grad_norm) and self.max_grad_norm >= 1e-6
         yield "max_grad_norm", bound, "a finite number of at least 1e-6, e.g. 1.0"
@@ -178,6 +189,8 @@ class PrivacyPlan:
         target = self.target_epsilon is None or _positive(self.target_epsilon)
         yield "target_epsilon", target, "a positive, finite number, e.g. 3.0"
         yield "accountant", self.accountant in accounting.ACCOUNTANTS, " or ".join(accounting.ACCOUNTANTS)
+        expected = "more, e.g. 1.0: so little noise protects no record (non_private=True trains without any)"
+        yield "noise_multiplier", self._computable(), expected
         yield "clipping", self.clipping in CLIPPINGS, " or ".join(CLIPPINGS)
 
 

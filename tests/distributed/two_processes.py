@@ -18,7 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from checks import flat_weights, one_update
 from factories import arguments, pairs, tiny_clip
 
-from hf_dpclip import DPCLIPTrainer, WeightAveraging
+from hf_dpclip import DPCLIPTrainer, PrivacyPlan, WeightAveraging
+from hf_dpclip.privacy import Randomness, SecureGaussianMechanism
+from hf_dpclip.privacy.secure_noise import grid_width
 
 
 LOUD = 30.0
@@ -46,6 +48,17 @@ def noisy_update(folder: Path) -> torch.Tensor:
     }
     (folder / f"facts-{trainer.args.process_index}.json").write_text(json.dumps(facts))
     return update
+
+
+def secure_release() -> torch.Tensor:
+    """K times a release on a grid, of a sum of 0.3 of its widths from each process."""
+    plan = PrivacyPlan(1000, 16, 4, num_steps=1, noise_multiplier=1.0)
+    weight = torch.nn.Parameter(torch.zeros(20_000))
+    mechanism = SecureGaussianMechanism(plan, [weight], Randomness().noise(), PartialState().process_index, 2)
+    with mechanism.microbatch():
+        weight.grad = torch.full_like(weight, 0.3 * grid_width(plan))
+    mechanism.release()
+    return weight.grad * 4
 
 
 def exact_update(folder: Path) -> torch.Tensor:
@@ -115,6 +128,7 @@ def main():
         "spanning": spanning_update(folder).numpy(),
         "averaged": averaged_update(folder / "averaged").numpy(),
         "empty": mostly_empty(folder).numpy(),
+        "secure": secure_release().numpy(),
         "draws": draws(folder),
     }
     np.savez(folder / f"process-{process}.npz", **results)

@@ -1,0 +1,97 @@
+"""Noise that neither floating-point arithmetic nor a statistical generator gives away (`secure_noise=True`).
+
+What is published are floating-point numbers, and which of them a sum can reach with its noise depends on the sum: an
+adversary who knows two candidates for it may find that only one of them could have led to the value he sees. (Mironov,
+On significance of the least significant bits for differential privacy, 2012; Jin, McMurtry, Rubinstein and Ohrimenko,
+Are we there yet? Timing and floating-point attacks on differential privacy systems, 2022.) The remedy here is a grid:
+all that is released are multiples of a public number, each of which every sum reaches.
+"""
+
+import math
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .mechanism import NOISE_CHUNK, GaussianMechanism
+from .plan import PrivacyPlan
+
+
+# Grid points in one standard deviation of the noise, at least: rounding to them adds a 10^-7 of its variance at most.
+POINTS_PER_DEVIATION = 2**10
+THREADS = 4
+# Binary digits of a float64, and of the uniform numbers behind each normal.
+DIGITS = 53
+
+
+class SecureGaussianMechanism(GaussianMechanism):
+    """[`GaussianMechanism`] with noise from the operating system's cryptographic generator, on a public grid.
+
+    Args:
+        plan, parameters, generators, process, num_processes: as in [`GaussianMechanism`]. The generators are not used.
+
+    Formal guarantees:
+        Every coordinate of the noisy sum is a multiple of `grid_width(plan)`, a function of the plan: the possible
+        releases are the same whatever the records. Given real numbers, sum and noise, rounding to the nearest multiple
+        is post-processing, so sensitivity, σ and ε are those of [`GaussianMechanism`]. Float64 comes close to real
+        numbers, not more: to the order of 2^-40, relative, in the probability of a grid point near the centre.
+    """
+
+    def __init__(
+        self,
+        plan: PrivacyPlan,
+        parameters: Iterable[Parameter],
+        generators: list[torch.Generator],
+        process: int = 0,
+        num_processes: int = 1,
+    ):
+        super().__init__(plan, parameters, generators, process, num_processes)
+        self._noise_threads = ThreadPoolExecutor(THREADS)
+
+    def _noised_and_reduced(self, sums: list[Tensor]) -> list[Tensor]:
+        """Noise after the sums are added up, each process on its slice, and a second reduction to share the slices:
+        a slice rounded earlier would leave the grid when other processes' sums are added."""
+        flat = torch.cat([total.flatten() for total in sums])
+        torch.distributed.all_reduce(flat)
+        slices = torch.tensor_split(flat, self.num_processes)
+        self._add_noise_([slices[self.process]])
+        for process, others in enumerate(slices):
+            if process != self.process:
+                others.zero_()
+        torch.distributed.all_reduce(flat)
+        return self._split(flat)
+
+    def _add_noise_(self, tensors: list[Tensor]) -> None:
+        """Adds an independent draw from N(0, (σΔ)²) to every coordinate and rounds to the grid."""
+        pieces = [piece for tensor in tensors for piece in tensor.view(-1).split(NOISE_CHUNK)]
+        list(self._noise_threads.map(self._add_noise_to_piece_, pieces))
+
+    def _add_noise_to_piece_(self, piece: Tensor) -> None:
+        # On the CPU: not every accelerator knows float64.
+        noisy = piece.cpu().double().add_(standard_normals(len(piece)), alpha=self.plan.noise_std)
+        width = grid_width(self.plan)
+        piece.copy_(noisy.div_(width).round_().mul_(width))
+
+
+def grid_width(plan: PrivacyPlan) -> float:
+    """The largest power of two of which the noise's standard deviation holds `POINTS_PER_DEVIATION`, so that dividing
+    by it is exact."""
+    return 2.0 ** math.floor(math.log2(plan.noise_std / POINTS_PER_DEVIATION))
+
+
+def standard_normals(count: int) -> Tensor:
+    """`[count]` independent draws from N(0, 1) in float64, from bits of the operating system.
+
+    By the transform of Box and Muller (1958): a radius of up to 8.57 and an angle, from 53 random bits each, make two
+    draws.
+    """
+    pairs = (count + 1) // 2
+    bits = torch.frombuffer(bytearray(os.urandom(16 * pairs)), dtype=torch.int64)
+    uniform = bits.bitwise_and_(2**DIGITS - 1).double().mul_(2.0**-DIGITS)
+    # The logarithm of 1 - u, as u may be 0 but not 1.
+    radius = uniform[:pairs].neg().log1p_().mul_(-2).sqrt_()
+    angle = uniform[pairs:].mul_(2 * math.pi)
+    return torch.cat([angle.cos() * radius, angle.sin() * radius])[:count]

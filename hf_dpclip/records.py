@@ -1,0 +1,126 @@
+"""What records must be like: read and looked at before training, so that no work is lost on those that are not."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import datasets
+import pyarrow.compute as pc
+from datasets import Value
+from PIL.Image import Image as PILImage
+from torch.utils.data import Dataset
+
+from .shared_images import BATCH, image_columns
+
+
+STRINGS = ("string", "large_string")
+# Texts in memory at a time.
+TEXT_BATCH = 10_000
+
+
+def read_records(dataset: Dataset, numbers: list[int]) -> list[Any]:
+    """The records of these numbers. Raises `ValueError` that names the first one that cannot be read."""
+    try:
+        return _read(dataset, numbers)
+    except Exception as error:
+        # Whatever a decoder, a transform or a dataset of the user's own may raise.
+        number, cause = next(_unreadable(dataset, numbers), (numbers[0], error))
+        raise ValueError(
+            f"record {number} of the dataset cannot be read ({type(cause).__name__}: {cause}): repair it, or leave it "
+            f"out, as in dataset.select(row for row in range(len(dataset)) if row != {number})."
+        ) from cause
+
+
+def first_record(dataset: Dataset) -> Mapping[str, Any]:
+    """The first record. Raises `ValueError` if it cannot be read, or has no columns."""
+    (first,) = read_records(dataset, [0])
+    if not isinstance(first, Mapping):
+        raise ValueError(
+            f"records are of type {type(first).__name__}: make them dictionaries, with the names of the columns as "
+            "keys, or pass a data_collator of your own."
+        )
+    return first
+
+
+def check_picture(picture: Any, column: str) -> PILImage:
+    """The picture itself. Raises `ValueError` for what is none."""
+    if not isinstance(picture, PILImage):
+        raise ValueError(
+            f"column {column!r} holds {_kind(picture)} where a PIL image is expected: paths and bytes become images "
+            f"with dataset.cast_column({column!r}, datasets.Image()), arrays with PIL.Image.fromarray; leave records "
+            "without an image out."
+        )
+    return picture
+
+
+def check_text(text: Any, column: str) -> str:
+    """The text itself. Raises `ValueError` for what is none."""
+    if not isinstance(text, str):
+        raise ValueError(
+            f"column {column!r} holds {_kind(text)} where a text is expected: convert it with dataset.map, make one "
+            "record of each of several texts, or name another column; leave records without a text out."
+        )
+    return text
+
+
+def check_complete(dataset: Dataset, image_column: str | None, text_column: str | None) -> None:
+    """Raises `ValueError` if a record of a `datasets.Dataset` lacks an image or a text, or has an empty one.
+
+    Looks at what the table says, and decodes nothing. Other datasets, and those with transforms, are not looked at.
+    """
+    if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
+        return
+    if image_column in image_columns(dataset):
+        _check_none_missing(_missing_images(dataset, image_column), "image", image_column)
+    if text_column is not None and _holds_strings(dataset.features[text_column]):
+        _check_none_missing(_missing_texts(dataset, text_column), "text", text_column)
+
+
+def _read(dataset: Dataset, numbers: list[int]) -> list[Any]:
+    if isinstance(dataset, datasets.Dataset):
+        return dataset.__getitems__(numbers)
+    return [dataset[number] for number in numbers]
+
+
+def _unreadable(dataset: Dataset, numbers: list[int]) -> Iterator[tuple[int, Exception]]:
+    for number in numbers:
+        try:
+            _read(dataset, [number])
+        except Exception as error:
+            yield number, error
+
+
+def _missing_images(dataset: datasets.Dataset, column: str) -> list[int]:
+    return _rows_where(lambda images: images.is_null(), dataset, column, BATCH)
+
+
+def _missing_texts(dataset: datasets.Dataset, column: str) -> list[int]:
+    return _rows_where(lambda texts: pc.fill_null(pc.equal(texts, ""), True), dataset, column, TEXT_BATCH)
+
+
+def _rows_where(condition: Callable, dataset: datasets.Dataset, column: str, batch_size: int) -> list[int]:
+    """The numbers of the records for which the condition, on an Arrow array of the column, holds."""
+    # Of the table as it is stored: reading a selected or shuffled one row by row takes a thousand times as long.
+    if not pc.any(condition(dataset.data.column(column))).as_py():
+        return []
+    batches = dataset.select_columns([column]).with_format("arrow").iter(batch_size)
+    return [
+        batch_size * number + row
+        for number, batch in enumerate(batches)
+        for row in pc.indices_nonzero(condition(batch[column])).to_pylist()
+    ]
+
+
+def _holds_strings(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype in STRINGS
+
+
+def _check_none_missing(missing: list[int], kind: str, column: str):
+    if missing:
+        raise ValueError(
+            f"record {missing[0]} ({len(missing)} such records) has no {kind} in column {column!r}: leave such "
+            f"records out, as in dataset.filter(lambda record: record[{column!r}])."
+        )
+
+
+def _kind(value: Any) -> str:
+    return "nothing (None)" if value is None else type(value).__name__

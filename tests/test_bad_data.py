@@ -1,0 +1,270 @@
+"""Data that cannot be trained on, and what is said of it: see `test_bad_input.py` for the form of the tables."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image
+from factories import pairs, pictures, raw_pairs, tiny_clip_vqa, tiny_processor
+from wrong_calls import check_explained, processed, table, trainer
+
+from hf_dpclip import DPCLIPTrainer, ImageTextCollator, VisualQuestionCollator
+from hf_dpclip.data import caption_by_label, class_prompts, load_pairs
+
+
+def with_texts(texts: list) -> Dataset:
+    return Dataset.from_dict({"image": pictures(len(texts)), "text": texts})
+
+
+def with_images(images: list) -> Dataset:
+    return Dataset.from_dict({"image": images, "text": ["a"] * len(images)})
+
+
+def undecodable(number: int) -> Dataset:
+    """Eight pairs, of which one image's bytes are none."""
+    images = raw_pairs(8).cast_column("image", Image(decode=False))["image"][:]
+    images[number] = {"bytes": b"not an image", "path": None}
+    return with_images(images).cast_column("image", Image())
+
+
+def questions(answers: list, folder, label2id=None) -> DPCLIPTrainer:
+    model = tiny_clip_vqa()
+    label2id = label2id or model.config.label2id
+    dataset = with_texts(["a"] * len(answers)).rename_column("text", "question").add_column("answer", answers)
+    return trainer(folder, dataset, model, VisualQuestionCollator(tiny_processor(), label2id=label2id))
+
+
+def long_texts(folder):
+    processor = tiny_processor()
+    processor.tokenizer.model_max_length = 10**30
+    return trainer(folder, raw_pairs(8), processor=processor)
+
+
+LABELS = Features({"label": ClassLabel(names=["cat", "dog"])})
+DATA = {
+    "no image column": (lambda f: processed(f, raw_pairs(8, "scan")), "no column 'image'", "image_column=..."),
+    "no text column": (lambda f: processed(f, raw_pairs(8, text="report")), "no column 'text'", "text_column=..."),
+    "empty": (lambda f: processed(f, raw_pairs(8).select([])), "train_dataset is empty", "check the split"),
+    "empty list": (lambda f: trainer(f, []), "train_dataset is empty", "check the split"),
+    "no caption": (
+        lambda f: processed(f, with_texts(["a", None, "b", None])),
+        "record 1 (2 such records) has no text in column 'text'",
+        "dataset.filter",
+    ),
+    "empty caption": (
+        lambda f: processed(f, with_texts(["a", "b", ""])),
+        "record 2 (1 such records) has no text",
+        "dataset.filter",
+    ),
+    "numbers as captions": (
+        lambda f: processed(f, with_texts([1, 2, 3, 4])),
+        "column 'text' holds int where a text is expected",
+        "dataset.map",
+    ),
+    "lists of captions": (
+        lambda f: processed(f, with_texts([["a", "b"]] * 4)),
+        "column 'text' holds list",
+        "one record of each of several texts",
+    ),
+    "no image": (
+        lambda f: processed(f, with_images([*pictures(3), None])),
+        "record 3 (1 such records) has no image in column 'image'",
+        "dataset.filter",
+    ),
+    "no image in a list": (
+        lambda f: processed(f, [{"image": None, "text": "a"}] * 8),
+        "column 'image' holds nothing (None)",
+        "leave records without an image out",
+    ),
+    "no image later in a list": (
+        lambda f: processed(f, [*raw_pairs(4), *[{"image": None, "text": "a"}] * 4], train=True, max_steps=30),
+        "column 'image' holds nothing (None)",
+        "leave records without an image out",
+    ),
+    "paths": (
+        lambda f: processed(f, with_images(["a.png"] * 8)),
+        "column 'image' holds str where a PIL image is expected",
+        "cast_column('image', datasets.Image())",
+    ),
+    "bytes": (
+        lambda f: processed(f, with_images([b"png"] * 8)),
+        "column 'image' holds bytes",
+        "cast_column('image', datasets.Image())",
+    ),
+    "arrays": (
+        lambda f: processed(f, with_images([np.zeros((8, 8, 3), dtype=np.uint8)] * 8)),
+        "column 'image' holds list",
+        "PIL.Image.fromarray",
+    ),
+    "an undecodable first image": (
+        lambda f: processed(f, undecodable(0)),
+        "record 0 of the dataset cannot be read (UnidentifiedImageError",
+        "leave it out, as in dataset.select",
+    ),
+    "an undecodable image": (
+        lambda f: processed(f, undecodable(5), train=True, per_device_train_batch_size=8),
+        "record 5 of the dataset cannot be read (UnidentifiedImageError",
+        "leave it out, as in dataset.select",
+    ),
+    "a missing file": (
+        lambda f: processed(f, with_images(["nowhere.png"] * 8).cast_column("image", Image())),
+        "record 0 of the dataset cannot be read (FileNotFoundError",
+        "leave it out",
+    ),
+    "columns": (lambda f: processed(f, raw_pairs(8)[:]), "train_dataset is a dict", "Dataset.from_dict"),
+    "a name": (lambda f: processed(f, "mnist-5k"), "train_dataset is a str", "load one by its name"),
+    "tuples": (
+        lambda f: processed(f, list(zip(pictures(8), ["a"] * 8))),
+        "records are of type tuple",
+        "make them dictionaries",
+    ),
+    "a tokenizer": (
+        lambda f: trainer(f, raw_pairs(8), processor=tiny_processor().tokenizer),
+        "raw images (column 'image')",
+        "pass a processor",
+    ),
+    "no processor": (lambda f: trainer(f, raw_pairs(8)), "raw images (column 'image')", "pass a processor"),
+    "a collator with a tokenizer": (
+        lambda f: trainer(f, raw_pairs(8), collator=ImageTextCollator(tiny_processor().tokenizer)),
+        "CLIPTokenizer is no processor of images and texts",
+        "AutoProcessor.from_pretrained",
+    ),
+    "a dataset as collator": (
+        lambda f: trainer(f, None, collator=raw_pairs(8)),
+        "data_collator is a Dataset, which cannot be called",
+        "train_dataset=...",
+    ),
+    "no views": (
+        lambda f: ImageTextCollator(tiny_processor(), views=0),
+        "views=0 is not possible",
+        "a whole number of at least 1",
+    ),
+    "an augmentation by name": (
+        lambda f: ImageTextCollator(tiny_processor(), augmentation="flip"),
+        "augmentation is a str",
+        "a function from an image to an image",
+    ),
+    "texts longer than the model's": (
+        long_texts,
+        "but the model reads at most 16",
+        "set processor.tokenizer.model_max_length = 16",
+    ),
+    "one id for all": (
+        lambda f: processed(f, raw_pairs(8), privacy_unit_column="text", per_device_train_batch_size=8),
+        "expected_batch_size=8 is not possible",
+        "at most the 3 privacy units",
+    ),
+    "evaluation with other columns": (
+        lambda f: processed(f, raw_pairs(8), options={"eval_dataset": raw_pairs(4, "scan")}),
+        "no column 'image'",
+        "image_column=...",
+    ),
+    "evaluation without a caption": (
+        lambda f: processed(f, raw_pairs(8), options={"eval_dataset": {"test": with_texts(["a", None])}}),
+        "record 1 (1 such records) has no text",
+        "dataset.filter",
+    ),
+    "unknown answers": (
+        lambda f: questions(["yes", "maybe", "no", "maybe"], f),
+        "the answer of record 1 (2 such records) is none of the 3 answers",
+        "leave such records out",
+    ),
+    "lists of answers": (
+        lambda f: questions([["yes", "no"]] * 4, f),
+        "column 'answer' holds list where a text is expected",
+        "one record of each of several texts",
+    ),
+    "labels that the model has not": (
+        lambda f: questions(["yes"] * 4, f, {"yes": 99}),
+        "label2id has label 99, but the model gives 3 answers",
+        "pass model.config.label2id",
+    ),
+    "a list of labels": (
+        lambda f: questions(["yes"] * 4, f, ["yes"]),
+        "label2id is a list",
+        "pass model.config.label2id",
+    ),
+    "arrays as records": (
+        lambda f: trainer(f, np.zeros((8, 3))),
+        "records are of type ndarray",
+        "make them dictionaries",
+    ),
+    "no encoded images": (
+        lambda f: trainer(f, pairs(8).remove_columns("pixel_values")),
+        "records have no 'pixel_values' (they have ['input_ids']), which CLIPModel reads",
+        "pass a processor as processing_class",
+    ),
+    "no encoded texts": (
+        lambda f: trainer(f, pairs(8).remove_columns("input_ids")),
+        "records have no 'input_ids'",
+        "pass a processor as processing_class",
+    ),
+    "a collator of nothing": (
+        lambda f: trainer(f, pairs(8), collator=lambda records: records, train=True),
+        "the data_collator returned a list",
+        "return a dictionary of the model's inputs",
+    ),
+    "evaluation by name": (
+        lambda f: processed(f, raw_pairs(8), options={"eval_dataset": "test"}),
+        "records are of type str",
+        "make them dictionaries",
+    ),
+    "a number of public negatives": (
+        lambda f: processed(f, raw_pairs(8), options={"public_negatives": 5}),
+        "public_negatives is a int",
+        "give a list of captions",
+    ),
+    "a prompt without a place": (
+        lambda f: class_prompts(["cat"], "a photo"),
+        "has no {} for the class name",
+        "write e.g. 'a photo of a {}.'",
+    ),
+    "no class": (
+        lambda f: caption_by_label(Dataset.from_dict({"label": [0, -1, 1]}, features=LABELS), "label", "a {}"),
+        "record 1 (1 such records) has no class in column 'label'",
+        "dataset.filter",
+    ),
+    "no such file": (lambda f: load_pairs(f"{f}/no.csv"), "no.csv does not exist", "check the path"),
+    "an unknown format": (
+        lambda f: load_pairs(table(f, "pairs.tsv", "image\ttext")),
+        "pairs.tsv is in no known format",
+        "convert it to one of .parquet, .csv",
+    ),
+    "an empty table": (
+        lambda f: load_pairs(table(f, "pairs.csv", "")),
+        "pairs.csv cannot be read as csv",
+        "check the file",
+    ),
+    "a broken table": (
+        lambda f: load_pairs(table(f, "pairs.parquet", b"PAR1 no more")),
+        "pairs.parquet cannot be read as parquet",
+        "check the file",
+    ),
+    "a row without a path": (
+        lambda f: load_pairs(table(f, "pairs.csv", "image,text\na.png,a\n,b\n")),
+        "row 1 of",
+        "write the image's path there",
+    ),
+    "a folder without images": (
+        lambda f: load_pairs(str(Path(table(f, "notes.txt", "none")).parent)),
+        "cannot be read as imagefolder",
+        "check the file or folder",
+    ),
+    "another image column": (
+        lambda f: load_pairs(table(f, "pairs.csv", "scan,text\na.png,a\n")),
+        "has no image column 'image', only ['scan', 'text']",
+        "name one of these",
+    ),
+}
+
+
+@pytest.mark.parametrize("row", DATA)
+def test_wrong_data(tmp_path, row):
+    call, wrong, remedy = DATA[row]
+    check_explained(lambda: call(tmp_path), wrong, remedy)
+
+
+def test_an_undecodable_image_in_a_worker_is_named(tmp_path):
+    settings = {"per_device_train_batch_size": 8, "dataloader_num_workers": 1}
+    with pytest.raises(ValueError, match=r"record 5 of the dataset cannot be read \(UnidentifiedImageError"):
+        processed(tmp_path, undecodable(5), train=True, **settings)

