@@ -3,8 +3,9 @@
     python examples/paper_table.py --datasets mnist-5k --epsilons 8 --seeds 0 1 2
 
 Each row is written as soon as it is measured, and rows that are in the file already are not measured again: a run can
-be interrupted, continued, and split over days and machines. The start of all arms is the tiny CLIP beside this script,
-which knows synthetic pictures only; or any other:
+be interrupted, continued, and split over days and machines. All arms of a dataset start from the same tiny CLIP beside
+this script, which knows drawings only (of clothes for Fashion-MNIST, of digits and shapes for all others); or from any
+other:
 
     python examples/paper_table.py --model_name_or_path openai/clip-vit-base-patch32 --rows outputs/vit.json \
         --learning_rate 1e-5
