@@ -268,3 +268,10 @@ def test_an_undecodable_image_in_a_worker_is_named(tmp_path):
     settings = {"per_device_train_batch_size": 8, "dataloader_num_workers": 1}
     with pytest.raises(ValueError, match=r"record 5 of the dataset cannot be read \(UnidentifiedImageError"):
         processed(tmp_path, undecodable(5), train=True, **settings)
+
+
+def test_records_are_numbered_as_they_were_selected(tmp_path):
+    texts = with_texts(["a", None, "b", "c", "d"])
+    wrong = "record 3 (1 such records) has no text in column 'text'"
+    check_explained(lambda: processed(tmp_path, texts.select([4, 3, 2, 1, 0])), wrong, "dataset.filter")
+    assert processed(tmp_path, texts.select([4, 3, 2, 0])).plan.num_examples == 4
