@@ -1,17 +1,12 @@
 """From an adversary's guesses to lower bounds on ε, each true with a stated confidence."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import dp_accounting
 import numpy as np
 from scipy import stats
-
-
-# Thresholds are chosen on this share of the plays and judged on the rest, so that the choice costs no confidence.
-PILOT_SHARE = 0.2
-NUM_THRESHOLDS = 100
 
 
 @dataclass(frozen=True)
@@ -27,8 +22,8 @@ class ErrorBounds:
     false_negative: float
 
     def epsilon(self, delta: float) -> float:
-        """Lower bound on ε of any mechanism (Kairouz, Oh, Viswanath 2015): an (ε, δ)-private one lets no adversary have
-        1 - δ - FNR > e^ε · FPR, nor the same with FPR and FNR exchanged."""
+        """Lower bound on ε of any mechanism (Kairouz, Oh, Viswanath 2015): an (ε, δ)-private one lets no adversary
+        have 1 - δ - FNR > e^ε · FPR, nor the same with FPR and FNR exchanged."""
         sides = (self.false_positive, self.false_negative), (self.false_negative, self.false_positive)
         odds = max((1 - delta - missed) / alarms for alarms, missed in sides)
         return math.log(max(odds, 1.0))
@@ -50,50 +45,28 @@ def upper_bound(events: int, trials: int, significance: float) -> float:
     return 1.0 if events >= trials else float(stats.beta.ppf(1 - significance, events + 1, trials - events))
 
 
-def lower_bounds(present: np.ndarray, absent: np.ndarray, delta: float, confidence: float) -> tuple[float, float]:
+def lower_bounds(
+    present: np.ndarray, absent: np.ndarray, thresholds: Sequence[float], delta: float, confidence: float
+) -> tuple[float, float]:
     """Lower bounds on ε from the scores of independent plays: for any mechanism, and for a Gaussian one.
 
     Args:
         present, absent (`np.ndarray` of shape `[plays]`): larger scores speak for the canary being there.
+        thresholds (`Sequence[float]`): above which the adversary says so; chosen before the plays.
         delta (`float`): δ of the claim.
-        confidence (`float`): with which both bounds hold together.
+        confidence (`float`): with which all bounds hold together.
 
-    Returns (Clopper-Pearson, Gaussian-DP).
+    Returns (Clopper-Pearson, Gaussian-DP), each at its best threshold.
     """
-    significance = (1 - confidence) / 4  # two bounds with two error rates each
-    (pilot_present, present), (pilot_absent, absent) = _split(present), _split(absent)
-
-    def best(bound: Callable[[ErrorBounds], float]) -> float:
-        def on_pilot(threshold: float) -> float:
-            scale = len(present) / len(pilot_present)
-            return bound(_error_bounds(pilot_present, pilot_absent, threshold, significance, scale))
-
-        threshold = max(_thresholds(pilot_present, pilot_absent), key=on_pilot)
-        return bound(_error_bounds(present, absent, threshold, significance))
-
-    return best(lambda errors: errors.epsilon(delta)), best(lambda errors: errors.gaussian_epsilon(delta))
-
-
-def _split(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    pilot = max(1, round(PILOT_SHARE * len(scores)))
-    return scores[:pilot], scores[pilot:]
-
-
-def _thresholds(present: np.ndarray, absent: np.ndarray) -> np.ndarray:
-    """Between the quantiles of all scores."""
-    quantiles = np.unique(np.quantile(np.concatenate([present, absent]), np.linspace(0, 1, NUM_THRESHOLDS)))
-    return (quantiles[1:] + quantiles[:-1]) / 2 if len(quantiles) > 1 else quantiles
-
-
-def _error_bounds(
-    present: np.ndarray, absent: np.ndarray, threshold: float, significance: float, scale: float = 1.0
-) -> ErrorBounds:
-    """Of the adversary who says "present" above `threshold`, as if there were `scale` times as many plays."""
-    alarms, missed = np.sum(absent > threshold), np.sum(present <= threshold)
-    return ErrorBounds(
-        upper_bound(round(scale * alarms), round(scale * len(absent)), significance),
-        upper_bound(round(scale * missed), round(scale * len(present)), significance),
-    )
+    significance = (1 - confidence) / (2 * len(thresholds))  # two error rates each
+    errors = [
+        ErrorBounds(
+            upper_bound(int(np.sum(absent > threshold)), len(absent), significance),
+            upper_bound(int(np.sum(present <= threshold)), len(present), significance),
+        )
+        for threshold in thresholds
+    ]
+    return max(each.epsilon(delta) for each in errors), max(each.gaussian_epsilon(delta) for each in errors)
 
 
 def one_run_p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:

@@ -70,6 +70,7 @@ class Game:
         records (`list[dict]`): all records, the canaries among them.
         score (`Callable`): from the released sums of clipped gradients, `[plays, coordinates]`, to one number for each
             play; larger ones speak for the canary being there.
+        thresholds (`Sequence[float]`): above which the adversary says so.
         plays (`int`): of each kind, with the canary and without it.
         canaries (`Sequence[int]`, *optional*, defaults to the last record): which records are there or not. Several
             of them are plays of their own, in one step, where each has a coordinate for itself.
@@ -85,6 +86,7 @@ class Game:
     model: Callable[[], nn.Module]
     records: list[dict[str, Tensor]]
     score: Callable[[Tensor], Tensor]
+    thresholds: tuple[float, ...]
     plays: int
     canaries: tuple[int, ...] = (-1,)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -152,7 +154,8 @@ class StepAudit:
         clopper_pearson, gaussian_dp (`float`): lower bounds on ε, which hold together with the stated confidence.
         confidence, delta (`float`): of the bounds.
         plays (`int`): of each kind.
-        gaussian (`bool`): whether the claim is that of an unsampled Gaussian mechanism, which the second bound refutes.
+        gaussian (`bool`): whether the claim is that of a Gaussian mechanism without sampling, which the second bound
+            refutes.
     """
 
     mechanism: str
@@ -190,7 +193,7 @@ def audit_step(mechanism: Mechanism, confidence: float = CONFIDENCE) -> StepAudi
     game = mechanism.game
     present, absent = scores(mechanism, True), scores(mechanism, False)
     claim = claimed(mechanism)
-    clopper_pearson, gaussian_dp = lower_bounds(present, absent, game.delta, confidence)
+    clopper_pearson, gaussian_dp = lower_bounds(present, absent, game.thresholds, game.delta, confidence)
     return StepAudit(
         mechanism.name,
         claim.privacy_spent().epsilon,
@@ -287,5 +290,3 @@ class ReleaseRecorder(TrainerCallback):
     def weights(model: nn.Module) -> Tensor:
         """All of them, as one vector."""
         return nn.utils.parameters_to_vector(model.parameters()).detach()
-
-

@@ -71,25 +71,26 @@ def coarseness(releases: Tensor) -> Tensor:
 # ---- Games ----
 
 
-def turned_around(tensors: int = 1, plays: int = 200) -> Game:
+def turned_around(tensors: int = 1, plays: int = 200, thresholds: tuple[float, ...] = (0.0,), **options) -> Game:
     """One microbatch, whose gradient the canary turns around in each tensor: from +C to -C where there is one."""
     records = chosen([1.0] * tensors, [-LOUD] * tensors)
-    return Game(partial(ChosenGradients, *[1] * tensors), records, downwards, plays)
+    return Game(partial(ChosenGradients, *[1] * tensors), records, downwards, thresholds, plays, **options)
 
 
-def lone_canary(gradient: list[float], score: Callable, plays: int = 200, others: int = 0, **options) -> Game:
+def lone_canary(
+    gradient: list[float], score: Callable, threshold: float, plays: int = 200, others: int = 0, **options
+) -> Game:
     """A canary among records without a gradient, each in a microbatch of its own unless told otherwise."""
     records = chosen(*[[0.0] * len(gradient)] * others, gradient)
     options = {"settings": {"microbatch_size": 1}, **options}
-    return Game(partial(ChosenGradients, len(gradient)), records, score, plays, **options)
+    return Game(partial(ChosenGradients, len(gradient)), records, score, (threshold,), plays, **options)
 
 
-def every_record_a_canary(count: int, plays: int, **options) -> Game:
+def every_record_a_canary(count: int, threshold: float, plays: int, **options) -> Game:
     """Each in a microbatch and a coordinate of its own, so that one step is `count` plays."""
-    records = chosen(*(LOUD * torch.eye(count)).tolist())
-    return Game(
-        partial(ChosenGradients, count), records, each_upwards, plays, canaries=tuple(range(count)), **options
-    )
+    records, canaries = chosen(*(LOUD * torch.eye(count)).tolist()), tuple(range(count))
+    model = partial(ChosenGradients, count)
+    return Game(model, records, each_upwards, (threshold,), plays, canaries, **options)
 
 
 CONTRASTIVE = Game(
@@ -97,6 +98,8 @@ CONTRASTIVE = Game(
     # Two pairs that agree, which a higher temperature would serve, and a canary that contradicts itself.
     [pair([1.0, 0.0], [1.0, 0.0]), pair([0.0, 1.0], [0.0, 1.0]), pair([9.0, 0.0], [-9.0, 0.0])],
     lambda releases: releases[:, 0],
+    # Halfway between -C and C, in noise of 0.8 C; and where a canary that is not there hardly ever gets.
+    thresholds=(0.0, 0.009),
     plays=4500,
     settings={"noise_multiplier": 0.4, "max_grad_norm": 0.01},
 )
@@ -106,6 +109,7 @@ ALTERNATING = Game(
     # Growing with alternating signs: the larger of two neighbours is negative if it comes first, and positive if not.
     chosen([-1.0], *[[(-2.0) ** number] for number in range(1, 12)]),
     downwards,
+    thresholds=(1.0,),  # without the canary five of six point up, with it none
     plays=200,
     canaries=(0,),
     settings={"microbatch_size": 2},
@@ -122,7 +126,7 @@ MECHANISMS = [
     Mechanism(
         "noise-relative-to-c",
         "noise σC on whole batches, whose sensitivity is 2C",
-        turned_around(plays=1200),
+        turned_around(plays=1200, thresholds=(0.0, 1.3)),
         mechanism=mistakes.NoiseRelativeToC,
     ),
     Mechanism(
@@ -144,7 +148,8 @@ MECHANISMS = [
             partial(ChosenGradients, 1),
             chosen([LOUD], [-LOUD]),
             downwards,
-            plays=1500,
+            thresholds=(0.8,),
+            plays=2000,
             settings={"per_device_train_batch_size": 1},
             delta=0.05,
         ),
@@ -153,37 +158,37 @@ MECHANISMS = [
     Mechanism(
         "divides-by-realised-count",
         "the mean over the microbatches that were there",
-        lone_canary([0.0] * 256, quietness, others=1),
+        lone_canary([0.0] * 256, quietness, -2.0, others=1),
         mechanism=mistakes.DividesByRealisedCount,
     ),
     Mechanism(
         "skips-empty-batches",
         "no noise where no record was drawn",
-        lone_canary([0.0], any_value),
+        lone_canary([0.0], any_value, 0.5),
         mechanism=mistakes.SkipsEmptyBatches,
     ),
     Mechanism(
         "lets-nan-pass",
         "gradients that are not finite are released",
-        lone_canary([torch.nan], not_a_number, others=1, settings={}),
+        lone_canary([torch.nan], not_a_number, 0.5, others=1, settings={}),
         mechanism=mistakes.LetsNaNPass,
     ),
     Mechanism(
         "stops-on-nan",
         "the run ends where a gradient is not finite",
-        lone_canary([torch.nan], not_a_number, others=1, settings={}),
+        lone_canary([torch.nan], not_a_number, 0.5, others=1, settings={}),
         mechanism=mistakes.StopsOnNaN,
     ),
     Mechanism(
         "global-generator",
         "noise from the generator that transformers seeds with 42",
-        Game(partial(ChosenGradients, 1), chosen([1.0], [-LOUD]), downwards, plays=200, knows_noise=True),
+        turned_around(thresholds=(1.0,), knows_noise=True),
         mechanism=mistakes.GlobalGenerator,
     ),
     Mechanism(
         "same-seed-on-every-rank",
         "every rank draws from all records with the same random numbers",
-        lone_canary([-LOUD], downwards, plays=1500, others=3),
+        lone_canary([-LOUD], downwards, 3.2, plays=1500, others=5),
         sampler=mistakes.SameSeedOnEveryRank,
     ),
     Mechanism(
@@ -193,6 +198,7 @@ MECHANISMS = [
             partial(ChosenGradients, 1, 1),
             chosen([1.0, -1.0], [-LOUD, LOUD]),
             difference_of_halves,
+            thresholds=(0.0,),
             plays=200,
         ),
         mechanism=mistakes.ReusesGeneratorState,
@@ -200,7 +206,7 @@ MECHANISMS = [
     Mechanism(
         "half-precision-noise",
         "noise drawn and added in bfloat16",
-        lone_canary([LOUD] * 4096, coarseness, others=1, settings={}),
+        lone_canary([LOUD] * 4096, coarseness, -0.5, others=1, settings={}),
         mechanism=mistakes.HalfPrecisionNoise,
     ),
     Mechanism(
@@ -214,6 +220,7 @@ MECHANISMS = [
         "forward passes accounted as steps on batches of their own, with one draw of noise for all",
         every_record_a_canary(
             16,
+            threshold=1.2,
             plays=3200,
             settings={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "microbatch_size": 1},
             delta=0.05,
@@ -225,6 +232,7 @@ MECHANISMS = [
         "the count of steps starts anew when a run is resumed",
         every_record_a_canary(
             50,
+            threshold=40.0,
             plays=50,
             settings={
                 "microbatch_size": 1,
