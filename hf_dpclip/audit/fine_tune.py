@@ -1,6 +1,9 @@
 """A fine-tune that is audited: labelled images, some of them canaries with a wrong label, and as many held out."""
 
+import dataclasses
+import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +56,39 @@ class Membership:
 
 @dataclass(frozen=True)
 class FineTuneAudit:
-    """Args:
-    run ([`RunAudit`]): what the canaries showed.
-    membership ([`Membership`]): of ordinary records, by the final loss.
-    accuracy (`float`): on the held-out records.
+    """What an audited fine-tune showed.
+
+    Args:
+        run ([`RunAudit`]): by its canaries.
+        canaries ([`Membership`]): the same canaries, by their final losses.
+        membership ([`Membership`]): of ordinary records, by their final losses.
+        accuracy (`float`): on the held-out records.
     """
 
     run: RunAudit
+    canaries: Membership
     membership: Membership
     accuracy: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `hf-dpclip audit run --json` prints; ε is `None` where there is none."""
+        values = dataclasses.asdict(self.run)
+        if not math.isfinite(self.run.claimed_epsilon):
+            values["claimed_epsilon"] = None
+        rates = {"auc": self.membership.auc, "tpr_at_1%_fpr": self.membership.true_positive_rate()}
+        return {**values, **rates, "accuracy": self.accuracy}
+
+
+def training(target_epsilon: float | None, max_steps: int | None = None) -> dict[str, Any]:
+    """Training arguments that learn well at this size, with privacy or (`None`) without.
+
+    Without privacy, small batches go over the records often enough for wrong labels to be learnt by heart.
+    """
+    if target_epsilon is None:
+        batches = {"per_device_train_batch_size": 64, "max_steps": max_steps or 700, "learning_rate": 1e-3}
+        return {**batches, "non_private": True, "max_grad_norm": 1e6}
+    batches = {"per_device_train_batch_size": 256, "max_steps": max_steps or 60, "learning_rate": 1e-2}
+    return {**batches, "target_epsilon": target_epsilon}
 
 
 @dataclass(frozen=True)
@@ -74,7 +101,6 @@ class FineTune:
         num_members, num_canaries (`int`): ordinary records, as many of which are held out, and canaries.
         lora_rank (`int`): 0 trains all parameters.
         every (`int`): the white-box adversary looks at one release out of so many.
-        arguments (`dict`): of [`DPTrainingArguments`].
     """
 
     model_name_or_path: str | Path
@@ -100,13 +126,14 @@ class FineTune:
             processing_class=processor,
             public_negatives=prompts,
         )
-        attacked = {name: LabelLosses(each, processor, prompts) for name, each in zip("cmo", (canaries, members, others))}
-        units = np.arange(len(members), len(members) + len(canaries))
-        run = audit_run(trainer, Canaries.toss(units), attacked["c"], every=self.every)
+        losses = [LabelLosses(each, processor, prompts) for each in (canaries, members, others)]
+        tossed = Canaries.toss(np.arange(len(members), len(members) + len(canaries)))
+        run = audit_run(trainer, tossed, losses[0], every=self.every)
         with torch.no_grad():
-            member_losses, other_losses = (attacked[name](trainer.model).cpu().numpy() for name in "mo")
-            accuracy = attacked["o"].accuracy(trainer.model)
-        return FineTuneAudit(run, Membership(-member_losses, -other_losses), accuracy)
+            of_canaries, of_members, of_others = (-each(trainer.model).cpu().numpy() for each in losses)
+            accuracy = losses[2].accuracy(trainer.model)
+        by_coin = Membership(of_canaries[tossed.included], of_canaries[~tossed.included])
+        return FineTuneAudit(run, by_coin, Membership(of_members, of_others), accuracy)
 
     def records(self) -> tuple[Dataset, Dataset, Dataset, list[str]]:
         """Canaries, members and others, from one draw and without overlap, and the class prompts."""
@@ -121,7 +148,7 @@ class FineTune:
                 f"of {self.dataset_name}: lower --num_canaries or --num_members."
             )
         names = dataset.features["label"].names
-        mislabelled = dataset.select(range(ends[0])).map(_mislabel, with_indices=True, fn_kwargs={"classes": len(names)})
+        mislabelled = dataset.select(range(ends[0])).map(partial(_mislabel, classes=len(names)), with_indices=True)
         parts = mislabelled, dataset.select(range(ends[0], ends[1])), dataset.select(range(ends[1], ends[2]))
         captioned = [caption_by_label(part, "label", preset.template) for part in parts]
         return *captioned, class_prompts(names, preset.template)
@@ -134,6 +161,7 @@ class FineTune:
     @staticmethod
     def _defaults() -> dict[str, Any]:
         return {
+            "output_dir": "outputs/audit",
             "microbatch_size": 1,
             "lr_scheduler_type": "constant",
             "logging_strategy": "no",

@@ -1,7 +1,7 @@
 """Audit of a whole run by canaries in that one run (Steinke, Nasr, Jagielski 2023).
 
-Each canary is in the run or not by a fair coin of its own. Afterwards the adversary guesses the coins of those canaries
-about which it is surest, and the number of right guesses bounds ε from below.
+Each canary is in the run or not by a fair coin of its own. Afterwards the adversary guesses the coins of those
+canaries about which it is surest, and the number of right guesses bounds ε from below.
 """
 
 from collections.abc import Callable, Iterator
