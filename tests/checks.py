@@ -12,6 +12,7 @@ from scipy import stats
 from torch import nn
 
 from hf_dpclip import DPCLIPTrainer
+from hf_dpclip.audit.game import ChosenGradients
 
 
 FALSE_ALARM_RATE = 1e-7
@@ -19,20 +20,15 @@ FALSE_ALARM_RATE = 1e-7
 SIGMAS = 5.4
 
 
-class Given(nn.Module):
-    """A model whose gradient on a microbatch is the sum of the records' own vectors, so that it can be chosen."""
+class Given(ChosenGradients):
+    """A model whose gradient on a microbatch is the sum of the records' own vectors, in one tensor."""
 
     def __init__(self, size: int = 4):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size))
+        super().__init__(size)
 
-    def forward(self, vector, labels=None):
-        return {"loss": (vector @ self.weight).sum()}
-
-
-def vectors(*rows) -> list[dict]:
-    """A dataset for [`Given`]."""
-    return [{"vector": torch.tensor(row, dtype=torch.float32)} for row in rows]
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.tensors[0]
 
 
 def one_update(tmp_path, model=None, dataset=None, trainer_class=DPCLIPTrainer, **overrides):

@@ -1,0 +1,208 @@
+"""A fine-tune that is audited: labelled images, some of them canaries with a wrong label, and as many held out."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, concatenate_datasets
+from peft import get_peft_model
+from scipy import stats
+from torch import Tensor, nn
+from transformers import AutoModel, AutoProcessor
+
+from ..arguments import DPTrainingArguments
+from ..data import ImageTextCollator, caption_by_label, class_prompts, encoded_texts
+from ..models import lora_config
+from ..presets import PRESETS
+from ..trainer import DPCLIPTrainer
+from .one_run import Canaries, RunAudit, audit_run
+
+
+@dataclass(frozen=True)
+class Membership:
+    """Membership inference on records of one draw, half of which were trained on.
+
+    Args:
+        members, others (`np.ndarray`): scores; larger ones speak for membership.
+    """
+
+    members: np.ndarray
+    others: np.ndarray
+
+    @property
+    def auc(self) -> float:
+        """Area under the ROC curve: how often a member scores higher than another record."""
+        wins = stats.mannwhitneyu(self.members, self.others).statistic
+        return float(wins / (len(self.members) * len(self.others)))
+
+    def true_positive_rate(self, false_positive_rate: float = 0.01) -> float:
+        """Share of members found at a threshold that so many others pass."""
+        return float(np.mean(self.members > np.quantile(self.others, 1 - false_positive_rate)))
+
+    def curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """False and true positive rates at all thresholds, ascending."""
+        thresholds = np.sort(np.concatenate([self.members, self.others]))[::-1]
+        return tuple(
+            np.searchsorted(np.sort(-scores), -thresholds, side="right") / len(scores)
+            for scores in (self.others, self.members)
+        )
+
+
+@dataclass(frozen=True)
+class FineTuneAudit:
+    """What an audited fine-tune showed.
+
+    Args:
+        run ([`RunAudit`]): by its canaries.
+        canaries ([`Membership`]): the same canaries, by their final losses.
+        membership ([`Membership`]): of ordinary records, by their final losses.
+        accuracy (`float`): on the held-out records.
+    """
+
+    run: RunAudit
+    canaries: Membership
+    membership: Membership
+    accuracy: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `hf-dpclip audit run --json` prints; ε is `None` where there is none."""
+        values = dataclasses.asdict(self.run)
+        if not math.isfinite(self.run.claimed_epsilon):
+            values["claimed_epsilon"] = None
+        rates = {"auc": self.membership.auc, "tpr_at_1%_fpr": self.membership.true_positive_rate()}
+        return {**values, **rates, "accuracy": self.accuracy}
+
+
+def training(target_epsilon: float | None, max_steps: int | None = None) -> dict[str, Any]:
+    """Training arguments that learn well at this size, with privacy or (`None`) without.
+
+    Without privacy, small batches go over the records often enough for wrong labels to be learnt by heart.
+    """
+    if target_epsilon is None:
+        batches = {"per_device_train_batch_size": 64, "max_steps": max_steps or 900, "learning_rate": 1e-3}
+        return {**batches, "non_private": True, "max_grad_norm": 1e6}
+    batches = {"per_device_train_batch_size": 256, "max_steps": max_steps or 40, "learning_rate": 1e-3}
+    return {**batches, "target_epsilon": target_epsilon}
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """The model, the data and the training of an audited run.
+
+    Args:
+        model_name_or_path (`str`): a `CLIPModel`.
+        dataset_name (`str`): one of the presets.
+        num_members, num_canaries (`int`): ordinary records, as many of which are held out, and canaries.
+        lora_rank (`int`): 0 trains all parameters.
+        every (`int`): the white-box adversary looks at one release out of so many.
+    """
+
+    model_name_or_path: str | Path
+    dataset_name: str = "mnist-5k"
+    num_members: int = 600
+    num_canaries: int = 300
+    lora_rank: int = 0
+    every: int = 1
+
+    def audit(self, arguments: dict[str, Any]) -> FineTuneAudit:
+        """Trains and attacks. `arguments` are those of [`DPTrainingArguments`].
+
+        Raises `ValueError` for an unknown dataset or too few records.
+        """
+        processor = AutoProcessor.from_pretrained(self.model_name_or_path)
+        canaries, members, others, prompts = self.records()
+        collator = ImageTextCollator(processor, text_column="caption")
+        trainer = DPCLIPTrainer(
+            self._model(),
+            DPTrainingArguments(**{**self._defaults(), **arguments}),
+            collator,
+            concatenate_datasets([members, canaries]),
+            processing_class=processor,
+            public_negatives=prompts,
+        )
+        losses = [LabelLosses(each, processor, prompts) for each in (canaries, members, others)]
+        tossed = Canaries.toss(np.arange(len(members), len(members) + len(canaries)))
+        run = audit_run(trainer, tossed, losses[0], every=self.every)
+        with torch.no_grad():
+            of_canaries, of_members, of_others = (-each(trainer.model).cpu().numpy() for each in losses)
+            accuracy = losses[2].accuracy(trainer.model)
+        by_coin = Membership(of_canaries[tossed.included], of_canaries[~tossed.included])
+        return FineTuneAudit(run, by_coin, Membership(of_members, of_others), accuracy)
+
+    def records(self) -> tuple[Dataset, Dataset, Dataset, list[str]]:
+        """Canaries, members and others, from one draw and without overlap, and the class prompts."""
+        dataset, template = self.drawn(), PRESETS[self.dataset_name].template
+        ends = np.cumsum([self.num_canaries, self.num_members, self.num_members])
+        if ends[-1] > len(dataset):
+            raise ValueError(
+                f"{self.num_canaries} canaries and twice {self.num_members} records are more than the {len(dataset)} "
+                f"of {self.dataset_name}: lower --num_canaries or --num_members."
+            )
+        names = dataset.features["label"].names
+        mislabelled = dataset.select(range(ends[0])).map(partial(_mislabel, classes=len(names)), with_indices=True)
+        parts = mislabelled, dataset.select(range(ends[0], ends[1])), dataset.select(range(ends[1], ends[2]))
+        captioned = [caption_by_label(part, "label", template) for part in parts]
+        return *captioned, class_prompts(names, template)
+
+    def drawn(self) -> Dataset:
+        """All records of the dataset in a random order, the same each time."""
+        if self.dataset_name not in PRESETS:
+            raise ValueError(f"--dataset_name {self.dataset_name} is not known: choose one of {', '.join(PRESETS)}.")
+        return PRESETS[self.dataset_name].load()["train"].shuffle(seed=0)
+
+    def _model(self) -> nn.Module:
+        model = AutoModel.from_pretrained(self.model_name_or_path)
+        model.logit_scale.requires_grad_(False)
+        return get_peft_model(model, lora_config(model, r=self.lora_rank)) if self.lora_rank else model
+
+    @staticmethod
+    def _defaults() -> dict[str, Any]:
+        return {
+            "output_dir": "outputs/audit",
+            # The theorem multiplies δ by the number of canaries: with 1/n, no guesses would tell anything.
+            "target_delta": 1e-6,
+            "microbatch_size": 1,
+            "lr_scheduler_type": "constant",
+            "logging_strategy": "no",
+            "save_strategy": "no",
+            "report_to": "none",
+            "remove_unused_columns": False,
+        }
+
+
+class LabelLosses:
+    """The loss of a model on each of some labelled images, contrasted with all class prompts.
+
+    Args:
+        dataset (`Dataset`): columns `image` and `label`.
+        processor, prompts: of the model, and one caption per class.
+    """
+
+    def __init__(self, dataset: Dataset, processor: Any, prompts: list[str]):
+        images = [image.convert("RGB") for image in dataset["image"]]
+        self.pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
+        self.texts = encoded_texts(processor, prompts)
+        self.labels = torch.tensor(dataset["label"])
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        return F.cross_entropy(self._logits(model), self.labels.to(model.device), reduction="none")
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Share of images nearest to the prompt of their label."""
+        return float((self._logits(model).argmax(dim=1).cpu() == self.labels).float().mean())
+
+    def _logits(self, model: nn.Module) -> Tensor:
+        model.eval()
+        pixel_values, texts = self.pixel_values.to(model.device), self.texts.to(model.device)
+        return model(pixel_values=pixel_values, **texts).logits_per_image.float()
+
+
+def _mislabel(record: dict[str, Any], number: int, classes: int) -> dict[str, Any]:
+    """Another class than the true one, each of them equally often."""
+    return {"label": (record["label"] + 1 + number % (classes - 1)) % classes}

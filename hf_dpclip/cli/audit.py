@@ -1,0 +1,109 @@
+"""`hf-dpclip audit`: attacks on one step of the mechanism, and on a whole run."""
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from ..audit import StepAudit
+
+SUMMARY = "attack the mechanism, and hold the lower bound on ε that comes of it against the claim"
+STEP_SUMMARY = "one step: the honest mechanism passes, published mistakes are convicted"
+RUN_SUMMARY = "a whole fine-tune, with canaries and membership inference"
+WORKERS = 2
+TINY_CLIP = Path(__file__).parents[2] / "examples" / "tiny-clip"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own commands."""
+    commands = parser.add_subparsers(dest="audit", required=True, metavar="step | run")
+    step = commands.add_parser("step", help=STEP_SUMMARY, description=STEP_SUMMARY)
+    step.add_argument("--mechanism", metavar="NAME", help="only this one; the exit code is 1 if it is convicted")
+    step.add_argument("--list", action="store_true", help="print the names of all mechanisms")
+    step.add_argument("--json", action="store_true", help="print an object, or a list of objects for all mechanisms")
+    step.set_defaults(audit_command=run_step)
+    whole = commands.add_parser("run", help=RUN_SUMMARY, description=RUN_SUMMARY)
+    whole.add_argument("--model_name_or_path", default=str(TINY_CLIP), help="a CLIPModel (default: %(default)s)")
+    whole.add_argument("--dataset_name", default="mnist-5k", help="a preset (default: %(default)s)")
+    whole.add_argument("--target_epsilon", type=float, default=8.0, help="ε of the run (default: %(default)s)")
+    whole.add_argument("--non_private", action="store_true", help="train without privacy instead, to compare")
+    whole.add_argument("--num_canaries", type=int, default=300, help="canaries (default: %(default)s)")
+    whole.add_argument("--num_members", type=int, default=600, help="other records (default: %(default)s)")
+    whole.add_argument("--max_steps", type=int, help="steps (default: those of examples/audit.py)")
+    whole.add_argument("--json", action="store_true", help="print an object")
+    whole.set_defaults(audit_command=run_whole)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 0 if the claim stands, 1 if it is refuted."""
+    return arguments.audit_command(arguments)
+
+
+def run_step(arguments: argparse.Namespace) -> int:
+    """Exit code 0 if the mechanism passes; without `--mechanism`, if the honest one does and no other."""
+    from ..audit import MECHANISMS, find_mechanism
+
+    if arguments.list:
+        print("\n".join(mechanism.name for mechanism in MECHANISMS))
+        return 0
+    if arguments.mechanism is not None:
+        audit = _audit_step(find_mechanism(arguments.mechanism).name)
+        _show(audit.to_dict(), [audit], arguments.json)
+        return int(audit.convicted)
+    audits = list(_audit_all([mechanism.name for mechanism in MECHANISMS]))
+    _show([audit.to_dict() for audit in audits], audits, arguments.json)
+    return int(any(audit.convicted == mechanism.honest for audit, mechanism in zip(audits, MECHANISMS)))
+
+
+def run_whole(arguments: argparse.Namespace) -> int:
+    """Exit code 0 if no lower bound exceeds the claim."""
+    from ..audit.fine_tune import FineTune, training
+    from ..audit.game import quiet
+
+    fine_tune = FineTune(
+        arguments.model_name_or_path, arguments.dataset_name, arguments.num_members, arguments.num_canaries
+    )
+    target = None if arguments.non_private else arguments.target_epsilon
+    with quiet():
+        audit = fine_tune.audit(training(target, arguments.max_steps))
+    values = audit.to_dict()
+    print(json.dumps(values) if arguments.json else "\n".join(f"{name:28}{value}" for name, value in values.items()))
+    return int(audit.run.refuted)
+
+
+def _audit_all(names: list[str]) -> Iterator["StepAudit"]:
+    """In two processes: each game is many small trainings one after another."""
+    workers = min(WORKERS, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_audit_step, names)
+
+
+def _audit_step(name: str) -> "StepAudit":
+    import torch
+
+    from ..audit import audit_step, find_mechanism
+
+    torch.set_num_threads(1)
+    # Every training begins with a garbage collection, which would go through all that the imports left each time.
+    gc.freeze()
+    return audit_step(find_mechanism(name))
+
+
+def _show(values: dict | list, audits: Iterable["StepAudit"], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(values, indent=2))
+        return
+    row = "{:28}{:>10}{:>17}{:>13}{:>7}{:>12}  {}"
+    print(row.format("", "claimed ε", "ε ≥ (any)", "(Gaussian)", "δ", "confidence", ""))
+    for audit in audits:
+        gaussian = f"{audit.gaussian_dp:.2f}" if audit.gaussian else "-"
+        bounds = f"{audit.claimed_epsilon:.2f}", f"{audit.clopper_pearson:.2f}", gaussian
+        verdict = "CONVICTED" if audit.convicted else "passes"
+        print(row.format(audit.mechanism, *bounds, f"{audit.delta:g}", f"{audit.confidence:.1%}", verdict))

@@ -1,0 +1,163 @@
+"""The audit of a whole run: who was in it can be told from a run without noise, and not from a private one."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from checks import Given, vectors
+from datasets import disable_progress_bars
+from factories import arguments
+from scripts import ROOT, load_script
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from hf_dpclip import DPCLIPTrainer, cli
+from hf_dpclip.audit.fine_tune import FineTune, Membership
+from hf_dpclip.audit.one_run import Canaries, WhiteBox, audit_run, best_bound, correct_guesses
+
+
+CANARIES = 64
+
+
+class OwnCoordinates:
+    """Canaries of which each has a coordinate for its gradient, and the trainer of all of them."""
+
+    records = vectors(*torch.eye(CANARIES).tolist())
+
+    def losses(self, model):
+        return torch.stack([record["vector"] for record in self.records]) @ model.weight
+
+    def trainer(self, folder, **overrides):
+        settings = {"per_device_train_batch_size": CANARIES, "microbatch_size": 1, "accountant": "rdp"}
+        # One run's theorem multiplies δ by the number of canaries.
+        settings |= {"target_delta": 1e-9, "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"}
+        return DPCLIPTrainer(Given(CANARIES), arguments(folder, **settings, **overrides), train_dataset=self.records)
+
+    def audit(self, folder, included=None, **overrides):
+        canaries = Canaries.toss(np.arange(CANARIES))
+        if included is not None:
+            canaries = Canaries(canaries.units, np.full(CANARIES, included))
+        trainer = self.trainer(folder, **overrides)
+        return audit_run(trainer, canaries, self.losses), trainer
+
+
+@pytest.fixture
+def own_coordinates():
+    return OwnCoordinates()
+
+
+def test_every_canary_is_found_without_noise(own_coordinates, tmp_path):
+    audit, _ = own_coordinates.audit(tmp_path, non_private=True)
+    # The coins are rarely balanced, and half of the guesses are "in".
+    assert audit.white_box_accuracy == audit.black_box_accuracy > 0.6
+    assert min(audit.white_box, audit.black_box) > 0
+    assert audit.claimed_epsilon == math.inf and not audit.refuted
+
+
+def test_bounds_of_a_private_run_stay_below_its_claim(own_coordinates, tmp_path):
+    audit, _ = own_coordinates.audit(tmp_path, noise_multiplier=1.0)
+    assert max(audit.white_box, audit.black_box) < audit.claimed_epsilon
+    assert not audit.refuted
+
+
+@pytest.mark.parametrize("included", [False, True])
+def test_canaries_are_in_the_run_exactly_if_their_coin_says_so(own_coordinates, tmp_path, included):
+    _, trainer = own_coordinates.audit(tmp_path, included, non_private=True)
+    assert (trainer.model.weight != 0).all() == included
+    assert (trainer.model.weight == 0).all() != included
+
+
+def test_the_white_box_adversary_sees_the_inner_products_and_leaves_no_trace(own_coordinates):
+    model, white_box = Given(CANARIES), WhiteBox(own_coordinates.losses)
+    with torch.no_grad():
+        model.weight.copy_(torch.linspace(1, 2, CANARIES))
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.linspace(-1, 1, CANARIES)
+    state = type("State", (), {"global_step": 0})
+    for _ in range(2):
+        white_box.on_pre_optimizer_step(None, state, None, model=model)
+    torch.testing.assert_close(white_box.scores, 2 * model.weight.grad, atol=1e-3, rtol=1e-2)
+    assert torch.equal(model.weight, before)
+
+
+def test_records_grouped_into_units_cannot_be_canaries(own_coordinates, tmp_path):
+    trainer = own_coordinates.trainer(tmp_path)
+    trainer.args.privacy_unit_column = "patient"
+    with pytest.raises(ValueError, match="canaries are single records"):
+        audit_run(trainer, Canaries.toss(np.arange(3)), own_coordinates.losses)
+
+
+def test_guesses_are_the_highest_and_the_lowest_scores():
+    scores = np.array([0.1, 0.9, 0.5, 0.7, 0.2])
+    included = np.array([True, True, False, False, False])
+    assert [correct_guesses(scores, included, count) for count in (2, 4)] == [1, 2]
+
+
+def test_the_best_number_of_guesses_is_used():
+    # Only the extremes tell anything.
+    included = np.tile([True, False], 200)
+    scores = np.where(np.arange(400) < 100, np.where(included, 1.0, -1.0), 0.0)
+    assert best_bound(scores, included, 1e-5, 0.999) > best_bound(scores[100:], included[100:], 1e-5, 0.999) == 0
+
+
+# ---- Membership inference ----
+
+
+def test_membership_rates_are_those_of_scikit_learn():
+    generator = np.random.default_rng(0)
+    members, others = generator.normal(0.5, 1, 200), generator.normal(0, 1, 300)
+    truth, scores = np.repeat([1, 0], [200, 300]), np.concatenate([members, others])
+    membership = Membership(members, others)
+    assert membership.auc == pytest.approx(roc_auc_score(truth, scores))
+    false, true, _ = roc_curve(truth, scores, drop_intermediate=False)
+    assert np.allclose(membership.curve(), (false[1:], true[1:]))
+    assert membership.true_positive_rate(0.01) == true[false <= 0.01].max()
+
+
+# ---- The fine-tune ----
+
+
+@pytest.fixture
+def fine_tune():
+    disable_progress_bars()
+    return FineTune(ROOT / "examples" / "tiny-clip", num_members=30, num_canaries=20)
+
+
+def test_canaries_have_a_wrong_label_and_nobody_is_in_two_parts(fine_tune):
+    canaries, members, others, prompts = fine_tune.records()
+    truth = fine_tune.drawn().select(range(20))["label"]
+    assert all(label != true for label, true in zip(canaries["label"], truth))
+    assert [prompts[label] for label in canaries["label"]] == list(canaries["caption"])
+    images = [image.tobytes() for part in (canaries, members, others) for image in part["image"]]
+    assert len(images) == len(set(images)) == 80
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--num_canaries", "3000"], "are more than the 4000 of mnist-5k: lower --num_canaries or --num_members"),
+        (["--dataset_name", "cifar"], "--dataset_name cifar is not known: choose one of mnist-5k"),
+    ],
+)
+def test_the_command_says_what_is_wrong(changes, message, capsys):
+    assert cli.main(["audit", "run", *changes]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_audits_a_private_run(capsys):
+    few = ["--num_canaries", "130", "--num_members", "140", "--max_steps", "1"]
+    assert cli.main(["audit", "run", *few, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["white_box"] < values["claimed_epsilon"] <= 8
+    assert values["canaries"] == 130 and 0 <= values["auc"] <= 1
+
+
+def test_the_example_draws_and_prints_both_runs(tmp_path, monkeypatch, capsys):
+    script = load_script(ROOT / "examples" / "audit.py")
+    few = ["--num_canaries", "130", "--num_members", "140", "--max_steps", "1"]
+    monkeypatch.setattr("sys.argv", ["audit.py", *few, "--output", str(tmp_path / "audit.png")])
+    script.main()
+    output = capsys.readouterr().out
+    assert "| without privacy | inf |" in output and "| ε = 8 |" in output
+    assert (tmp_path / "audit.png").stat().st_size > 10_000
