@@ -38,8 +38,8 @@ MODULES = [
 
 HEADER = """# API reference
 
-Made from the docstrings by `python docs/make_api.py`. What `hf_dpclip.__all__` lists is imported from `hf_dpclip` itself,
-everything else from the module at the head of its section.
+Made from the docstrings by `python docs/make_api.py`. What `hf_dpclip.__all__` lists is imported from `hf_dpclip`
+itself, everything else from the module at the head of its section.
 """
 
 # How docstrings name other classes: [`PrivacyPlan`], [`~transformers.Trainer`].
