@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "hf_dpclip" / "__init__.py"
 
 EXAMPLES = ["easy-vqa>=1.0", "matplotlib>=3.8", "mlxtend>=0.23", "scikit-learn>=1.3"]
 DEMO = ["gradio>=6", "matplotlib>=3.8"]
-TEST = [*EXAMPLES, *DEMO, "hypothesis>=6", "playwright>=1.45", "pytest>=8", "pyyaml>=6", "ruff>=0.14", "scipy>=1.11"]
+TEST = [*EXAMPLES, *DEMO, "hypothesis>=6", "playwright>=1.45", "pytest>=8", "ruff>=0.14", "scipy>=1.11"]
 
 setup(
     name="hf_dpclip",
