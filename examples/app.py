@@ -36,6 +36,8 @@ from hf_dpclip.reporting import HOPELESS_SIGNAL_TO_NOISE, advice
 
 # Fonts of the system, since others would come from another server.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+# Tables of names and values have an empty head.
+CSS = ".prose thead { display: none; }"
 
 BY_EPSILON, BY_NOISE = "target ε", "noise multiplier σ"
 # Beyond these, the accountant takes longer than a visitor waits.
@@ -64,7 +66,7 @@ def main():
         model = PrivateModel(args.model)
     except (ValueError, OSError) as error:
         sys.exit(f"app.py: {error}")
-    build(model).launch(server_port=args.port, theme=THEME, footer_links=[])
+    build(model).launch(server_port=args.port, theme=THEME, css=CSS, footer_links=[])
 
 
 # ---- The planner ----
@@ -148,16 +150,16 @@ def draw(plan: PrivacyPlan, num_parameters: int) -> Figure:
     left, right = figure.subplots(1, 2)
     draw_epsilon(left, plan)
     draw_signal_to_noise(right, plan, num_parameters)
-    for axes in (left, right):
+    for axes, empty_corner in ((left, "lower right"), (right, "upper left")):
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper left", frameon=False)
+        axes.legend(loc=empty_corner, frameon=False)
     return figure
 
 
 def draw_epsilon(axes: Any, plan: PrivacyPlan) -> None:
-    steps = sorted(
-        {math.ceil(plan.num_steps * point / POINTS_OF_THE_CURVE) for point in range(POINTS_OF_THE_CURVE + 1)}
-    )
+    # Closer together at the start, where ε rises fastest.
+    shares = [(point / POINTS_OF_THE_CURVE) ** 2 for point in range(POINTS_OF_THE_CURVE + 1)]
+    steps = sorted({math.ceil(plan.num_steps * share) for share in shares})
     axes.plot(steps, [plan.epsilon(step) for step in steps], marker="o", markersize=4, label="spent")
     if plan.target_epsilon is not None:
         axes.axhline(plan.target_epsilon, color="tab:red", linestyle="--", label="target")
@@ -216,9 +218,10 @@ class PrivateModel:
     def claim(self) -> str:
         """The privacy statement as Markdown, or why there is none. ε is computed anew from the plan."""
         try:
-            return privacy_section(PrivacyStatement.load(self._folder_of_the_statement()))
+            section = privacy_section(PrivacyStatement.load(self._folder_of_the_statement()))
         except (OSError, ValueError) as error:
             return f"## Privacy\n\n**Nothing can be claimed of this model.** {error}"
+        return f"{section}\nChecked when this page was started: ε follows from the plan and the steps taken.\n"
 
     def _folder_of_the_statement(self) -> Path:
         if Path(self.name).is_dir():
@@ -249,9 +252,7 @@ class PrivateModel:
             raise ValueError("Say what to search for.")
         images = [image for image, _ in gallery]
         scores = self.similarities(images, [text.strip()])[:, 0]
-        return [
-            (images[place], f"similarity {scores[place]:.1f}") for place in scores.argsort(descending=True).tolist()
-        ]
+        return [(images[place], f"{scores[place]:.1f}") for place in scores.argsort(descending=True).tolist()]
 
 
 def in_words(function: Callable) -> Callable:
@@ -269,11 +270,11 @@ def in_words(function: Callable) -> Callable:
 
 def drawn_digits() -> list[Image.Image]:
     """Pictures to begin with: a printed digit each."""
-    font = ImageFont.load_default(size=22)
+    font = ImageFont.load_default(size=88)
     pictures = []
     for digit in range(len(DIGITS)):
-        picture = Image.new("RGB", (28, 28))
-        ImageDraw.Draw(picture).text((14, 14), str(digit), font=font, fill="white", anchor="mm")
+        picture = Image.new("RGB", (112, 112))
+        ImageDraw.Draw(picture).text((56, 56), str(digit), font=font, fill="white", anchor="mm")
         pictures.append(picture)
     return pictures
 
@@ -311,7 +312,7 @@ def planner(page: gr.Blocks) -> None:
             amount = gr.Number(3.0, label="its value")
         with gr.Column(scale=2):
             words = gr.Markdown()
-            curves = gr.Plot(label="curves")
+            curves = gr.Plot(show_label=False)
     inputs = [*numbers, given, amount]
     changes = [component.change for component in inputs]
     gr.on(
@@ -325,7 +326,7 @@ def planner(page: gr.Blocks) -> None:
 
 
 def classification(model: PrivateModel) -> None:
-    image = gr.Image(drawn_digits()[3], type="pil", label="picture", height=240)
+    image = gr.Image(drawn_digits()[3], type="pil", label="picture", sources=["upload", "clipboard"], height=240)
     names = gr.Textbox(", ".join(DIGITS), label="classes, separated by commas")
     template = gr.Textbox("a handwritten digit {}", label="description of a class, with {} for its name")
     button = gr.Button("Classify", variant="primary")
@@ -339,7 +340,7 @@ def retrieval(model: PrivateModel) -> None:
     text = gr.Textbox("a handwritten digit seven", label="description")
     button = gr.Button("Search", variant="primary")
     message = gr.Markdown()
-    found = gr.Gallery(label="most similar first", columns=5, height=240, interactive=False)
+    found = gr.Gallery(label="most similar first, with the similarity", columns=5, height=240, interactive=False)
     gr.on([button.click, text.submit], in_words(model.search), [pictures, text], [found, message])
 
 
