@@ -270,11 +270,11 @@ def in_words(function: Callable) -> Callable:
 
 def drawn_digits() -> list[Image.Image]:
     """Pictures to begin with: a printed digit each."""
-    font = ImageFont.load_default(size=88)
+    font = ImageFont.load_default(size=22)
     pictures = []
     for digit in range(len(DIGITS)):
-        picture = Image.new("RGB", (112, 112))
-        ImageDraw.Draw(picture).text((56, 56), str(digit), font=font, fill="white", anchor="mm")
+        picture = Image.new("RGB", (28, 28))
+        ImageDraw.Draw(picture).text((14, 14), str(digit), font=font, fill="white", anchor="mm")
         pictures.append(picture)
     return pictures
 
