@@ -22,6 +22,7 @@ MODULES = [
     "data",
     "models.lora",
     "models.clip_vqa",
+    "averaging",
     "evaluation",
     "metrics.zero_shot_accuracy",
     "metrics.retrieval_recall",

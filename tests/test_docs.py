@@ -37,7 +37,7 @@ REASONS = {"installs packages of the system", "needs an account on the Hub"}
 # What makes a command short; scripts that are not named here are asked for their help.
 SHORT = ["--max_steps", "2", "--max_eval_samples", "60", "--use_cpu"]
 QUICK = {
-    "examples/train.py": SHORT,
+    "examples/train.py": [*SHORT, "--per_device_train_batch_size", "32"],
     "examples/train_vqa.py": [*SHORT, "--max_train_samples", "500", "--per_device_train_batch_size", "5"],
 }
 
@@ -178,8 +178,8 @@ def help_of(script: str) -> str:
 def test_scripts_have_the_options_that_commands_give_them(page):
     fenced = [command for block in blocks(page) if block.language == "bash" for command in block.commands()]
     for command in [*fenced, *inline_commands(page)]:
-        known = command.script is None or help_of(command.script)
-        unknown = [option for option in command.options if option not in known]
+        assert command.script is None or (ROOT / command.script).is_file(), f"{page}: {command}"
+        unknown = [option for option in command.options if option not in help_of(command.script)]
         assert not unknown, f"{page}: {command} has no {unknown}"
 
 
