@@ -29,6 +29,8 @@ from hf_dpclip import DPTrainingArguments, ImageTextCollator
 from hf_dpclip.cli import main as command_line
 
 
+REFERENCE = "docs/api.md"
+
 LANGUAGES = {"python", "bash", "output", "text", "yaml", "json", "diff", ""}
 
 # Why a block may be exempt. Whoever adds a reason weakens the promise that the docs run.
@@ -133,21 +135,35 @@ def run_page(page: str, namespace: dict):
         if block.language == "output":
             assert printed.getvalue().rstrip() == block.text.rstrip(), f"{page}:{block.line} shows another output"
         elif block.language == "python" and block.reason is None:
-            printed = io.StringIO()
-            with contextlib.redirect_stdout(printed):
-                # Line numbers of a traceback are those of the page.
-                exec(compile("\n" * (block.line - 1) + block.text, str(PAGES[page]), "exec"), namespace)
+            printed = run(block, namespace)
 
 
-def pages_with_python():
-    return [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
+def run(block: Block, namespace: dict) -> io.StringIO:
+    """Returns what the block prints. Line numbers of a traceback are those of the page."""
+    code = compile("\n" * (block.line - 1) + block.text, str(PAGES[block.page]), "exec")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code, namespace)
+    return printed
 
 
-@pytest.mark.parametrize("page", pages_with_python())
+def guides_with_python():
+    with_python = {block.page for block in all_blocks("python")}
+    return sorted(with_python - {REFERENCE})
+
+
+@pytest.mark.parametrize("page", guides_with_python())
 def test_snippets_run_and_print_what_the_page_shows(page, workplace, monkeypatch):
     monkeypatch.setattr(hf_dpclip, "DPTrainingArguments", two_steps)
-    variables = names_of_examples if page == "docs/api.md" else names
-    run_page(page, variables(workplace))
+    run_page(page, names(workplace))
+
+
+def examples():
+    return [block for block in all_blocks("python") if block.page == REFERENCE]
+
+
+@pytest.mark.parametrize("block", examples(), ids=lambda block: str(block.line))
+def test_examples_of_the_reference_run_each_by_itself(block, workplace):
+    run(block, names_of_examples(workplace))
 
 
 def test_a_snippet_that_fails_is_found(monkeypatch):
