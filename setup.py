@@ -10,7 +10,8 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "hf_dpclip" / "__init__.py").read_text(encoding="utf-8"))[1]
 
 EXAMPLES = ["easy-vqa>=1.0", "matplotlib>=3.8", "mlxtend>=0.23", "scikit-learn>=1.3"]
-TEST = [*EXAMPLES, "hypothesis>=6", "pytest>=8", "ruff>=0.14"]
+DEMO = ["gradio>=6", "matplotlib>=3.8"]
+TEST = [*EXAMPLES, *DEMO, "hypothesis>=6", "playwright>=1.45", "pytest>=8", "ruff>=0.14"]
 
 setup(
     name="hf_dpclip",
@@ -33,5 +34,5 @@ setup(
         "transformers>=5.3,<6",
     ],
     entry_points={"console_scripts": ["hf-dpclip = hf_dpclip.cli:main"]},
-    extras_require={"examples": EXAMPLES, "test": TEST},
+    extras_require={"demo": DEMO, "examples": EXAMPLES, "test": TEST},
 )

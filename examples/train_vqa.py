@@ -95,7 +95,7 @@ class ExampleArguments:
     answer_column: str = field(default="answer", metadata={"help": "Column with the answers."})
     train_split: str = field(default="train", metadata={"help": "Split with the private records."})
     eval_split: str = field(
-        default="test", metadata={"help": "Split to evaluate on; if absent, 10 % of the records are held out."}
+        default="test", metadata={"help": "Split to evaluate on; if absent, 10 %% of the records are held out."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many private records."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on only so many records."})

@@ -124,6 +124,7 @@ class VisualQuestionCollator(ImageTextCollator):
 
     Example:
         ```python
+        model = CLIPForVisualQuestionAnswering.from_clip(clip, answers=["yes", "no"])
         collator = VisualQuestionCollator(processor, label2id=model.config.label2id)
         trainer = DPCLIPTrainer(model, args, collator, train_dataset)
         ```

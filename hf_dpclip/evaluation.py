@@ -88,7 +88,10 @@ def retrieval_recall(
     Example:
         ```python
         trainer = DPCLIPTrainer(
-            ...,
+            model,
+            args,
+            collator,
+            train_dataset,
             eval_dataset=held_out,
             compute_metrics=functools.partial(retrieval_recall, image_ids=held_out["image_id"]),
             preprocess_logits_for_metrics=keep_embeddings,
@@ -117,7 +120,8 @@ def vqa_accuracy(prediction: EvalPrediction, id2label: dict[int, str]) -> dict[s
 
     Example:
         ```python
-        trainer = DPCLIPTrainer(..., compute_metrics=functools.partial(vqa_accuracy, id2label=model.config.id2label))
+        compute_metrics = functools.partial(vqa_accuracy, id2label=model.config.id2label)
+        trainer = DPCLIPTrainer(model, args, collator, train_dataset, held_out, compute_metrics=compute_metrics)
         ```
     """
     answers = [id2label[label] for label in prediction.predictions.argmax(axis=-1).tolist()]

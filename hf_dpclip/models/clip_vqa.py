@@ -69,7 +69,8 @@ class CLIPForVisualQuestionAnswering(PreTrainedModel):
         ```python
         clip = CLIPModel.from_pretrained("openai/clip-vit-base-patch32")
         model = CLIPForVisualQuestionAnswering.from_clip(clip, answers=["yes", "no", "red"])
-        model(pixel_values=..., input_ids=..., attention_mask=..., labels=...).loss
+        batch = VisualQuestionCollator(processor, label2id=model.config.label2id)([train_dataset[0]])
+        model(**batch).loss
         ```
     """
 
