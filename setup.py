@@ -9,7 +9,8 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "hf_dpclip" / "__init__.py").read_text(encoding="utf-8"))[1]
 
-EXAMPLES = ["easy-vqa>=1.0", "matplotlib>=3.8", "mlxtend>=0.23", "scikit-learn>=1.3"]
+PLOT = ["matplotlib>=3.8"]
+EXAMPLES = [*PLOT, "easy-vqa>=1.0", "mlxtend>=0.23", "scikit-learn>=1.3"]
 TEST = [*EXAMPLES, "hypothesis>=6", "pytest>=8", "ruff>=0.14", "scipy>=1.11"]
 
 setup(
@@ -26,11 +27,13 @@ setup(
         "datasets>=4.0",
         "dp-accounting>=0.6,<0.7",
         "evaluate>=0.4.6",
+        "huggingface_hub>=1.0",
         "peft>=0.18.1",
         "pillow>=10",
+        "rich>=13",
         "torch>=2.6",
         "transformers>=5.3,<6",
     ],
     entry_points={"console_scripts": ["hf-dpclip = hf_dpclip.cli:main"]},
-    extras_require={"examples": EXAMPLES, "test": TEST},
+    extras_require={"examples": EXAMPLES, "plot": PLOT, "test": TEST},
 )
