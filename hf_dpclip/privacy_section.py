@@ -6,6 +6,7 @@ import re
 from .privacy import STATEMENT_NAME, PrivacyPlan, PrivacyStatement
 
 
+CARD_NAME = "README.md"
 HEADING = "## Privacy"
 NOT_PRIVATE = "NOT PRIVATE"
 
@@ -19,6 +20,7 @@ NOT_COVERED = f"""\
 - The data that the starting weights were trained on.
 - Other models trained on the same records: each spends its own ε, and they add up.
 - Choices made by looking at the records: settings tuned on them, classes or captions collected from them.
+- Whatever was declared public: lists of classes or answers, and captions or images to contrast with.
 - Metrics computed on the training records, if anybody publishes such.
 - Several records of one person, unless the privacy unit above is that person.
 - Whoever watches the training machine: the time of a step, or the error of a record that cannot be read.
@@ -47,7 +49,7 @@ def statement_rows(statement: PrivacyStatement) -> dict[str, str]:
     """[`plan_rows`], and what was done and spent of the plan."""
     plan = statement.plan
     return {
-        "ε": f"{statement.spent.epsilon:.4g}",
+        "ε": "no guarantee" if statement.not_private_because else f"{statement.spent.epsilon:.4g}",
         **plan_rows(plan),
         "steps taken": f"{statement.steps:,} (planned: {plan.num_steps:,})",
         "accountant": f"{plan.accountant} (dp-accounting {statement.versions['dp-accounting']})",
@@ -96,7 +98,7 @@ def _claim(statement: PrivacyStatement) -> str:
     spent = statement.spent
     return (
         f"This model is **({spent.epsilon:.4g}, {spent.delta:.3g})-differentially private** with respect to adding or "
-        f"removing one {statement.plan.privacy_unit} of its training data: that one took part changes the "
+        f"removing one {statement.plan.privacy_unit} of its training data: whether it took part changes the "
         "probability of anything that the weights can tell by a factor of at most e^ε, plus δ."
     )
 

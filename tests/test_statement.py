@@ -132,7 +132,7 @@ def test_a_truncated_file_is_refused(tmp_path):
         PrivacyStatement.load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["private", "not_private_because", "epsilon", "delta", "steps", "plan"])
+@pytest.mark.parametrize("name", ["private", "not_private_because", "epsilon", "delta", "steps", "plan", "versions"])
 def test_a_missing_entry_is_refused(tmp_path, saved, name):
     values, rewrite = saved
     rewrite({key: value for key, value in values.items() if key != name})
@@ -158,6 +158,11 @@ def test_a_missing_entry_is_refused(tmp_path, saved, name):
         ("steps", None),
         ("not_private_because", ["noise_seed is set"]),
         ("not_private_because", None),
+        ("not_private_because", [3]),
+        ("versions", None),
+        ("versions", {}),
+        ("versions", {"torch": "2.13", "numpy": "2.0", "dp-accounting": 0.6}),
+        ("invented", 1),
         ("plan", None),
         ("plan", {}),
     ],
