@@ -1,4 +1,4 @@
-"""`hf-dpclip card` on folders: an honest claim is confirmed, an edited one exposed. `test_publishing.py` has the Hub."""
+"""`hf-dpclip card` on folders: an honest claim is confirmed, an edited one exposed. The Hub: `test_publishing.py`."""
 
 import json
 
