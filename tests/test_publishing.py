@@ -14,6 +14,7 @@ import torch
 from hub_server import TOKEN, running_hub
 from hub_state import metadata_errors
 from safetensors.torch import load_file
+from transformers import Trainer
 
 from hf_dpclip import PrivacyStatement
 from hf_dpclip.privacy_section import contradictions
@@ -133,6 +134,63 @@ def test_at_every_commit_weights_statement_and_card_belong_together(published, h
         statement = PrivacyStatement.load(tmp_path)
         assert statement.steps == step
         assert contradictions(commit.files["README.md"].data.decode(), statement) == []
+
+
+class Upload:
+    """A push that is still going on, until somebody waits for it."""
+
+    def __init__(self):
+        self.done = False
+
+    def is_done(self) -> bool:
+        return self.done
+
+    def wait_until_done(self) -> None:
+        self.done = True
+
+
+@pytest.fixture
+def uploading(make_trainer, monkeypatch, tmp_path):
+    """A trainer whose upload is under way, and what the `Trainer`'s own methods found when they were called."""
+
+    def make(**settings):
+        trainer = make_trainer(**settings)
+        trainer.hub_model_id, trainer.push_in_progress = "me/clip", Upload()
+        found = []
+
+        def record(*args, **kwargs):
+            found.append((trainer.push_in_progress.is_done(), (tmp_path / "privacy.json").is_file()))
+
+        monkeypatch.setattr(Trainer, "push_to_hub", record)
+        monkeypatch.setattr(Trainer, "_push_from_checkpoint", record)
+        return trainer, found
+
+    return make
+
+
+def test_a_save_during_an_upload_leaves_its_files_alone(uploading):
+    trainer, found = uploading()
+    trainer._push_from_checkpoint("checkpoint-1")
+    assert found == [(False, False)]
+
+
+def test_a_save_that_is_always_pushed_waits_for_the_upload(uploading):
+    trainer, found = uploading(hub_always_push=True)
+    trainer._push_from_checkpoint("checkpoint-1")
+    assert found == [(True, True)]
+
+
+def test_the_last_push_waits_for_the_upload_before_it_saves(uploading):
+    trainer, found = uploading()
+    trainer.push_to_hub()
+    assert found == [(True, False)]
+
+
+def test_the_strategy_end_writes_nothing_while_training(uploading):
+    trainer, found = uploading(hub_strategy="end")
+    trainer.push_in_progress.done = True
+    trainer._push_from_checkpoint("checkpoint-1")
+    assert found == [(True, False)]
 
 
 # ---- Privacy of repositories ----

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -85,6 +87,14 @@ def test_a_statement_names_the_libraries_that_it_rests_on(saved):
     values, _ = saved
     assert values["versions"].keys() == {"torch", "numpy", "dp-accounting"}
     assert values["plan"]["accountant_version"].startswith("dp-accounting ")
+
+
+def test_the_documented_schema_lists_every_entry(saved):
+    values, _ = saved
+    text = (Path(__file__).parents[1] / "docs" / "publishing.md").read_text(encoding="utf-8")
+    schema = text[text.index("## `privacy.json`") : text.index("## Afterwards")]
+    entries = re.findall(r"^\| `(\w+)` \|", schema, re.MULTILINE)
+    assert entries == [*values, *values["plan"]]
 
 
 def test_a_run_without_noise_claims_no_finite_epsilon(tmp_path):
