@@ -9,8 +9,9 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "hf_dpclip" / "__init__.py").read_text(encoding="utf-8"))[1]
 
-EXAMPLES = ["easy-vqa>=1.0", "matplotlib>=3.8", "mlxtend>=0.23", "scikit-learn>=1.3"]
-DEMO = ["gradio>=6", "matplotlib>=3.8"]
+PLOT = ["matplotlib>=3.8"]
+EXAMPLES = [*PLOT, "easy-vqa>=1.0", "mlxtend>=0.23", "scikit-learn>=1.3"]
+DEMO = [*PLOT, "gradio>=6"]
 TEST = [*EXAMPLES, *DEMO, "hypothesis>=6", "playwright>=1.45", "pytest>=8", "ruff>=0.14"]
 
 setup(
@@ -27,12 +28,14 @@ setup(
         "datasets>=4.0",
         "dp-accounting>=0.6,<0.7",
         "evaluate>=0.4.6",
+        "huggingface_hub>=1.0",
         "peft>=0.18.1",
         "pillow>=10",
+        "rich>=13",
         "scipy>=1.11",
         "torch>=2.6",
         "transformers>=5.3,<6",
     ],
     entry_points={"console_scripts": ["hf-dpclip = hf_dpclip.cli:main"]},
-    extras_require={"demo": DEMO, "examples": EXAMPLES, "test": TEST},
+    extras_require={"demo": DEMO, "examples": EXAMPLES, "plot": PLOT, "test": TEST},
 )

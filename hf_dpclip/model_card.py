@@ -1,31 +1,263 @@
-"""The section on privacy that every model card carries."""
+"""The model card: what was promised, on what it was trained, how well it does, and how to load it.
 
-from .privacy import STATEMENT_NAME, PrivacyStatement
+Written anew from the trainer each time. It holds public constants, noised quantities and metrics of held-out records,
+never a statistic of the private ones.
+"""
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft import PeftModel
+from torch import nn
+from transformers import ProcessorMixin, Trainer
+from transformers.modelcard import TrainingSummary
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from . import __version__
+from .data import text_settings
+from .figures import plot_privacy_utility
+from .models import CLIPForVisualQuestionAnswering, base_model
+from .privacy_section import CARD_NAME, NOT_PRIVATE, privacy_section
 
 
-def privacy_section(statement: PrivacyStatement) -> str:
-    """Markdown that says what is guaranteed, by which mechanism, and what is not."""
-    plan, spent = statement.plan, statement.spent
-    claim = (
-        f"This model is **({spent.epsilon:.4g}, {spent.delta:.3g})-differentially private** with respect to adding or "
-        f"removing one {plan.privacy_unit} of its training data."
-        if not statement.not_private_because
-        else "**NOT PRIVATE**: " + "; ".join(statement.not_private_because) + "."
+FIGURE_NAME = "privacy_utility.png"
+
+ZERO_SHOT, VQA = "zero-shot-image-classification", "visual-question-answering"
+TASKS = {
+    **dict.fromkeys(MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(), ZERO_SHOT),
+    **dict.fromkeys(MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING_NAMES.values(), VQA),
+    CLIPForVisualQuestionAnswering.__name__: VQA,
+}
+
+# What an evaluation logs beside its metrics.
+_TIMES = ("_runtime", "_per_second", "_time")
+
+# The builder of a dataset (`imagefolder`, `generator`) is not its name: whoever calls names it, or nobody.
+_UNNAMED = {"dataset_tags": [], "dataset_args": [], "dataset_metadata": []}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of held-out records, and the ε that was spent by then (`None` where no guarantee holds)."""
+
+    step: int
+    epsilon: float | None
+    metrics: dict[str, float]
+
+
+def write_model_card(trainer: Trainer, **names: Any) -> None:
+    """Writes `README.md` into the trainer's output folder, and the figure of accuracy against ε if there is one.
+
+    Args:
+        trainer ([`DPCLIPTrainer`]): with a plan.
+        names: as in [`~transformers.Trainer.create_model_card`]: `language`, `license`, `tags`, `model_name`,
+            `finetuned_from`, `dataset_tags` (identifiers on the Hub), `dataset` (their names).
+    """
+    facts = TrainingSummary.from_trainer(trainer, **{**_UNNAMED, **names})
+    evaluations = evaluations_of(trainer)
+    folder = Path(trainer.args.output_dir)
+    _draw(evaluations, trainer.args.metric_for_best_model, folder / FIGURE_NAME)
+    sections = [
+        f"---\n{metadata(trainer, facts, evaluations).to_yaml()}\n---",
+        _introduction(trainer, facts),
+        privacy_section(trainer.privacy_statement()),
+        _training_data(trainer, facts),
+        _evaluation(evaluations, (folder / FIGURE_NAME).is_file()),
+        f"## Usage\n\n```python\n{usage(trainer)}```",
+        _procedure(trainer, facts),
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    Path(folder, CARD_NAME).write_text("\n\n".join(map(str.strip, sections)) + "\n", encoding="utf-8")
+
+
+def evaluations_of(trainer: Trainer) -> list[Evaluation]:
+    """All evaluations that were logged, in order; none where private records may have been evaluated on."""
+    if any(reason.startswith("log_private_statistics") for reason in trainer.privacy_statement().not_private_because):
+        return []
+    evaluations = []
+    for logs in trainer.state.log_history:
+        metrics = {name.removeprefix("eval_"): logs[name] for name in logs if name.startswith("eval_")}
+        metrics = {name: value for name, value in metrics.items() if not f"_{name}".endswith(_TIMES)}
+        if metrics:
+            epsilon = None if NOT_PRIVATE in logs else logs.get("epsilon", 0.0)
+            evaluations.append(Evaluation(logs["step"], epsilon, metrics))
+    return evaluations
+
+
+def metadata(trainer: Trainer, facts: TrainingSummary, evaluations: list[Evaluation]) -> ModelCardData:
+    """What the Hub filters and lists models by."""
+    results = _results(trainer, facts, evaluations[-1]) if evaluations else None
+    base = _hub_id(facts.finetuned_from)
+    adapter = isinstance(trainer.model, PeftModel)
+    return ModelCardData(
+        base_model=base,
+        base_model_relation=base and ("adapter" if adapter else "finetune"),
+        datasets=_listed(facts.dataset_tags) or None,
+        eval_results=results,
+        language=facts.language,
+        library_name="peft" if adapter else "transformers",
+        license=facts.license,
+        metrics=[result.metric_type for result in results if result.metric_type != "loss"] if results else None,
+        model_name=facts.model_name if results else None,
+        pipeline_tag=_task(trainer.model),
+        tags=[*_tags(trainer), *facts.tags],
     )
-    rows = {
-        "privacy units n": f"{plan.num_examples:,}",
-        "sampler": f"Poisson, probability q = {plan.sampling_probability:.4g}, fresh in every step",
-        "expected batch size B": f"{plan.expected_batch_size:,}",
-        "microbatches per step K": f"{plan.num_microbatches:,}",
-        "clipping norm C": f"{plan.max_grad_norm:g} ({plan.clipping})",
-        "sensitivity Δ": f"{plan.sensitivity:g}",
-        "noise multiplier σ": f"{plan.noise_multiplier:.4g}",
-        "steps taken": f"{spent.steps:,} (planned: {plan.num_steps:,})",
-        "accountant": f"{plan.accountant} ({plan.to_dict()['accountant_version']})",
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+
+
+def usage(trainer: Trainer) -> str:
+    """Code that loads the model from where it is published, and uses it."""
+    where = trainer.hub_model_id or trainer.args.output_dir
+    model = base_model(trainer.model)
+    has_processor = isinstance(trainer.processing_class, ProcessorMixin)
+    example = _example(model, trainer.processing_class) if has_processor else []
+    imports = {_home(type(model)): [type(model).__name__]}
+    if isinstance(trainer.model, PeftModel):
+        imports["peft"] = ["PeftModel"]
+    if has_processor:
+        imports["transformers"] = ["AutoProcessor", *imports.get("transformers", [])]
+    if example:
+        imports["PIL"] = ["Image"]
+    lines = [f"from {home} import {', '.join(imports[home])}" for home in sorted(imports, key=str.lower)]
+    lines += ["", *_loading(trainer.model, where)]
+    lines += [f'processor = AutoProcessor.from_pretrained("{where}")'] if has_processor else []
+    return "\n".join([*lines, *example]) + "\n"
+
+
+def _home(model_class: type) -> str:
+    """The module to import a model class from."""
+    package = model_class.__module__.split(".")[0]
+    return package if package in ("transformers", "hf_dpclip") else model_class.__module__
+
+
+def _loading(model: nn.Module, where: str) -> list[str]:
+    name = type(base_model(model)).__name__
+    if not isinstance(model, PeftModel):
+        return [f'model = {name}.from_pretrained("{where}")']
+    start = base_model(model).config.name_or_path
+    base = f'{name}.from_pretrained("{start}")' if start else "...  # the weights that training started from"
+    return [f"base = {base}", f'model = PeftModel.from_pretrained(base, "{where}")']
+
+
+def _example(model: nn.Module, processor: ProcessorMixin) -> list[str]:
+    """What the model is for, on a picture that the reader replaces."""
+    settings = ", ".join(f"{name}={value!r}" for name, value in text_settings(processor).items())
+    image = ["", 'image = Image.new("RGB", (224, 224))  # yours']
+    if isinstance(model, CLIPForVisualQuestionAnswering):
+        return [
+            *image,
+            f'inputs = processor(text=["what is it"], images=image, {settings}, return_tensors="pt")',
+            "answer = model(**inputs).logits.argmax(dim=-1).item()",
+            "print(model.config.id2label[answer])",
+        ]
+    if _task(model) == ZERO_SHOT:
+        return [
+            *image,
+            'texts = ["a photo of a cat", "a photo of a dog"]',
+            f'inputs = processor(text=texts, images=image, {settings}, return_tensors="pt")',
+            "print(model(**inputs).logits_per_image)  # the higher, the better the text fits",
+        ]
+    return []
+
+
+def _introduction(trainer: Trainer, facts: TrainingSummary) -> str:
+    kind = "An adapter of" if isinstance(trainer.model, PeftModel) else "A fine-tuned version of"
+    base = _hub_id(facts.finetuned_from)
+    link = f"[{base}](https://huggingface.co/{base})" if base else "a model that is not named here"
+    how = "not privately" if trainer.privacy_statement().not_private_because else "with differential privacy"
+    return f"# {facts.model_name}\n\n{kind} {link}, trained {how} by `hf_dpclip`."
+
+
+def _training_data(trainer: Trainer, facts: TrainingSummary) -> str:
+    names = ", ".join(map(str, _listed(facts.dataset))) or "a dataset that is not named here"
+    plan = trainer.plan
     return (
-        f"\n## Privacy\n\n{claim}\n\n| | |\n|---|---|\n{table}\n\n"
-        f"`{STATEMENT_NAME}` holds the same in machine-readable form. Not covered: the data the starting weights were "
-        "trained on, other models trained on the same data, choices made by looking at it, and metrics on it.\n"
+        f"## Training data\n\n{plan.num_examples:,} privacy units (one unit = one {plan.privacy_unit}) of {names}. "
+        "Nothing on this card was computed from these records, but for what the guarantee covers: no training "
+        "loss, no gradient norm, no size of a batch."
     )
+
+
+def _evaluation(evaluations: list[Evaluation], has_figure: bool) -> str:
+    if not evaluations:
+        return "## Evaluation\n\nNo metrics were computed by the trainer."
+    names = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics))
+    rows = [
+        [f"{each.step:,}", _figure(each.epsilon), *(_figure(each.metrics.get(name)) for name in names)]
+        for each in evaluations
+    ]
+    lines = [["step", "ε", *names], ["---"] * (2 + len(names)), *rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    image = f"\n\n![Metric against ε spent]({FIGURE_NAME})" if has_figure else ""
+    return f"## Evaluation\n\nOn held-out records, which are not covered by the guarantee.\n\n{table}{image}"
+
+
+def _procedure(trainer: Trainer, facts: TrainingSummary) -> str:
+    parameters = trainer.model.parameters()
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    settings = {"trainable_parameters": f"{trainable:,}", **facts.hyperparameters}
+    libraries = {"hf_dpclip": __version__, **{name: version(name) for name in ("transformers", "peft")}}
+    lists = ["\n".join(f"- {name}: {value}" for name, value in each.items()) for each in (settings, libraries)]
+    return f"## Training procedure\n\n{lists[0]}\n\n### Framework versions\n\n{lists[1]}"
+
+
+def _results(trainer: Trainer, facts: TrainingSummary, evaluation: Evaluation) -> list[EvalResult]:
+    identifiers, names = _listed(facts.dataset_tags), _listed(facts.dataset)
+    return [
+        EvalResult(
+            task_type=_task(trainer.model) or "other",
+            dataset_type=identifiers[0] if identifiers else "unknown",
+            dataset_name=names[0] if names else "held-out records",
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in evaluation.metrics.items()
+    ]
+
+
+def _tags(trainer: Trainer) -> list[str]:
+    private = not trainer.privacy_statement().not_private_because
+    tags = ["hf_dpclip", *(("differential-privacy", "dp-sgd") if private else ("not-private",))]
+    if isinstance(trainer.model, PeftModel):
+        tags.append(trainer.model.active_peft_config.peft_type.value.lower())
+    return tags
+
+
+def _draw(evaluations: list[Evaluation], chosen: str | None, path: Path) -> None:
+    """The figure, if there are points to join and matplotlib is installed."""
+    spent = [each for each in evaluations if each.epsilon is not None]
+    if len(spent) < 2 or find_spec("matplotlib") is None:
+        return
+    names = sorted(set.intersection(*(set(each.metrics) for each in spent)), key=lambda name: name.endswith("loss"))
+    chosen = (chosen or "").removeprefix("eval_")
+    metric = chosen if chosen in names else names[0]
+    plot_privacy_utility([each.epsilon for each in spent], [each.metrics[metric] for each in spent], metric, path)
+
+
+def _task(model: nn.Module) -> str | None:
+    return TASKS.get(type(base_model(model)).__name__)
+
+
+def _hub_id(name: str | None) -> str | None:
+    """`name` if it can be a model on the Hub, rather than a folder on this machine."""
+    try:
+        validate_repo_id(name or "")
+    except HFValidationError:
+        return None
+    return name
+
+
+def _listed(names: str | list[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else names or []
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

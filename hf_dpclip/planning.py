@@ -1,9 +1,16 @@
 """From training arguments and a dataset size to the privacy plan of the run."""
 
-import math
+from __future__ import annotations
 
-from .arguments import DPTrainingArguments
+import math
+from typing import TYPE_CHECKING
+
 from .privacy import PrivacyPlan
+
+
+if TYPE_CHECKING:
+    # The command line plans too, and need not wait for transformers.
+    from .arguments import DPTrainingArguments
 
 
 def make_plan(args: DPTrainingArguments, num_examples: int) -> PrivacyPlan:
@@ -29,8 +36,12 @@ def steps_per_epoch(num_examples: int, expected_batch_size: int) -> int:
     return math.ceil(num_examples / expected_batch_size)
 
 
+def steps_in(num_epochs: float, num_examples: int, expected_batch_size: int) -> int:
+    """T of `num_epochs` epochs, by the rule of the `Trainer`."""
+    return math.ceil(num_epochs * steps_per_epoch(num_examples, expected_batch_size))
+
+
 def _num_steps(args: DPTrainingArguments, num_examples: int) -> int:
-    """T, by the rule of the `Trainer`."""
     if args.max_steps > 0:
         return args.max_steps
-    return math.ceil(args.num_train_epochs * steps_per_epoch(num_examples, args.expected_batch_size))
+    return steps_in(args.num_train_epochs, num_examples, args.expected_batch_size)

@@ -1,15 +1,10 @@
 """What a run says of its privacy while it runs: the start-up summary, the progress bar, the stop at the target."""
 
-import math
-
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback
 
-from .privacy import PrivacyPlan, PrivacyStatement
-
-
-# Below this, all steps together add up to less signal than this share of their noise, and training mostly wanders.
-HOPELESS_SIGNAL_TO_NOISE = 0.3
+from .advice import advice, is_hopeless
+from .privacy import PrivacyStatement
 
 
 class PrivacyCallback(TrainerCallback):
@@ -56,18 +51,6 @@ def summary(statement: PrivacyStatement, model: nn.Module) -> str:
         f"  trainable parameters d = {num_parameters:,}, signal-to-noise ceiling of a step = {ceiling:.3g}",
         *(f"  NOT PRIVATE: {reason}" for reason in statement.not_private_because),
     ]
-    if ceiling * math.sqrt(plan.num_steps) < HOPELESS_SIGNAL_TO_NOISE:
+    if is_hopeless(plan, num_parameters):
         lines.append(f"  WARNING: {advice(plan, num_parameters)}")
     return "\n".join(lines)
-
-
-def advice(plan: PrivacyPlan, num_parameters: int) -> str:
-    """What to change when noise drowns the signal, with the factor that each change is worth."""
-    gains = []
-    if plan.num_microbatches < plan.expected_batch_size / 8:
-        gain = plan.expected_batch_size / 8 / plan.num_microbatches
-        gains.append(f"microbatch_size=8 (signal × {gain:.3g})")
-    if num_parameters > 1_000_000:
-        gains.append(f"LoRA with 300,000 parameters (noise ÷ {math.sqrt(num_parameters / 3e5):.2g})")
-    gains.append("a larger batch with the same microbatch_size (signal grows with it)")
-    return "noise drowns the signal in this plan; the model will hardly learn. Try " + ", ".join(gains) + "."

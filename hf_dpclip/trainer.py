@@ -10,26 +10,24 @@ import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPModel, ProcessorMixin, ProgressCallback, SiglipModel, Trainer
+from transformers import CLIPModel, ProcessorMixin, ProgressCallback, SiglipModel
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from . import validation
 from .arguments import DPTrainingArguments
-from .averaging import load_averages, save_averages
 from .data import ImageTextCollator
 from .dataloader import ForwardBatchSampler, MicrobatchDataset, PrivacyUnits, RecordNumbers, make_dataloader
 from .forward_pass import choose_forward_pass, make_contrastive_model
 from .gradients import contrastive_base
 from .guard import StepGuard
-from .model_card import privacy_section
+from .models import base_model
 from .planning import make_plan, steps_per_epoch
 from .privacy import (
     GaussianMechanism,
@@ -41,6 +39,7 @@ from .privacy import (
     SecureGaussianMechanism,
 )
 from .public_negatives import PublicNegatives, encode_public_negatives
+from .publishing import PublishingTrainer
 from .reporting import PrivacyCallback, PrivacyProgressCallback
 from .resuming import check_resumable, last_complete_checkpoint
 from .shared_images import warn_of_shared_images
@@ -48,11 +47,8 @@ from .shared_images import warn_of_shared_images
 
 logger = logging.get_logger(__name__)
 
-# Statistics of the private data that the `Trainer` would log.
-PRIVATE_STATISTICS = ("loss", "train_loss")
 
-
-class DPCLIPTrainer(Trainer):
+class DPCLIPTrainer(PublishingTrainer):
     """
     [`~transformers.Trainer`] whose result is (ε, δ)-differentially private in its training dataset.
 
@@ -96,7 +92,7 @@ class DPCLIPTrainer(Trainer):
         if data_collator is None and _needs_processing(train_dataset, processing_class):
             data_collator = ImageTextCollator(processing_class)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
-        forward = inspect.signature(_unwrapped(self.model).forward).parameters
+        forward = inspect.signature(base_model(self.model).forward).parameters
         # The Trainer looks for `return_loss=True` as the default, which no contrastive model has any more.
         self.can_return_loss = "return_loss" in forward
         validation.check_environment(self)
@@ -122,7 +118,7 @@ class DPCLIPTrainer(Trainer):
         validation.check_loss_decomposes(args.expected_batch_size // args.num_microbatches, contrasts_in_batch)
         validation.check_records(self.data_collator, self.train_dataset, self.eval_dataset)
         longest = self.contrastive_base and self.contrastive_base.config.text_config.max_position_embeddings
-        validation.check_pairs_are_read(_unwrapped(self.model), self.data_collator, longest)
+        validation.check_pairs_are_read(base_model(self.model), self.data_collator, longest)
         if args.privacy_unit_column is None and self.is_world_process_zero():
             # Now, before a tracker reads the console along.
             warn_of_shared_images(self.train_dataset)
@@ -289,56 +285,6 @@ class DPCLIPTrainer(Trainer):
         self._sampler = PoissonSampler(self.plan, root.sampling())
         self._noise = root.noise(self.args.device, self.args.process_index)
 
-    def floating_point_ops(self, inputs: Any) -> int:
-        """0: a count of the realised inputs would reveal the realised batch size."""
-        return 0
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """As in the `Trainer`, with ε and without statistics of the private data."""
-        if not self.args.log_private_statistics:
-            logs = self._without_private_statistics(logs)
-        if self._steps_taken and not self.plan.non_private:
-            logs["epsilon"] = self.privacy_spent().epsilon
-        if self.plan is not None and self.privacy_statement().not_private_because:
-            logs["NOT PRIVATE"] = 1.0
-        super().log(logs, *args, **kwargs)
-
-    @staticmethod
-    def _without_private_statistics(logs: dict[str, float]) -> dict[str, float]:
-        return {name: value for name, value in logs.items() if name not in PRIVATE_STATISTICS}
-
-    # ---- What is saved ----
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save and self.plan is not None:
-            self.privacy_statement().save(output_dir or self.args.output_dir)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            save_averages(self.callback_handler.callbacks, output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            load_averages(self.callback_handler.callbacks, checkpoint, self.model)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The Trainer copies the files it knows from the checkpoint to the folder that is uploaded.
-        if self.is_world_process_zero():
-            self.privacy_statement().save(self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """As in the `Trainer`, with a section on privacy."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero() and self.plan is not None:
-            card = Path(self.args.output_dir, "README.md")
-            card.write_text(
-                card.read_text(encoding="utf-8") + privacy_section(self.privacy_statement()), encoding="utf-8"
-            )
-
     # ---- Set-up ----
 
     def _use_own_callbacks(self):
@@ -364,7 +310,3 @@ class DPCLIPTrainer(Trainer):
 def _needs_processing(dataset: Any, processing_class: Any) -> bool:
     """Whether records are raw images and texts that a processor has yet to encode."""
     return isinstance(processing_class, ProcessorMixin) and "pixel_values" not in getattr(dataset, "column_names", ())
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -231,56 +230,6 @@ def test_the_logged_gradient_norm_is_that_of_the_noisy_gradient(make_trainer):
     assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(noise, rel=0.05)
 
 
-def test_the_model_card_holds_no_training_loss(make_trainer, tmp_path):
-    trainer = make_trainer(
-        trainer_options={"eval_dataset": pairs(8, seed=1)}, logging_steps=1, eval_strategy="steps", eval_steps=1
-    )
-    trainer.train()
-    trainer.create_model_card()
-    rows = [line for line in (tmp_path / "README.md").read_text(encoding="utf-8").splitlines() if "| No log" in line]
-    assert len(rows) == 2
-
-
-# ---- The model card ----
-
-
-def card_of(trainer) -> str:
-    trainer.create_model_card()
-    return Path(trainer.args.output_dir, "README.md").read_text(encoding="utf-8")
-
-
-def test_the_model_card_states_the_guarantee_and_the_mechanism(run):
-    trainer, _, _ = run(target_delta=1e-4, accountant="pld")
-    card = card_of(trainer)
-    epsilon = trainer.privacy_spent().epsilon
-    assert f"**({epsilon:.4g}, 0.0001)-differentially private**" in card
-    for row in (
-        "| privacy units n | 64 |",
-        "| sampler | Poisson, probability q = 0.125, fresh in every step |",
-        "| expected batch size B | 8 |",
-        "| microbatches per step K | 1 |",
-        "| clipping norm C | 1 (flat) |",
-        "| sensitivity Δ | 2 |",
-        "| noise multiplier σ | 1 |",
-        "| steps taken | 2 (planned: 2) |",
-    ):
-        assert row in card
-    assert "| accountant | pld (dp-accounting " in card
-    assert "NOT PRIVATE" not in card
-
-
-def test_the_model_card_is_written_anew_each_time(run):
-    trainer, _, _ = run()
-    card_of(trainer)
-    assert card_of(trainer).count("## Privacy") == 1
-
-
-def test_the_model_card_of_saved_adapters_states_the_guarantee(make_trainer):
-    trainer = make_trainer(get_peft_model(tiny_clip(), lora_config(tiny_clip())))
-    trainer.train()
-    assert "differentially private**" in card_of(trainer)
-
-
 # ---- Runs without a guarantee ----
 
 
@@ -307,14 +256,6 @@ def test_the_statement_says_not_private(run, tmp_path, name, settings):
     values = json.loads((tmp_path / "checkpoint-2" / "privacy.json").read_text(encoding="utf-8"))
     assert values["private"] is False
     assert [reason.startswith(name) for reason in values["not_private_because"]] == [True]
-
-
-@EACH_REASON
-def test_the_model_card_says_not_private(run, name, settings):
-    trainer, _, _ = run(**settings)
-    card = card_of(trainer)
-    assert f"**NOT PRIVATE**: {name}" in card
-    assert "-differentially private**" not in card
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -87,6 +89,14 @@ def test_a_statement_names_the_libraries_that_it_rests_on(saved):
     assert values["plan"]["accountant_version"].startswith("dp-accounting ")
 
 
+def test_the_documented_schema_lists_every_entry(saved):
+    values, _ = saved
+    text = (Path(__file__).parents[1] / "docs" / "publishing.md").read_text(encoding="utf-8")
+    schema = text[text.index("## `privacy.json`") : text.index("## Afterwards")]
+    entries = re.findall(r"^\| `(\w+)` \|", schema, re.MULTILINE)
+    assert entries == [*values, *values["plan"]]
+
+
 def test_a_run_without_noise_claims_no_finite_epsilon(tmp_path):
     STATEMENTS["without_noise"].save(tmp_path)
     values = json.loads((tmp_path / "privacy.json").read_text(encoding="utf-8"))
@@ -132,7 +142,7 @@ def test_a_truncated_file_is_refused(tmp_path):
         PrivacyStatement.load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["private", "not_private_because", "epsilon", "delta", "steps", "plan"])
+@pytest.mark.parametrize("name", ["private", "not_private_because", "epsilon", "delta", "steps", "plan", "versions"])
 def test_a_missing_entry_is_refused(tmp_path, saved, name):
     values, rewrite = saved
     rewrite({key: value for key, value in values.items() if key != name})
@@ -158,6 +168,11 @@ def test_a_missing_entry_is_refused(tmp_path, saved, name):
         ("steps", None),
         ("not_private_because", ["noise_seed is set"]),
         ("not_private_because", None),
+        ("not_private_because", [3]),
+        ("versions", None),
+        ("versions", {}),
+        ("versions", {"torch": "2.13", "numpy": "2.0", "dp-accounting": 0.6}),
+        ("invented", 1),
         ("plan", None),
         ("plan", {}),
     ],

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 
-COMMANDS: list[str] = ["audit"]
+COMMANDS: list[str] = ["audit", "card", "plan"]
 
 # argparse's own exit code for a wrong command line.
 WRONG_USAGE = 2
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"hf-dpclip {arguments.command}: {error}", file=sys.stderr)
         return WRONG_USAGE
 

@@ -2,7 +2,7 @@
 
 import re
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftMixedModel, PeftModel
 from torch import nn
 
 from .clip_vqa import CLIPForVisualQuestionAnswering
@@ -43,6 +43,11 @@ def lora_config(model: nn.Module, r: int = 8, lora_alpha: float | None = None, *
     if isinstance(model, CLIPForVisualQuestionAnswering):
         kwargs = {"modules_to_save": ["head"], **kwargs}
     return LoraConfig(r=r, lora_alpha=lora_alpha or 2 * r, target_modules=_ADAPTED.pattern, **kwargs)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model inside its adapters, or the model itself if it has none."""
+    return model.get_base_model() if isinstance(model, PeftModel | PeftMixedModel) else model
 
 
 def _is_adapted(name: str, module: nn.Module) -> bool:

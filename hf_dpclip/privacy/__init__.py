@@ -3,25 +3,29 @@
 Read in this order: `plan` (what is promised), `sampling` (who takes part in a step), `mechanism` (clip, add up, noise
 once), `randomness` (where the random numbers come from), `secure_noise` (noise that withstands more), `accounting`
 (what T steps cost), `statement` (what is written beside the weights). `docs/privacy.md` holds the theorem and its
-proof. The core needs torch, numpy and dp_accounting only.
+proof. The core needs torch, numpy and dp_accounting only, and `plan`, `accounting` and `statement` do without torch:
+names are imported on first use, so that a plan can be made on the command line without waiting for it.
 """
 
-from .mechanism import GaussianMechanism, clip_
-from .plan import PrivacyPlan, PrivacySpent
-from .randomness import Randomness
-from .sampling import PoissonSampler
-from .secure_noise import SecureGaussianMechanism
-from .statement import STATEMENT_NAME, PrivacyStatement
+from importlib import import_module
 
 
-__all__ = [
-    "STATEMENT_NAME",
-    "GaussianMechanism",
-    "PoissonSampler",
-    "PrivacyPlan",
-    "PrivacySpent",
-    "PrivacyStatement",
-    "Randomness",
-    "SecureGaussianMechanism",
-    "clip_",
-]
+_HOME_OF = {
+    "STATEMENT_NAME": "statement",
+    "GaussianMechanism": "mechanism",
+    "PoissonSampler": "sampling",
+    "PrivacyPlan": "plan",
+    "PrivacySpent": "plan",
+    "PrivacyStatement": "statement",
+    "Randomness": "randomness",
+    "SecureGaussianMechanism": "secure_noise",
+    "clip_": "mechanism",
+}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str):
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)

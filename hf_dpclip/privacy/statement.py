@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +15,10 @@ STATEMENT_NAME = "privacy.json"
 _LIBRARIES = ("torch", "numpy", "dp-accounting")
 
 
+def _versions() -> dict[str, str]:
+    return {library: version(library) for library in _LIBRARIES}
+
+
 @dataclass(frozen=True)
 class PrivacyStatement:
     """What may be claimed of the weights in a folder.
@@ -22,11 +27,13 @@ class PrivacyStatement:
         plan ([`PrivacyPlan`]): the run's plan.
         steps (`int`): noisy releases so far.
         not_private_because (`tuple[str]`): reasons why no guarantee holds; empty for a private run.
+        versions (`dict[str, str]`, *optional*, defaults to those in use): of the libraries that the run rests on.
     """
 
     plan: PrivacyPlan
     steps: int
     not_private_because: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=_versions, compare=False)
 
     @property
     def spent(self) -> PrivacySpent:
@@ -52,7 +59,7 @@ class PrivacyStatement:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             plan = PrivacyPlan.from_dict(values["plan"])
-            statement = cls(plan, values["steps"], tuple(values["not_private_because"]))
+            statement = cls(plan, values["steps"], tuple(values["not_private_because"]), values["versions"])
             statement._check(values)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged or was edited ({error}). Restore it from a backup.") from error
@@ -67,13 +74,17 @@ class PrivacyStatement:
             "delta": self.plan.target_delta,
             "steps": self.steps,
             "plan": self.plan.to_dict(),
-            "versions": {library: version(library) for library in _LIBRARIES},
+            "versions": self.versions,
         }
 
     def _check(self, values: dict) -> None:
         """The claim must follow from the plan; another release of the accountant may differ in the fourth digit."""
-        if not isinstance(values["not_private_because"], list):
+        if not isinstance(values["not_private_because"], list) or not _all_text(self.not_private_because):
             raise ValueError("not_private_because is not a list of reasons")
+        if not isinstance(self.versions, dict) or not _all_text(self.versions.values()):
+            raise ValueError("versions does not name libraries and their versions")
+        if not self.versions.keys() >= set(_LIBRARIES):
+            raise ValueError(f"versions does not name all of {', '.join(_LIBRARIES)}")
         if not isinstance(self.steps, int) or self.steps < 0:
             raise ValueError(f"steps is {self.steps!r}, not a number of steps")
         expected = self._to_dict()
@@ -83,3 +94,10 @@ class PrivacyStatement:
         claimed, actual = (math.inf if each["epsilon"] is None else each["epsilon"] for each in (values, expected))
         if not math.isclose(claimed, actual, rel_tol=1e-3):
             raise ValueError(f"epsilon is {claimed!r} but the plan and {self.steps} steps give {actual!r}")
+        unknown = values.keys() - expected.keys()
+        if unknown:
+            raise ValueError(f"{', '.join(sorted(unknown))} is no entry of a statement")
+
+
+def _all_text(values: Iterable) -> bool:
+    return all(isinstance(value, str) for value in values)

@@ -1,0 +1,31 @@
+"""Whether a plan leaves enough signal to learn from, and what to change where it does not."""
+
+import math
+
+from .privacy import PrivacyPlan
+
+
+# Below this, all steps together add up to less signal than this share of their noise, and training mostly wanders.
+HOPELESS_SIGNAL_TO_NOISE = 0.3
+
+
+def total_signal_to_noise(plan: PrivacyPlan, num_parameters: int) -> float:
+    """Ceiling of all steps together: aligned signals add up, T independent noises only grow by √T."""
+    return plan.signal_to_noise(num_parameters) * math.sqrt(plan.num_steps)
+
+
+def is_hopeless(plan: PrivacyPlan, num_parameters: int) -> bool:
+    """Whether a model of `num_parameters` trainable parameters will hardly learn under this plan."""
+    return total_signal_to_noise(plan, num_parameters) < HOPELESS_SIGNAL_TO_NOISE
+
+
+def advice(plan: PrivacyPlan, num_parameters: int) -> str:
+    """What to change when noise drowns the signal, with the factor that each change is worth."""
+    gains = []
+    if plan.num_microbatches < plan.expected_batch_size / 8:
+        gain = plan.expected_batch_size / 8 / plan.num_microbatches
+        gains.append(f"microbatch_size=8 (signal × {gain:.3g})")
+    if num_parameters > 1_000_000:
+        gains.append(f"LoRA with 300,000 parameters (noise ÷ {math.sqrt(num_parameters / 3e5):.2g})")
+    gains.append("a larger batch with the same microbatch_size (signal grows with it)")
+    return "noise drowns the signal in this plan; the model will hardly learn. Try " + ", ".join(gains) + "."

@@ -1,0 +1,126 @@
+"""`hf-dpclip card`: what a published model claims, recomputed.
+
+```bash
+hf-dpclip card outputs/private-clip
+hf-dpclip card me/private-clip --revision v1.0
+```
+"""
+
+import argparse
+import json
+import math
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .tables import print_table
+
+
+if TYPE_CHECKING:
+    from ..privacy import PrivacyStatement
+
+
+SUMMARY = "What a model claims of its privacy, recomputed from its plan."
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was read (`None` if it cannot be believed), where it does not hold, and whether there is a card."""
+
+    statement: "PrivacyStatement | None"
+    problems: list[str]
+    has_card: bool
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("model", metavar="FOLDER_OR_REPO", help="saved model, or its name on the Hub")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Checks the claim. Returns 0 if it holds and 1 if it does not."""
+    findings = check(_folder_of(arguments.model, arguments.revision))
+    if arguments.json:
+        print(json.dumps(_as_dict(findings), indent=2))
+    else:
+        _show(arguments.model, findings)
+    return 1 if findings.problems else 0
+
+
+def check(folder: Path) -> Findings:
+    """Recomputes what `privacy.json` in a folder claims, and compares the card beside it, if there is one.
+
+    Raises `FileNotFoundError` if there is no `privacy.json`.
+    """
+    from ..privacy import PrivacyStatement
+    from ..privacy_section import CARD_NAME, contradictions
+
+    card = Path(folder, CARD_NAME)
+    try:
+        statement = PrivacyStatement.load(folder)
+    except ValueError as error:
+        return Findings(None, [str(error)], card.is_file())
+    problems = [f"NOT PRIVATE: {reason}" for reason in statement.not_private_because]
+    if not problems and not math.isfinite(statement.spent.epsilon):
+        problems = ["ε is infinite"]
+    if card.is_file():
+        found = contradictions(card.read_text(encoding="utf-8"), statement)
+        problems += [f"{CARD_NAME} was edited or belongs to other weights: {problem}" for problem in found]
+    return Findings(statement, problems, card.is_file())
+
+
+def _folder_of(model: str, revision: str | None) -> Path:
+    """The folder of that name, or one with what the Hub has of the two files."""
+    if not Path(model).is_dir():
+        return _download(model, revision)
+    if revision is not None:
+        raise ValueError(f"--revision is for models on the Hub, but {model} is a folder here: leave it out.")
+    return Path(model)
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+
+    from ..privacy import STATEMENT_NAME
+    from ..privacy_section import CARD_NAME
+
+    try:
+        statement = hf_hub_download(repo_id, STATEMENT_NAME, revision=revision)
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{repo_id} is neither a folder here nor a model that the Hub shows you ({error}): check the spelling, or "
+            "log in with `hf auth login` if it is private."
+        ) from error
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(f"{repo_id} has no {STATEMENT_NAME}, so it claims no privacy ({error}).") from error
+    # A model without a card can be checked too.
+    with suppress(EntryNotFoundError):
+        hf_hub_download(repo_id, CARD_NAME, revision=revision)
+    return Path(statement).parent
+
+
+def _as_dict(findings: Findings) -> dict:
+    values = {"holds": not findings.problems, "problems": findings.problems}
+    if findings.statement is None:
+        return values
+    spent = findings.statement.spent
+    epsilon = spent.epsilon if math.isfinite(spent.epsilon) else None
+    recomputed = {"epsilon": epsilon, "delta": spent.delta, "steps": spent.steps}
+    return {**values, **recomputed, "plan": findings.statement.plan.to_dict()}
+
+
+def _show(model: str, findings: Findings) -> None:
+    from ..privacy_section import statement_rows
+
+    if findings.statement is not None:
+        print_table(f"Privacy of {model}", statement_rows(findings.statement))
+    if not findings.problems:
+        beside = "and the card agrees" if findings.has_card else "and there is no card beside it"
+        return print(f"The claim holds: ε follows from the plan and the steps taken, {beside}.")
+    print("The claim does NOT hold:")
+    for problem in findings.problems:
+        print(f"  - {problem}")

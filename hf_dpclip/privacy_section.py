@@ -1,0 +1,132 @@
+"""What a model card says of the guarantee, written from the privacy statement and read back against it."""
+
+import math
+import re
+
+from .privacy import STATEMENT_NAME, PrivacyPlan, PrivacyStatement
+
+
+CARD_NAME = "README.md"
+HEADING = "## Privacy"
+NOT_PRIVATE = "NOT PRIVATE"
+
+_CLAIM = re.compile(r"\(\s*([^(),]+),\s*([^(),]+)\)\s*-\s*differentially\s+private", re.IGNORECASE)
+_SPEAKS_OF_PRIVACY = re.compile(r"differential(ly)?[\s-]priva|\bepsilon\b|ε", re.IGNORECASE)
+
+# Cards round to four digits, and another release of the accountant may differ in the fourth.
+_TOLERANCE = 2e-3
+
+NOT_COVERED = f"""\
+- The data that the starting weights were trained on.
+- Other models trained on the same records: each spends its own ε, and they add up.
+- Choices made by looking at the records: settings tuned on them, classes or captions collected from them.
+- Whatever was declared public: lists of classes or answers, and captions or images to contrast with.
+- Metrics computed on the training records, if anybody publishes such.
+- Several records of one person, unless the privacy unit above is that person.
+- Whoever watches the training machine: the time of a step, or the error of a record that cannot be read.
+
+The theorem, its proof and its limits are in `docs/privacy.md` of `hf_dpclip`. `{STATEMENT_NAME}` beside this card
+holds the figures in machine-readable form."""
+
+
+def plan_rows(plan: PrivacyPlan) -> dict[str, str]:
+    """Everything that the guarantee depends on, by the names that the documentation uses, with its unit."""
+    return {
+        "privacy units n": f"{plan.num_examples:,} (one unit = one {plan.privacy_unit})",
+        "adjacency": "one privacy unit added or removed",
+        "sampler": f"Poisson, probability q = {plan.sampling_probability:.4g}, fresh in every step",
+        "expected batch size B": f"{plan.expected_batch_size:,}",
+        "microbatches per step K": f"{plan.num_microbatches:,} of about {plan.microbatch_size:.4g} units each",
+        "clipping norm C": f"{plan.max_grad_norm:g} ({plan.clipping})",
+        "sensitivity Δ": f"{plan.sensitivity:g}",
+        "noise multiplier σ": f"{plan.noise_multiplier:.4g}",
+        "noise standard deviation σΔ": f"{plan.noise_std:.4g}",
+        "δ": f"{plan.target_delta:.3g}",
+    }
+
+
+def statement_rows(statement: PrivacyStatement) -> dict[str, str]:
+    """[`plan_rows`], and what was done and spent of the plan."""
+    plan = statement.plan
+    return {
+        "ε": "no guarantee" if statement.not_private_because else f"{statement.spent.epsilon:.4g}",
+        **plan_rows(plan),
+        "steps taken": f"{statement.steps:,} (planned: {plan.num_steps:,})",
+        "accountant": f"{plan.accountant} (dp-accounting {statement.versions['dp-accounting']})",
+    }
+
+
+def privacy_section(statement: PrivacyStatement) -> str:
+    """Markdown that says what is guaranteed, by which mechanism, and what is not."""
+    table = "\n".join(f"| {name} | {value} |" for name, value in statement_rows(statement).items())
+    return f"""\
+{HEADING}
+
+{_claim(statement)}
+
+| | |
+|---|---|
+{table}
+
+### Not covered
+
+{NOT_COVERED}
+"""
+
+
+def contradictions(card: str, statement: PrivacyStatement) -> list[str]:
+    """Where the text of a card disagrees with the statement, one sentence each; none where it says nothing of privacy.
+
+    The claim, wherever it stands, and every row of the table are compared.
+    """
+    claims = _CLAIM.findall(card)
+    if HEADING not in card.splitlines() and not claims:
+        spoken = _SPEAKS_OF_PRIVACY.search(card)
+        return [f"it speaks of privacy ({spoken[0]!r}) but has no section {HEADING!r}"] if spoken else []
+    found = [problem for claim in claims for problem in _check_claim(claim, statement)]
+    if statement.not_private_because and NOT_PRIVATE not in card:
+        found.append(f"it does not say {NOT_PRIVATE}")
+    if not statement.not_private_because and not claims:
+        found.append("it does not state the guarantee")
+    rows = statement_rows(statement)
+    return found + [problem for name, value in rows.items() for problem in _check_row(card, name, value)]
+
+
+def _claim(statement: PrivacyStatement) -> str:
+    if statement.not_private_because:
+        return f"**{NOT_PRIVATE}**: " + "; ".join(statement.not_private_because) + "."
+    spent = statement.spent
+    return (
+        f"This model is **({spent.epsilon:.4g}, {spent.delta:.3g})-differentially private** with respect to adding or "
+        f"removing one {statement.plan.privacy_unit} of its training data: whether it took part changes the "
+        "probability of anything that the weights can tell by a factor of at most e^ε, plus δ."
+    )
+
+
+def _check_claim(claim: tuple[str, str], statement: PrivacyStatement) -> list[str]:
+    text = f"({claim[0]}, {claim[1]})-differentially private"
+    if statement.not_private_because:
+        return [f"it claims {text}, but the run is {NOT_PRIVATE}"]
+    expected = f"{statement.spent.epsilon:.4g}", f"{statement.spent.delta:.3g}"
+    if all(map(_agree, claim, expected)):
+        return []
+    return [f"it claims {text}, but {STATEMENT_NAME} gives ({', '.join(expected)})"]
+
+
+def _check_row(card: str, name: str, expected: str) -> list[str]:
+    values = re.findall(rf"^\| *{re.escape(name)} *\| *(.*?) *\|\s*$", card, re.MULTILINE)
+    if not values:
+        return [f"it has no row {name!r}, which would be {expected!r}"]
+    return [
+        f"its row {name!r} is {value!r}, but {STATEMENT_NAME} gives {expected!r}"
+        for value in values
+        if not _agree(value, expected)
+    ]
+
+
+def _agree(text: str, expected: str) -> bool:
+    """Whether both are the same, or numbers that differ by no more than rounding."""
+    try:
+        return math.isclose(float(text), float(expected), rel_tol=_TOLERANCE)
+    except ValueError:
+        return text == expected

@@ -1,0 +1,94 @@
+"""What leaves the process: logs, saved folders, the model card and the Hub.
+
+Each states ε and holds no statistic of the private data (`docs/privacy.md`, "What leaves the process").
+"""
+
+from abc import abstractmethod
+from typing import Any
+
+from huggingface_hub import CommitInfo
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+
+from .averaging import load_averages, save_averages
+from .model_card import write_model_card
+from .privacy import PrivacyPlan, PrivacyStatement
+
+
+# Statistics of the private data that the `Trainer` would log.
+PRIVATE_STATISTICS = ("loss", "train_loss")
+
+
+class PublishingTrainer(Trainer):
+    """The part of [`DPCLIPTrainer`] that logs, saves and publishes."""
+
+    plan: PrivacyPlan | None
+
+    @abstractmethod
+    def privacy_statement(self) -> PrivacyStatement:
+        """What may be claimed of the weights as they are now."""
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """0: a count of the realised inputs would reveal the realised batch size."""
+        return 0
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As in the `Trainer`, with ε and without statistics of the private data."""
+        if not self.args.log_private_statistics:
+            logs = self._without_private_statistics(logs)
+        if self.plan is not None:
+            statement = self.privacy_statement()
+            if statement.steps and not self.plan.non_private:
+                logs["epsilon"] = statement.spent.epsilon
+            if statement.not_private_because:
+                logs["NOT PRIVATE"] = 1.0
+        super().log(logs, *args, **kwargs)
+
+    @staticmethod
+    def _without_private_statistics(logs: dict[str, float]) -> dict[str, float]:
+        return {name: value for name, value in logs.items() if name not in PRIVATE_STATISTICS}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and self.plan is not None:
+            self.privacy_statement().save(output_dir or self.args.output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            save_averages(self.callback_handler.callbacks, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_averages(self.callback_handler.callbacks, checkpoint, self.model)
+
+    def create_model_card(self, **kwargs) -> None:
+        """As in the `Trainer`, with the guarantee, and without statistics of the private data.
+
+        Takes the same keywords. `dataset_tags` and `dataset` name the dataset; by default it stays unnamed.
+        """
+        if self.plan is None:
+            super().create_model_card(**kwargs)
+        elif self.is_world_process_zero():
+            write_model_card(self, **kwargs)
+
+    def push_to_hub(self, *args, **kwargs) -> CommitInfo:
+        """As in the `Trainer`."""
+        self._wait_for_upload()
+        return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            if self.args.hub_always_push:
+                self._wait_for_upload()
+            if self.push_in_progress is None or self.push_in_progress.is_done():
+                # The Trainer copies the files that it knows from the checkpoint to the folder that is uploaded.
+                self.privacy_statement().save(self.args.output_dir)
+                self.create_model_card(model_name=self.hub_model_id.split("/")[-1])
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _wait_for_upload(self) -> None:
+        """Files must not change while the client reads them: later weights would go with an earlier ε."""
+        if self.is_world_process_zero():
+            self._finish_current_push()

@@ -1,0 +1,143 @@
+"""`hf-dpclip card` on folders: an honest claim is confirmed, an edited one exposed. The Hub: `test_publishing.py`."""
+
+import json
+
+import pytest
+from test_import import modules_after
+
+from hf_dpclip import PrivacyPlan, PrivacyStatement
+from hf_dpclip.cli import main
+from hf_dpclip.privacy_section import privacy_section
+
+
+PLAN = PrivacyPlan(
+    num_examples=1000,
+    expected_batch_size=100,
+    num_microbatches=10,
+    num_steps=20,
+    noise_multiplier=1.25,
+    target_delta=1e-5,
+    accountant="rdp",
+)
+EPSILON = f"{PLAN.epsilon(12):.4g}"
+
+
+@pytest.fixture
+def publish(tmp_path):
+    """A folder with a statement and its card."""
+
+    def write(*reasons: str):
+        statement = PrivacyStatement(PLAN, 12, reasons)
+        statement.save(tmp_path)
+        (tmp_path / "README.md").write_text(f"# A model\n\n{privacy_section(statement)}", encoding="utf-8")
+        return tmp_path
+
+    return write
+
+
+@pytest.fixture
+def answer(capsys):
+    """The exit code for a folder, and what was printed."""
+
+    def ask(folder, *options: str) -> tuple[int, str]:
+        code = main(["card", str(folder), *options])
+        return code, capsys.readouterr().out
+
+    return ask
+
+
+def edit(folder, name: str, old: str, new: str) -> None:
+    path = folder / name
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_an_honest_claim_is_confirmed(publish, answer):
+    code, text = answer(publish())
+    assert code == 0
+    assert "The claim holds" in text
+    assert "the card agrees" in text
+    assert EPSILON in text
+
+
+def test_a_claim_without_a_card_is_confirmed(publish, answer):
+    folder = publish()
+    (folder / "README.md").unlink()
+    code, text = answer(folder)
+    assert code == 0
+    assert "there is no card" in text
+
+
+def test_an_edited_epsilon_is_exposed(publish, answer):
+    folder = publish()
+    edit(folder, "privacy.json", f'"epsilon": {PLAN.epsilon(12)}', '"epsilon": 0.1')
+    code, text = answer(folder)
+    assert code == 1
+    assert "The claim does NOT hold" in text
+    assert f"epsilon is 0.1 but the plan and 12 steps give {PLAN.epsilon(12)}" in text
+
+
+def test_an_edited_plan_is_exposed(publish, answer):
+    folder = publish()
+    edit(folder, "privacy.json", '"noise_multiplier": 1.25', '"noise_multiplier": 2.5')
+    code, text = answer(folder)
+    assert code == 1
+    assert "noise_std" in text
+
+
+def test_an_edited_card_is_exposed(publish, answer):
+    folder = publish()
+    edit(folder, "README.md", f"({EPSILON}, ", "(0.1, ")
+    code, text = answer(folder)
+    assert code == 1
+    assert "README.md was edited" in text
+    assert "(0.1, 1e-05)-differentially private" in text
+
+
+def test_a_run_without_a_guarantee_does_not_pass(publish, answer):
+    code, text = answer(publish("noise_seed is set"))
+    assert code == 1
+    assert "NOT PRIVATE: noise_seed is set" in text
+
+
+def test_json_holds_the_recomputed_claim(publish, answer):
+    code, text = answer(publish(), "--json")
+    assert code == 0
+    assert json.loads(text) == {
+        "holds": True,
+        "problems": [],
+        "epsilon": PLAN.epsilon(12),
+        "delta": 1e-5,
+        "steps": 12,
+        "plan": PLAN.to_dict(),
+    }
+
+
+def test_json_holds_the_problems(publish, answer):
+    folder = publish()
+    edit(folder, "privacy.json", '"steps": 12', '"steps": 6')
+    code, text = answer(folder, "--json")
+    values = json.loads(text)
+    assert (code, values["holds"], len(values["problems"])) == (1, False, 1)
+
+
+def test_a_folder_without_a_statement_is_unusable_input(tmp_path, capsys):
+    assert main(["card", str(tmp_path)]) == 2
+    assert "privacy.json does not exist" in capsys.readouterr().err
+
+
+def test_a_revision_of_a_folder_is_unusable_input(publish, capsys):
+    assert main(["card", str(publish()), "--revision", "main"]) == 2
+    assert "--revision is for models on the Hub" in capsys.readouterr().err
+
+
+def test_a_name_that_is_nowhere_is_unusable_input(tmp_path, capsys):
+    assert main(["card", str(tmp_path / "misspelt" / "folder")]) == 2
+    assert "check the spelling" in capsys.readouterr().err
+
+
+def test_the_command_waits_for_no_training_library(publish):
+    loaded = modules_after(f"from hf_dpclip.cli import main; main(['card', {str(publish())!r}])")
+    assert "dp_accounting" in loaded
+    assert not loaded & {"torch", "transformers", "datasets", "huggingface_hub"}

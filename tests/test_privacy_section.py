@@ -1,0 +1,106 @@
+"""The section on privacy, read back: whatever was edited shows."""
+
+import pytest
+
+from hf_dpclip import PrivacyPlan, PrivacyStatement
+from hf_dpclip.privacy_section import contradictions, privacy_section, statement_rows
+
+
+PLAN = PrivacyPlan(
+    num_examples=1000,
+    expected_batch_size=100,
+    num_microbatches=10,
+    num_steps=20,
+    noise_multiplier=1.25,
+    max_grad_norm=0.5,
+    target_delta=1e-5,
+    accountant="rdp",
+)
+PRIVATE = PrivacyStatement(PLAN, 12)
+NOT_PRIVATE = PrivacyStatement(PLAN, 12, ("noise_seed is set",))
+BOTH = pytest.mark.parametrize("statement", [PRIVATE, NOT_PRIVATE], ids=["private", "not_private"])
+
+
+def card(statement: PrivacyStatement = PRIVATE) -> str:
+    return f"# A model\n\n{privacy_section(statement)}\n## Usage\n\nLoad it.\n"
+
+
+@BOTH
+def test_an_unedited_card_agrees(statement):
+    assert contradictions(card(statement), statement) == []
+
+
+def test_a_card_that_says_nothing_of_privacy_contradicts_nothing():
+    assert contradictions("# A model\n\nIt sees.\n", PRIVATE) == []
+
+
+@pytest.mark.parametrize("sentence", ["Trained at ε = 0.1.", "Its epsilon is 0.1.", "It is differentially private."])
+def test_a_card_that_speaks_of_privacy_without_the_section_is_exposed(sentence):
+    (problem,) = contradictions(f"# A model\n\n{sentence}\n", PRIVATE)
+    assert "has no section '## Privacy'" in problem
+
+
+@pytest.mark.parametrize("claim", ["(0.1, 1e-05)", f"({PLAN.epsilon(12):.4g}, 1e-09)", "(0.1,1e-05)", "(none, 1e-05)"])
+def test_an_edited_claim_is_exposed(claim):
+    true = f"({PLAN.epsilon(12):.4g}, 1e-05)"
+    (problem,) = contradictions(card().replace(true, claim), PRIVATE)
+    assert "it claims" in problem
+    assert true in problem
+
+
+def test_a_second_claim_elsewhere_is_exposed():
+    (problem,) = contradictions(card() + "\nThis is a (0.5, 1e-5)-Differentially Private model.\n", PRIVATE)
+    assert "it claims (0.5, 1e-5)-differentially private" in problem
+
+
+def test_a_deleted_claim_is_exposed():
+    problems = contradictions(card().replace("-differentially private", ""), PRIVATE)
+    assert problems == ["it does not state the guarantee"]
+
+
+@pytest.mark.parametrize("name", statement_rows(PRIVATE))
+def test_each_edited_row_is_exposed(name):
+    row = f"| {name} | {statement_rows(PRIVATE)[name]} |"
+    assert row in card()
+    (problem,) = contradictions(card().replace(row, f"| {name} | 0.001 |"), PRIVATE)
+    assert repr(name) in problem
+    assert "'0.001'" in problem
+
+
+@pytest.mark.parametrize("name", statement_rows(PRIVATE))
+def test_each_deleted_row_is_exposed(name):
+    row = f"| {name} | {statement_rows(PRIVATE)[name]} |\n"
+    (problem,) = contradictions(card().replace(row, ""), PRIVATE)
+    assert f"no row {name!r}" in problem
+
+
+def test_a_second_table_is_exposed():
+    (problem,) = contradictions(card() + "\n| ε | 0.1 |\n", PRIVATE)
+    assert "its row 'ε' is '0.1'" in problem
+
+
+def test_the_card_of_other_weights_is_exposed():
+    problems = contradictions(card(), PrivacyStatement(PLAN, 20))
+    assert any("it claims" in problem for problem in problems)
+    assert any("'steps taken'" in problem for problem in problems)
+
+
+def test_a_guarantee_claimed_for_a_run_without_one_is_exposed():
+    problems = contradictions(card(PRIVATE), NOT_PRIVATE)
+    assert any("but the run is NOT PRIVATE" in problem for problem in problems)
+    assert "it does not say NOT PRIVATE" in problems
+
+
+def test_layout_is_not_an_edit():
+    reformatted = card().replace("| ε |", "|  ε   |").replace("1e-05)-diff", "0.00001)-diff")
+    assert contradictions(reformatted, PRIVATE) == []
+
+
+def test_an_epsilon_that_differs_as_little_as_another_release_of_the_accountant_is_no_edit():
+    true = f"{PLAN.epsilon(12):.4g}"
+    assert contradictions(card().replace(true, f"{PLAN.epsilon(12) * 1.001:.4g}"), PRIVATE) == []
+
+
+def test_the_accountant_is_the_one_that_the_statement_was_written_with():
+    written = PrivacyStatement(PLAN, 12, (), {"torch": "2.6", "numpy": "2.0", "dp-accounting": "0.5.9"})
+    assert "| accountant | rdp (dp-accounting 0.5.9) |" in privacy_section(written)
