@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import Dataset, Image
 from factories import pairs, pictures, raw_pairs, tiny_clip_vqa, tiny_processor
 from wrong_calls import check_explained, processed, table, trainer
 
 from hf_dpclip import DPCLIPTrainer, ImageTextCollator, VisualQuestionCollator
-from hf_dpclip.data import caption_by_label, class_prompts, load_pairs
+from hf_dpclip.data import class_prompts, load_pairs
 
 
 def with_texts(texts: list) -> Dataset:
@@ -40,7 +40,6 @@ def long_texts(folder):
     return trainer(folder, raw_pairs(8), processor=processor)
 
 
-LABELS = Features({"label": ClassLabel(names=["cat", "dog"])})
 DATA = {
     "no image column": (lambda f: processed(f, raw_pairs(8, "scan")), "no column 'image'", "image_column=..."),
     "no text column": (lambda f: processed(f, raw_pairs(8, text="report")), "no column 'text'", "text_column=..."),
@@ -218,11 +217,6 @@ DATA = {
         lambda f: class_prompts(["cat"], "a photo"),
         "has no {} for the class name",
         "write e.g. 'a photo of a {}.'",
-    ),
-    "no class": (
-        lambda f: caption_by_label(Dataset.from_dict({"label": [0, -1, 1]}, features=LABELS), "label", "a {}"),
-        "record 1 (1 such records) has no class in column 'label'",
-        "dataset.filter",
     ),
     "no such file": (lambda f: load_pairs(f"{f}/no.csv"), "no.csv does not exist", "check the path"),
     "an unknown format": (

@@ -19,7 +19,6 @@ from wrong_calls import check_explained, processed, trainer
 
 from hf_dpclip import CLIPForVisualQuestionAnswering, PrivacyPlan, PrivacyStatement, cli, lora_config
 from hf_dpclip.evaluation import zero_shot_accuracy
-from hf_dpclip.metrics import ZeroShotAccuracy
 
 
 # ---- Arguments ----
@@ -279,11 +278,6 @@ def test_wrong_checkpoints(tmp_path, row):
 
 CLASSES = Dataset.from_dict({"image": pictures(2), "label": [0, 1]})
 METRICS = [
-    (
-        lambda: ZeroShotAccuracy().compute(predictions=[[0.1, 0.2]], references=[7]),
-        "class numbers go up to 7, but there are 2 prompts",
-        "give one prompt for each class",
-    ),
     (
         lambda: zero_shot_accuracy(tiny_clip(), tiny_processor(), CLASSES, []),
         "there are no prompts",
