@@ -13,11 +13,14 @@ from torch import nn
 
 from hf_dpclip import DPCLIPTrainer
 from hf_dpclip.audit.game import ChosenGradients
+from hf_dpclip.audit.zoo import chosen
 
 
 FALSE_ALARM_RATE = 1e-7
 # Two-sided normal quantile of the false-alarm rate.
 SIGMAS = 5.4
+# From rows to a dataset for [`Given`].
+vectors = chosen
 
 
 class Given(ChosenGradients):

@@ -13,7 +13,7 @@ from scripts import ROOT, load_script
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from hf_dpclip import DPCLIPTrainer, cli
-from hf_dpclip.audit.fine_tune import FineTune, Membership
+from hf_dpclip.audit.fine_tune import FineTune, Membership, drawn
 from hf_dpclip.audit.one_run import Canaries, WhiteBox, audit_run, best_bound, correct_guesses
 
 
@@ -126,7 +126,7 @@ def fine_tune():
 
 def test_canaries_have_a_wrong_label_and_nobody_is_in_two_parts(fine_tune):
     canaries, members, others, prompts = fine_tune.records()
-    truth = fine_tune.drawn().select(range(20))["label"]
+    truth = drawn(fine_tune.dataset_name).select(range(20))["label"]
     assert all(label != true for label, true in zip(canaries["label"], truth))
     assert [prompts[label] for label in canaries["label"]] == list(canaries["caption"])
     images = [image.tobytes() for part in (canaries, members, others) for image in part["image"]]

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ class FineTune:
 
     def records(self) -> tuple[Dataset, Dataset, Dataset, list[str]]:
         """Canaries, members and others, from one draw and without overlap, and the class prompts."""
-        dataset, template = self.drawn(), PRESETS[self.dataset_name].template
+        dataset, template = drawn(self.dataset_name), PRESETS[self.dataset_name].template
         ends = np.cumsum([self.num_canaries, self.num_members, self.num_members])
         if ends[-1] > len(dataset):
             raise ValueError(
@@ -149,12 +149,6 @@ class FineTune:
         parts = mislabelled, dataset.select(range(ends[0], ends[1])), dataset.select(range(ends[1], ends[2]))
         captioned = [caption_by_label(part, "label", template) for part in parts]
         return *captioned, class_prompts(names, template)
-
-    def drawn(self) -> Dataset:
-        """All records of the dataset in a random order, the same each time."""
-        if self.dataset_name not in PRESETS:
-            raise ValueError(f"--dataset_name {self.dataset_name} is not known: choose one of {', '.join(PRESETS)}.")
-        return PRESETS[self.dataset_name].load()["train"].shuffle(seed=0)
 
     def _model(self) -> nn.Module:
         model = AutoModel.from_pretrained(self.model_name_or_path)
@@ -174,6 +168,14 @@ class FineTune:
             "report_to": "none",
             "remove_unused_columns": False,
         }
+
+
+@cache
+def drawn(dataset_name: str) -> Dataset:
+    """All training records of a preset in a random order, the same each time. Raises `ValueError` if there is none."""
+    if dataset_name not in PRESETS:
+        raise ValueError(f"--dataset_name {dataset_name} is not known: choose one of {', '.join(PRESETS)}.")
+    return PRESETS[dataset_name].load()["train"].shuffle(seed=0)
 
 
 class LabelLosses:
