@@ -33,6 +33,7 @@ MODULES = [
     "privacy.statement",
     "privacy.sampling",
     "privacy.randomness",
+    "privacy.secure_noise",
     "privacy.mechanism",
     "privacy.accounting",
 ]
