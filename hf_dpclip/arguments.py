@@ -20,6 +20,9 @@ WHOLE_NUMBERS = (
 # Those of them that may be left unset.
 OPTIONAL = ("microbatch_size", "max_records_per_unit")
 
+# Arguments of which one says how much noise there is.
+NOISE = ("target_epsilon", "noise_multiplier")
+
 
 @dataclass
 class DPTrainingArguments(TrainingArguments):
@@ -52,6 +55,12 @@ class DPTrainingArguments(TrainingArguments):
             takes part. Bounds the memory of a microbatch; the guarantee covers all records all the same.
         secure_noise (`bool`, *optional*, defaults to `False`): draws the noise in float64 from the operating system's
             cryptographic generator, and releases multiples of a public grid width only.
+        ledger_path (`str`, *optional*, defaults to `_privacy_ledger.jsonl` in `output_dir`): the file in which every
+            run records what it spends. Runs that share it add up (`hf-dpclip ledger`).
+        ledger_dataset (`str`, *optional*): a name for the training dataset in the ledger. Runs without a name count as
+            runs on the same records.
+        ledger_epsilon (`float`, *optional*): the ε that all runs on the dataset may spend together. A run that could
+            exceed it is refused before its first step.
         noise_seed (`int`, *optional*): makes sampling and noise reproducible and the run NOT PRIVATE.
         non_private (`bool`, *optional*, defaults to `False`): trains without noise, for comparison.
         log_private_statistics (`bool`, *optional*, defaults to `False`): logs the raw training loss and the like, for
@@ -102,6 +111,16 @@ class DPTrainingArguments(TrainingArguments):
     secure_noise: bool = field(
         default=False,
         metadata={"help": "Noise from the operating system's cryptographic generator, in float64, on a public grid."},
+    )
+    ledger_path: str | None = field(
+        default=None,
+        metadata={"help": "File that records what every run spends; by default in output_dir. Share it between runs."},
+    )
+    ledger_dataset: str | None = field(
+        default=None, metadata={"help": "Name of the training dataset in the ledger, whose runs add up."}
+    )
+    ledger_epsilon: float | None = field(
+        default=None, metadata={"help": "The epsilon that all runs on the dataset may spend together."}
     )
     noise_seed: int | None = field(
         default=None, metadata={"help": "Reproducible sampling and noise, for research. The run is NOT PRIVATE."}
@@ -172,7 +191,7 @@ class DPTrainingArguments(TrainingArguments):
                 f"{given} of target_epsilon and noise_multiplier given: set exactly one, e.g. target_epsilon=3.0. "
                 "(non_private=True trains without any noise.)"
             )
-        for name in ("target_epsilon", "noise_multiplier"):
+        for name in NOISE:
             self._check_positive(name, None if self.non_private else getattr(self, name))
         if self.noise_seed is not None and not (isinstance(self.noise_seed, int) and self.noise_seed >= 0):
             raise ValueError(
@@ -184,6 +203,7 @@ class DPTrainingArguments(TrainingArguments):
                 "secure_noise=True cannot be combined with non_private=True or noise_seed, which leave no noise that "
                 "nobody knows: remove one or the other."
             )
+        self._check_positive("ledger_epsilon", self.ledger_epsilon)
 
     def _check_mechanism(self):
         self._check_positive("max_grad_norm", self.max_grad_norm or 0)
@@ -229,9 +249,7 @@ class DPTrainingArguments(TrainingArguments):
 
     def _check_positive(self, name: str, value: float | None):
         if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-            hint = (
-                " (Training without noise takes non_private=True.)" if value == 0 and name != "max_grad_norm" else ""
-            )
+            hint = " (Training without noise takes non_private=True.)" if value == 0 and name in NOISE else ""
             raise ValueError(f"{name}={value!r} is not possible: it must be positive and finite.{hint}")
 
     def _check_compatible(self):

@@ -4,15 +4,18 @@ Each states ε and holds no statistic of the private data (`docs/privacy.md`, "W
 """
 
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo
+from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
+from . import checkpoints
 from .averaging import load_averages, save_averages
 from .model_card import write_model_card
-from .privacy import PrivacyPlan, PrivacyStatement
+from .privacy import STATEMENT_NAME, PrivacyPlan, PrivacyStatement
 
 
 # Statistics of the private data that the `Trainer` would log.
@@ -49,9 +52,31 @@ class PublishingTrainer(Trainer):
         return {name: value for name, value in logs.items() if name not in PRIVATE_STATISTICS}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        states_privacy = self.args.should_save and self.plan is not None
+        if states_privacy:
+            # Whatever interrupts this, no weights lie beside the claim of others.
+            Path(folder, STATEMENT_NAME).unlink(missing_ok=True)
         super()._save(output_dir, state_dict)
-        if self.args.should_save and self.plan is not None:
-            self.privacy_statement().save(output_dir or self.args.output_dir)
+        if states_privacy:
+            self.privacy_statement().save(folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        checkpoint = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            checkpoints.make_way(checkpoint)
+        self.accelerator.wait_for_everyone()
+        with checkpoints.saving(checkpoint):
+            super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            checkpoints.forget_replaced(checkpoint)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # After this, only the state of training is missing from a checkpoint.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.seal(Path(output_dir), self.state.global_step)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

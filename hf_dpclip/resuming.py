@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from .checkpoints import check_undamaged, fault
 from .privacy import PrivacyPlan, PrivacyStatement
 
 
@@ -15,13 +16,12 @@ logger = logging.get_logger(__name__)
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str:
-    """The newest checkpoint in `output_dir` that was written to its end.
+    """The newest checkpoint in `output_dir` that was written to its end. One that was cut short is passed over.
 
-    The trainer's state is the last file of a checkpoint, so one without it was cut short and is passed over. Raises
-    `ValueError` if there is none.
+    Raises `ValueError` if there is none.
     """
     checkpoints = _checkpoints_in(output_dir)
-    complete = [path for path in checkpoints if Path(path, TRAINER_STATE_NAME).is_file()]
+    complete = [path for path in checkpoints if fault(path) is None]
     if not complete:
         raise ValueError(
             f"no complete checkpoint in {output_dir} ({len(checkpoints)} unfinished): check output_dir, or start anew "
@@ -34,7 +34,7 @@ def check_resumable(checkpoint: str | Path, plan: PrivacyPlan) -> PrivacyStateme
     """The statement of a checkpoint that was trained under `plan`.
 
     Raises `FileNotFoundError` or `ValueError` if the checkpoint has none, or that of another plan: its ε would then be
-    neither plan's. Warns if the run had gone on beyond this checkpoint.
+    neither plan's. Raises `ValueError` too if the checkpoint is not whole. Warns if the run had gone on beyond it.
     """
     if not isinstance(checkpoint, str | Path):
         raise ValueError(f"resume_from_checkpoint={checkpoint!r} is no folder: name one, or pass True for the last.")
@@ -44,6 +44,7 @@ def check_resumable(checkpoint: str | Path, plan: PrivacyPlan) -> PrivacyStateme
             f"{checkpoint} has no {TRAINER_STATE_NAME}, so it is a saved model or was cut short: resume from one of "
             "the checkpoint-... folders, or start a new run from these weights and account for both."
         )
+    check_undamaged(Path(checkpoint))
     if _same_calibration(plan, statement.plan):
         plan = dataclasses.replace(plan, noise_multiplier=statement.plan.noise_multiplier)
     saved, current = dataclasses.asdict(statement.plan), dataclasses.asdict(plan)

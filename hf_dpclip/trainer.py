@@ -10,13 +10,15 @@ import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPModel, ProcessorMixin, ProgressCallback, SiglipModel
+from transformers import CLIPModel, ProcessorMixin, ProgressCallback, SiglipModel, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
@@ -24,6 +26,7 @@ from . import validation
 from .arguments import DPTrainingArguments
 from .data import ImageTextCollator
 from .dataloader import ForwardBatchSampler, MicrobatchDataset, PrivacyUnits, RecordNumbers, make_dataloader
+from .faults import explained
 from .forward_pass import choose_forward_pass, make_contrastive_model
 from .gradients import contrastive_base
 from .guard import StepGuard
@@ -43,6 +46,7 @@ from .publishing import PublishingTrainer
 from .reporting import PrivacyCallback, PrivacyProgressCallback
 from .resuming import check_resumable, last_complete_checkpoint
 from .shared_images import warn_of_shared_images
+from .spending import new_run, recorded
 
 
 logger = logging.get_logger(__name__)
@@ -102,6 +106,7 @@ class DPCLIPTrainer(PublishingTrainer):
         validation.check_loss_is_known(args, self.contrastive_base, public_negatives is not None)
         self.public_negatives = None if public_negatives is None else self._encode_public(public_negatives)
         self.plan = None if train_dataset is None else self._make_plan()
+        self._run = new_run()
         self._steps_taken = 0
         # Reasons of the past; those of today follow from the arguments.
         self._not_private_because: tuple[str, ...] = ()
@@ -146,7 +151,7 @@ class DPCLIPTrainer(PublishingTrainer):
         """What may be claimed of the weights as they are now. Raises `ValueError` if there is no training dataset."""
         self._check_planned()
         reasons = dict.fromkeys(self._not_private_because + self.args.not_private_because)
-        return PrivacyStatement(self.plan, self._steps_taken, tuple(reasons))
+        return PrivacyStatement(self.plan, self._steps_taken, tuple(reasons), run=self._run)
 
     def _check_planned(self):
         if self.plan is None:
@@ -237,8 +242,9 @@ class DPCLIPTrainer(PublishingTrainer):
         if self.remaining_steps == 0:
             raise RuntimeError(f"another step would exceed target_epsilon={self.plan.target_epsilon}.")
         self._guard.check()
-        self._mechanism.release()
+        self._before_release()
         self._steps_taken += 1
+        self._mechanism.release()
         self._not_private_because = self.privacy_statement().not_private_because
         return nn.utils.get_total_norm([parameter.grad for parameter in self._mechanism.parameters])
 
@@ -260,24 +266,41 @@ class DPCLIPTrainer(PublishingTrainer):
         if trial is not None:
             raise ValueError(
                 "hyperparameter_search is not supported: every trial spends privacy and needs a plan of its own. Make "
-                "one DPCLIPTrainer per trial and account for all of them."
+                "one DPCLIPTrainer per trial; with one ledger_path, `hf-dpclip ledger` adds all of them up."
             )
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint:
-            statement = check_resumable(resume_from_checkpoint, self.plan)
-            self.plan = statement.plan
-            self._steps_taken = max(self._steps_taken, statement.steps)
-            # What the resumed steps lost, the steps to come cannot restore.
-            self._not_private_because += statement.not_private_because
-        if self.remaining_steps == 0:
-            logger.warning(f"target_epsilon={self.plan.target_epsilon} is spent: no further step can be taken.")
-            return TrainOutput(self.state.global_step, math.nan, {})
+        steps = self._take_over(resume_from_checkpoint) if resume_from_checkpoint else self.plan.num_steps
+        steps = min(steps, self.remaining_steps)
+        if steps == 0:
+            return self._finished(resume_from_checkpoint)
         self._draw_randomness()
-        output = super().train(resume_from_checkpoint, **kwargs)
+        with recorded(self, steps) as self._before_release, explained():
+            output = super().train(resume_from_checkpoint, **kwargs)
         if self.args.log_private_statistics:
             return output
         return TrainOutput(output.global_step, math.nan, self._without_private_statistics(output.metrics))
+
+    def _take_over(self, checkpoint: str) -> int:
+        """Continues the count of a checkpoint. Returns how many steps its run has left."""
+        statement = check_resumable(checkpoint, self.plan)
+        self.plan = statement.plan
+        self._run = statement.run or self._run
+        self._steps_taken = max(self._steps_taken, statement.steps)
+        # What the resumed steps lost, the steps to come cannot restore.
+        self._not_private_because += statement.not_private_because
+        self.state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+        return max(self.plan.num_steps - self.state.global_step, 0)
+
+    def _finished(self, checkpoint: str | None) -> TrainOutput:
+        """The end of a run whose steps have all been taken. The loop of the `Trainer` would take one more."""
+        target_is_spent = self.remaining_steps == 0
+        why = f"target_epsilon={self.plan.target_epsilon} is spent" if target_is_spent else f"{checkpoint} is the end"
+        logger.warning(f"{why}: no further step can be taken.")
+        if checkpoint:
+            best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+            self._load_from_checkpoint(best or checkpoint)
+        return TrainOutput(self.state.global_step, math.nan, {})
 
     def _draw_randomness(self) -> None:
         """Fresh streams, from one root for all processes, so that they draw the same microbatches."""

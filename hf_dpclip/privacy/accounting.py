@@ -6,7 +6,7 @@ add-or-remove-one adjacency (`docs/privacy.md`, "The theorem").
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -83,6 +83,27 @@ def epsilon(
     with _without_order_warnings():
         account.compose(dp_event(sampling_probability, noise_multiplier, steps))
         return float(account.get_epsilon(delta))
+
+
+def composed_epsilon(steps: Mapping[tuple[float, float], int], delta: float) -> float:
+    """Upper bound on ε of several runs on the same privacy units, whose plans may differ.
+
+    Args:
+        steps (`Mapping`): from (q, σ) to the number of steps that were taken with them.
+        delta (`float`): δ of all runs together, in (0, 1).
+
+    All steps are composed by privacy loss distributions, on the finest grid that any of them asks for.
+    """
+    steps = {mechanism: count for mechanism, count in steps.items() if count > 0}
+    if not steps:
+        return 0.0
+    if any(noise_multiplier == 0 for _, noise_multiplier in steps):
+        return math.inf
+    interval = min(_grid_width(*mechanism) for mechanism in steps)
+    account = pld.PLDAccountant(ADJACENCY, value_discretization_interval=interval)
+    for mechanism, count in steps.items():
+        account.compose(dp_event(*mechanism, count))
+    return float(account.get_epsilon(delta))
 
 
 def calibrate_noise_multiplier(

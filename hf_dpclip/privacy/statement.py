@@ -28,12 +28,14 @@ class PrivacyStatement:
         steps (`int`): noisy releases so far.
         not_private_because (`tuple[str]`): reasons why no guarantee holds; empty for a private run.
         versions (`dict[str, str]`, *optional*, defaults to those in use): of the libraries that the run rests on.
+        run (`str`, *optional*): the id under which a [`~privacy.ledger.Ledger`] has the run.
     """
 
     plan: PrivacyPlan
     steps: int
     not_private_because: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=_versions, compare=False)
+    run: str | None = field(default=None, compare=False)
 
     @property
     def spent(self) -> PrivacySpent:
@@ -42,10 +44,7 @@ class PrivacyStatement:
 
     def save(self, folder: str | Path) -> None:
         """Writes `privacy.json`, whole or not at all."""
-        path = Path(folder, STATEMENT_NAME)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(Path(folder, STATEMENT_NAME), self._to_dict())
 
     @classmethod
     def load(cls, folder: str | Path) -> "PrivacyStatement":
@@ -59,7 +58,8 @@ class PrivacyStatement:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             plan = PrivacyPlan.from_dict(values["plan"])
-            statement = cls(plan, values["steps"], tuple(values["not_private_because"]), values["versions"])
+            reasons = tuple(values["not_private_because"])
+            statement = cls(plan, values["steps"], reasons, values["versions"], values.get("run"))
             statement._check(values)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged or was edited ({error}). Restore it from a backup.") from error
@@ -73,6 +73,7 @@ class PrivacyStatement:
             "epsilon": epsilon if math.isfinite(epsilon) else None,
             "delta": self.plan.target_delta,
             "steps": self.steps,
+            "run": self.run,
             "plan": self.plan.to_dict(),
             "versions": self.versions,
         }
@@ -87,6 +88,8 @@ class PrivacyStatement:
             raise ValueError(f"versions does not name all of {', '.join(_LIBRARIES)}")
         if not isinstance(self.steps, int) or self.steps < 0:
             raise ValueError(f"steps is {self.steps!r}, not a number of steps")
+        if not isinstance(self.run, str | None):
+            raise ValueError(f"run is {self.run!r}, not the id of a run")
         expected = self._to_dict()
         for name in ("private", "delta"):
             if values[name] != expected[name]:
@@ -101,3 +104,13 @@ class PrivacyStatement:
 
 def _all_text(values: Iterable) -> bool:
     return all(isinstance(value, str) for value in values)
+
+
+def write_whole(path: Path, values: dict) -> None:
+    """Writes a JSON file, or leaves what was there if the disk is full or the process dies."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(values, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

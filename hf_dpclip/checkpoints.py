@@ -1,0 +1,112 @@
+"""Checkpoints that are whole or do not count.
+
+The `Trainer` writes a checkpoint file by file into its final folder, the state of training last. Just before that goes a
+seal, with the digests of all other files. A checkpoint that was cut short therefore has no readable state of training,
+and one that was damaged later does not fit its seal.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.trainer import TRAINER_STATE_NAME
+
+from .privacy.statement import write_whole
+
+
+SEAL_NAME = "checkpoint_seal.json"
+_READ_AT_ONCE = 2**20
+
+
+@contextmanager
+def saving(checkpoint: Path) -> Iterator[None]:
+    """A checkpoint is written inside. Raises `OSError` if it cannot be, of which the disk is the usual reason."""
+    try:
+        yield
+    # What the writers of safetensors, of torch and of Python raise.
+    except (SafetensorError, RuntimeError, OSError) as error:
+        if fault(checkpoint) is None:
+            # It is there, and could not be uploaded.
+            raise
+        raise OSError(
+            f"{checkpoint} could not be saved ({error}) and does not count as a checkpoint; earlier ones are as they "
+            "were. If the disk is full, make room (save_total_limit=2 keeps two checkpoints), then go on from the "
+            "last whole one with resume_from_checkpoint=True."
+        ) from error
+
+
+def make_way(checkpoint: Path) -> None:
+    """Nothing old is left where a checkpoint is to be written. A whole one of the same name, from another run, stays
+    beside it until the new one is whole."""
+    if checkpoint.is_dir() and fault(checkpoint) is None:
+        shutil.rmtree(_aside(checkpoint), ignore_errors=True)
+        os.replace(checkpoint, _aside(checkpoint))
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def forget_replaced(checkpoint: Path) -> None:
+    """The checkpoint is whole: what it replaces may go."""
+    shutil.rmtree(_aside(checkpoint), ignore_errors=True)
+
+
+def seal(checkpoint: Path, step: int) -> None:
+    """Writes down what the files of a checkpoint contain, when all but the state of training are there."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    digests = {path.relative_to(checkpoint).as_posix(): _digest(path) for path in files}
+    write_whole(Path(checkpoint, SEAL_NAME), {"step": step, "sha256": digests})
+
+
+def fault(checkpoint: Path) -> str | None:
+    """Why the checkpoint does not count: it was not written to its end, or its deletion was begun. Reads no weights."""
+    state = Path(checkpoint, TRAINER_STATE_NAME)
+    if not state.is_file():
+        return f"{state.name} is missing"
+    try:
+        json.loads(state.read_text(encoding="utf-8"))
+        missing = [name for name in _sealed(checkpoint)["sha256"] if not Path(checkpoint, name).is_file()]
+    except (ValueError, KeyError, TypeError):
+        return f"{state.name} or {SEAL_NAME} is not whole"
+    return f"{missing[0]} is missing" if missing else None
+
+
+def check_undamaged(checkpoint: Path) -> None:
+    """Raises `ValueError` for a file that is missing, truncated or not what was saved."""
+    why = fault(checkpoint) or _difference(checkpoint)
+    if why is not None:
+        raise ValueError(
+            f"{checkpoint} is no whole checkpoint: {why}. Restore it from a backup, or remove this folder and go on "
+            "from the one before with resume_from_checkpoint=True."
+        )
+
+
+def _difference(checkpoint: Path) -> str | None:
+    """How the checkpoint differs from its seal. One without a seal has no optimizer state or is of an older release."""
+    sealed = _sealed(checkpoint)
+    step = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8")).get("global_step")
+    if sealed.get("step", step) != step:
+        return f"{TRAINER_STATE_NAME} has step {step}, and {sealed['step']} was saved"
+    changed = [name for name, digest in sealed["sha256"].items() if _digest(Path(checkpoint, name)) != digest]
+    return f"{changed[0]} is not what was saved" if changed else None
+
+
+def _sealed(checkpoint: Path) -> dict:
+    path = Path(checkpoint, SEAL_NAME)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"sha256": {}}
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_READ_AT_ONCE):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _aside(checkpoint: Path) -> Path:
+    """Neither a checkpoint to the `Trainer` nor uploaded by it."""
+    return checkpoint.with_name(f"_replaced-{checkpoint.name}")

@@ -1,0 +1,29 @@
+"""What to do when a part of a run dies that is not the program's own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+GO_ON = "Then go on from the last whole checkpoint with resume_from_checkpoint=True; the ledger has counted the steps."
+
+# By a piece of the message that torch gives.
+REMEDIES = {
+    "DataLoader worker": (
+        "A process that loads data died, most often for want of memory: lower dataloader_num_workers, or find the "
+        "record that kills it with dataloader_num_workers=0."
+    ),
+    "closed by peer": "Another process of this run died: what it said above, or its machine's log, says why.",
+    "Connection reset": "Another process of this run died: what it said above, or its machine's log, says why.",
+}
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """An error of torch about a process that died becomes one that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        for sign, remedy in REMEDIES.items():
+            if sign in str(error):
+                raise RuntimeError(f"{error} {remedy} {GO_ON}") from error
+        raise

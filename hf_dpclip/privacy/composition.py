@@ -1,0 +1,127 @@
+"""What several runs on the same records spend together."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import accounting
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a ledger knows of one run, with all calls of `train` that continued it.
+
+    Args:
+        run (`str`): its id, which is in the `privacy.json` of its checkpoints too.
+        time (`str`): when it began, ISO 8601.
+        datasets (`tuple[str | None]`): the user's names for the records it was trained on; `None` if there was none.
+        fingerprints (`tuple[str]`): equal for runs on the same records.
+        plan (`dict`): [`PrivacyPlan.to_dict`].
+        not_private_because (`tuple[str]`): reasons why no guarantee holds.
+        steps (`int`): noisy releases, or, after a crash, at most one block more than there were.
+        reserved (`int`): further steps that a call of `train` was begun for, if it has not ended.
+    """
+
+    run: str
+    time: str
+    datasets: tuple[str | None, ...]
+    fingerprints: tuple[str, ...]
+    plan: dict[str, Any]
+    not_private_because: tuple[str, ...]
+    steps: int
+    reserved: int
+
+    @property
+    def mechanism(self) -> tuple[float, float]:
+        """(q, σ) of every step."""
+        return self.plan["sampling_probability"], self.plan["noise_multiplier"]
+
+    @property
+    def epsilon(self) -> float:
+        """ε of this run alone, at its own δ and by its own accountant; infinite if it was not private."""
+        if self.not_private_because:
+            return math.inf
+        return accounting.epsilon(*self.mechanism, self.steps, self.plan["target_delta"], self.plan["accountant"])
+
+
+@dataclass(frozen=True)
+class Total:
+    """What all runs on the same records spent together.
+
+    Args:
+        runs (`tuple` of [`RunRecord`]): the runs.
+        delta (`float`): δ of the composition.
+        epsilon_of_private_runs (`float`): ε of the steps of all private runs, composed by privacy loss distributions.
+            Infinite if their privacy units differ, for which there is no common ε.
+
+    Formal guarantees:
+        The outputs of the private runs together are (ε, δ)-differentially private in the records: each step is a
+        Poisson-subsampled Gaussian, and the runs compose adaptively, whatever was chosen in one by looking at another.
+    """
+
+    runs: tuple[RunRecord, ...]
+    delta: float
+    epsilon_of_private_runs: float
+
+    @property
+    def dataset(self) -> str:
+        """The name of the records, or their names."""
+        names = dict.fromkeys(name for run in self.runs for name in run.datasets)
+        return ", ".join(name or "(unnamed)" for name in names)
+
+    @property
+    def not_private_runs(self) -> tuple[RunRecord, ...]:
+        """Runs whose output no ε bounds."""
+        return tuple(run for run in self.runs if run.not_private_because)
+
+    @property
+    def epsilon(self) -> float:
+        """ε of everything that was released: infinite as soon as one run was not private."""
+        return math.inf if self.not_private_runs else self.epsilon_of_private_runs
+
+    @property
+    def privacy_units(self) -> tuple[str, ...]:
+        """What the private runs protect; more than one have no common ε."""
+        return _privacy_units(self.runs)
+
+
+def totals(runs: Iterable[RunRecord], delta: float | None = None) -> list[Total]:
+    """One total for the runs on each dataset, at `delta` (*optional*, defaults to the smallest δ of these runs).
+
+    Runs are on the same dataset if they share a name, or no name, or a fingerprint, directly or through others: when
+    in doubt, they add up. Raises `ValueError` for a δ that is none.
+    """
+    if delta is not None and not 0 < delta < 1:
+        raise ValueError(f"delta={delta!r} is not possible: it must be between 0 and 1, e.g. 1e-5.")
+    return [_total(group, delta) for group in _by_dataset(runs)]
+
+
+def _total(runs: Sequence[RunRecord], delta: float | None) -> Total:
+    delta = delta or min(run.plan["target_delta"] for run in runs)
+    steps = Counter()
+    for run in runs:
+        if not run.not_private_because:
+            steps[run.mechanism] += run.steps
+    epsilon = math.inf if len(_privacy_units(runs)) > 1 else accounting.composed_epsilon(steps, delta)
+    return Total(tuple(runs), delta, epsilon)
+
+
+def _privacy_units(runs: Iterable[RunRecord]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(run.plan["privacy_unit"] for run in runs if not run.not_private_because))
+
+
+def _by_dataset(runs: Iterable[RunRecord]) -> list[list[RunRecord]]:
+    groups: list[list[RunRecord]] = []
+    for run in runs:
+        joined = [group for group in groups if any(_same_records(run, other) for other in group)]
+        groups = [group for group in groups if group not in joined]
+        groups.append([*(other for group in joined for other in group), run])
+    return groups
+
+
+def _same_records(first: RunRecord, second: RunRecord) -> bool:
+    return not set(first.datasets).isdisjoint(second.datasets) or not set(first.fingerprints).isdisjoint(
+        second.fingerprints
+    )

@@ -1,0 +1,84 @@
+"""How a run is recorded in the ledger of its dataset."""
+
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import datasets
+from accelerate.utils import broadcast_object_list
+from transformers.utils import logging
+
+from .privacy import LEDGER_NAME, Ledger, Recording
+
+
+if TYPE_CHECKING:
+    from .trainer import DPCLIPTrainer
+
+logger = logging.get_logger(__name__)
+
+
+def new_run() -> str:
+    """An id that no other run has."""
+    return uuid.uuid4().hex
+
+
+@contextmanager
+def recorded(trainer: "DPCLIPTrainer", planned: int) -> Iterator[Callable[[], None]]:
+    """Records the steps that are taken inside. Yields what is to be called before each of them.
+
+    Process 0 writes. A release of several processes needs all of them, so none has a result before it has written.
+
+    Args:
+        trainer ([`DPCLIPTrainer`]): the run.
+        planned (`int`): steps that are to be taken inside.
+
+    Raises `ValueError`, on all processes, if they could exceed `ledger_epsilon`, or if the ledger is damaged.
+    """
+    recording = _begin(trainer, planned)
+    try:
+        yield recording.before_step if recording else _nothing
+    finally:
+        if recording:
+            _end(recording)
+
+
+def _begin(trainer: "DPCLIPTrainer", planned: int) -> Recording | None:
+    recording, error = None, None
+    if trainer.is_world_process_zero():
+        try:
+            recording = _begin_here(trainer, planned)
+        except (OSError, ValueError) as refusal:
+            error = refusal
+    (error,) = broadcast_object_list([error])
+    if error is not None:
+        raise error
+    return recording
+
+
+def _begin_here(trainer: "DPCLIPTrainer", planned: int) -> Recording:
+    args, dataset, statement = trainer.args, trainer.train_dataset, trainer.privacy_statement()
+    return Ledger(args.ledger_path or Path(args.output_dir, LEDGER_NAME)).begin(
+        statement.run,
+        statement.plan,
+        planned,
+        dataset=args.ledger_dataset,
+        # Other datasets have none; their runs are told apart by name only.
+        fingerprint=dataset._fingerprint if isinstance(dataset, datasets.Dataset) else None,
+        not_private_because=statement.not_private_because,
+        earlier=statement.steps,
+        budget=args.ledger_epsilon,
+    )
+
+
+def _end(recording: Recording) -> None:
+    """What training made is worth more than the few steps that stay recorded beyond those taken."""
+    try:
+        recording.end()
+    except OSError as error:
+        logger.warning(f"{error} The ledger has a few steps more than were taken.")
+
+
+def _nothing() -> None:
+    pass
