@@ -1,8 +1,8 @@
 """Checkpoints that are whole or do not count.
 
-The `Trainer` writes a checkpoint file by file into its final folder, the state of training last. Just before that goes a
-seal, with the digests of all other files. A checkpoint that was cut short therefore has no readable state of training,
-and one that was damaged later does not fit its seal.
+The `Trainer` writes a checkpoint file by file into its final folder, the state of training last. Just before that goes
+a seal, with the digests of all other files. A checkpoint that was cut short therefore has no readable state of
+training, and one that was damaged later does not fit its seal.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .privacy.statement import write_whole
+from .privacy.statement import STATEMENT_NAME, write_whole
 
 
 SEAL_NAME = "checkpoint_seal.json"
@@ -62,16 +62,20 @@ def seal(checkpoint: Path, step: int) -> None:
 
 
 def fault(checkpoint: Path) -> str | None:
-    """Why the checkpoint does not count: it was not written to its end, or its deletion was begun. Reads no weights."""
+    """Why the checkpoint does not count: it was not written to its end, or its deletion was begun.
+
+    Only `privacy.json` may be missing: where it is, nobody knows what the weights cost, which is an error of its own.
+    """
     state = Path(checkpoint, TRAINER_STATE_NAME)
     if not state.is_file():
         return f"{state.name} is missing"
     try:
         json.loads(state.read_text(encoding="utf-8"))
-        missing = [name for name in _sealed(checkpoint)["sha256"] if not Path(checkpoint, name).is_file()]
+        needed = _sealed(checkpoint)["sha256"].keys() - {STATEMENT_NAME}
+        missing = [name for name in needed if not Path(checkpoint, name).is_file()]
     except (ValueError, KeyError, TypeError):
         return f"{state.name} or {SEAL_NAME} is not whole"
-    return f"{missing[0]} is missing" if missing else None
+    return f"{min(missing)} is missing" if missing else None
 
 
 def check_undamaged(checkpoint: Path) -> None:
@@ -85,7 +89,7 @@ def check_undamaged(checkpoint: Path) -> None:
 
 
 def _difference(checkpoint: Path) -> str | None:
-    """How the checkpoint differs from its seal. One without a seal has no optimizer state or is of an older release."""
+    """How the checkpoint differs from its seal. It has none if it is of weights only, or of an older release."""
     sealed = _sealed(checkpoint)
     step = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8")).get("global_step")
     if sealed.get("step", step) != step:

@@ -72,7 +72,7 @@ def _warn_of_lost_steps(checkpoint: Path) -> None:
     if later:
         logger.warning(
             f"{', '.join(later)} beside {checkpoint} came from steps that ε of the resumed run will not contain: if "
-            "anybody saw them, account for both runs."
+            "anybody saw them, the total in the ledger counts, which does."
         )
 
 

@@ -1,0 +1,103 @@
+"""`hf-dpclip ledger`: what all runs on a dataset spent together."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from ..privacy import RunRecord, Total
+
+SUMMARY = "Show the runs that a ledger has, and the total ε of each dataset."
+
+COLUMNS = ("run", "began", "steps", "q", "σ", "δ", "ε", "")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
+    parser.add_argument("path", type=Path, help="a ledger, or the output folder of a run")
+    parser.add_argument("--delta", type=float, help="δ of the totals; by default the smallest of a dataset's runs")
+    parser.add_argument("--json", action="store_true", help="print JSON; an ε that is not finite is null")
+    parser.add_argument("--close", metavar="RUN", help="end a run that crashed and will not be resumed, by its id")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints JSON, tables in a terminal, and lines of tab-separated values anywhere else."""
+    from ..privacy import LEDGER_NAME, Ledger, totals
+
+    ledger = Ledger(arguments.path / LEDGER_NAME if arguments.path.is_dir() else arguments.path)
+    if arguments.close:
+        ledger.close(arguments.close)
+    found = totals(ledger.runs(), arguments.delta)
+    if arguments.json:
+        print(json.dumps([_as_dict(total) for total in found], indent=2))
+    elif sys.stdout.isatty():
+        _print_tables(found)
+    else:
+        for total in found:
+            print(_verdict(total), *("\t".join(row) for row in [COLUMNS, *map(_row, total.runs)]), sep="\n")
+    return 0
+
+
+def _print_tables(found: list["Total"]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    for total in found:
+        table = Table(*COLUMNS, title=escape(_verdict(total)), title_justify="left", title_style="bold")
+        for row in map(_row, total.runs):
+            table.add_row(*map(escape, row))
+        Console().print(table)
+
+
+def _verdict(total: "Total") -> str:
+    """The line above the runs of a dataset."""
+    units = total.privacy_units
+    if len(units) > 1:
+        return f"{total.dataset}: no common ε, since runs protect different units ({', '.join(units)})"
+    spent = f"ε = {total.epsilon_of_private_runs:.4g} at δ = {total.delta:.3g}"
+    if not total.not_private_runs:
+        return f"{total.dataset}: {spent} for one {units[0]}"
+    return f"{total.dataset}: NOT PRIVATE; without the {len(total.not_private_runs)} runs that are not, {spent}"
+
+
+def _row(record: "RunRecord") -> tuple[str, ...]:
+    q, sigma = record.mechanism
+    remarks = ["NOT PRIVATE", *record.not_private_because] if record.not_private_because else []
+    if record.reserved:
+        remarks.append("not ended")
+    steps = f"{record.steps} of {record.plan['num_steps']}"
+    epsilon = f"{record.epsilon:.4g}" if math.isfinite(record.epsilon) else "none"
+    figures = f"{q:.4g}", f"{sigma:.4g}", f"{record.plan['target_delta']:.3g}", epsilon
+    return record.run[:8], record.time, steps, *figures, "; ".join(remarks)
+
+
+def _as_dict(total: "Total") -> dict[str, Any]:
+    return {
+        "dataset": total.dataset,
+        "epsilon": _finite(total.epsilon),
+        "delta": total.delta,
+        "epsilon_of_private_runs": _finite(total.epsilon_of_private_runs),
+        "not_private_runs": [record.run for record in total.not_private_runs],
+        "runs": [
+            {
+                "run": record.run,
+                "began": record.time,
+                "steps": record.steps,
+                "reserved": record.reserved,
+                "epsilon": _finite(record.epsilon),
+                "delta": record.plan["target_delta"],
+                "not_private_because": list(record.not_private_because),
+                "plan": record.plan,
+            }
+            for record in total.runs
+        ],
+    }
+
+
+def _finite(epsilon: float) -> float | None:
+    return epsilon if math.isfinite(epsilon) else None
