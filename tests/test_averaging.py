@@ -11,6 +11,7 @@ from transformers import CLIPModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_dpclip import WeightAveraging, lora_config
 from hf_dpclip.averaging import AVERAGES_NAME
+from hf_dpclip.checkpoints import SEAL_NAME
 
 
 # Steps so large that weights and averages are far apart.
@@ -245,7 +246,8 @@ def test_averages_are_not_taken_for_the_weights(make_trainer, interrupted):
 
 
 def test_a_checkpoint_without_averages_is_refused(make_averaging, interrupted):
-    (interrupted / AVERAGES_NAME).unlink()
+    for name in (AVERAGES_NAME, SEAL_NAME):
+        (interrupted / name).unlink()
     with pytest.raises(FileNotFoundError, match="saved without WeightAveraging, or with save_only_model=True"):
         make_averaging(**SAVING)[0].train(resume_from_checkpoint=str(interrupted))
 

@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 
 from two_processes import averaged_update
 
+from hf_dpclip.privacy import LEDGER_NAME, Ledger
+
 
 SCRIPT = Path(__file__).parent / "distributed" / "two_processes.py"
 LAUNCHERS = {
@@ -40,6 +42,7 @@ def run(request, tmp_path_factory):
     assert done.returncode == 0, done.stderr[-4000:]
     return {
         "results": [dict(np.load(folder / f"process-{process}.npz")) for process in range(2)],
+        "ledger": Ledger(folder / LEDGER_NAME).runs(),
         "facts": [json.loads((folder / f"facts-{process}.json").read_text()) for process in range(2)],
     }
 
@@ -54,6 +57,10 @@ def test_there_are_two_processes_and_their_microbatches_add_up(run):
 def test_weights_are_identical_on_all_processes(run, name):
     first, second = (results[name] for results in run["results"])
     assert np.array_equal(first, second)
+
+
+def test_one_process_records_what_all_take_together(run):
+    assert [(record.steps, record.reserved) for record in run["ledger"]] == [(steps, 0) for steps in (3, 1, 1, 30, 1)]
 
 
 def test_one_reduction_of_the_trainable_parameters_per_step(run):

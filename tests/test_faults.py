@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, Image
+from disk import room_for
 from factories import IMAGE_SIZE, pairs, tiny_processor
 from PIL import Image as PILImage
 from transformers import TrainerCallback
@@ -61,6 +62,15 @@ def test_a_disk_that_is_full_while_saving_costs_that_checkpoint_only(make_traine
     resumed.train(resume_from_checkpoint=True)
     assert resumed.privacy_spent().epsilon == resumed.plan.epsilon()
     assert recorded_steps(tmp_path) == 5
+
+
+def test_weights_that_do_not_fit_on_the_disk_are_an_error_with_the_remedy(make_trainer, tmp_path):
+    trainer = make_trainer(**SAVING)
+    with room_for(20_000), pytest.raises(OSError, match=r"checkpoint-1 could not be saved .*save_total_limit=2"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-1").is_dir()
+    with pytest.raises(ValueError, match=r"no complete checkpoint in .* \(1 unfinished\)"):
+        trainer.train(resume_from_checkpoint=True)
 
 
 def test_weights_are_never_beside_the_claim_of_others(make_trainer, tmp_path, monkeypatch):

@@ -5,16 +5,15 @@ import itertools
 import json
 import math
 import re
-import resource
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import dp_accounting
 import pytest
 import torch
+from disk import room_for
 from dp_accounting import pld
 from factories import pairs
 from plans import plan
@@ -149,17 +148,6 @@ def test_what_is_no_ledger_is_refused(ledger):
 
 
 # ---- A full disk ----
-
-
-@contextmanager
-def room_for(size: int):
-    """No file can grow beyond `size` bytes inside."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("room", [0, 1, 30])
