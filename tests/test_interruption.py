@@ -27,7 +27,7 @@ def killed(request, tmp_path_factory):
 
 def test_runs_were_killed_in_every_phase(killed):
     assert sum(killed["kills"].values()) == killed["wanted"]
-    assert killed["wanted"] < 100 or min(killed["kills"].values()) >= 15
+    assert killed["wanted"] < 100 or min(killed["kills"].values()) >= 5
 
 
 def test_no_release_went_uncounted_nothing_saved_was_lost_and_what_counts_as_good_is_readable(killed):
