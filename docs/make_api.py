@@ -35,6 +35,8 @@ MODULES = [
     "privacy.randomness",
     "privacy.mechanism",
     "privacy.accounting",
+    "privacy.composition",
+    "privacy.ledger",
 ]
 
 HEADER = """# API reference
