@@ -36,6 +36,8 @@ MODULES = [
     "privacy.secure_noise",
     "privacy.mechanism",
     "privacy.accounting",
+    "privacy.composition",
+    "privacy.ledger",
 ]
 
 HEADER = """# API reference
@@ -129,10 +131,11 @@ def _with_types(arguments: list[ast.arg], defaults: list[ast.expr | None]) -> li
 
 
 def _field(member: ast.AnnAssign) -> str:
-    """One field of a dataclass, with the default that `field(default=...)` holds."""
+    """One field of a dataclass, with the default that `field(default=...)` holds, or that a factory makes."""
     value = member.value
     if isinstance(value, ast.Call):
-        value = next(keyword.value for keyword in value.keywords if keyword.arg == "default")
+        default = next(keyword for keyword in value.keywords if keyword.arg in ("default", "default_factory"))
+        value = default.value if default.arg == "default" else ast.Call(default.value, [], [])
     return _declaration(member.target.id, member.annotation, value)
 
 

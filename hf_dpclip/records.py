@@ -27,7 +27,7 @@ def read_records(dataset: Dataset, numbers: list[int]) -> list[Any]:
         raise ValueError(
             f"record {number} of the dataset cannot be read ({type(cause).__name__}: {cause}): repair it, or leave it "
             f"out, as in dataset.select(row for row in range(len(dataset)) if row != {number}). A run that has begun "
-            "goes on, with resume_from_checkpoint=True, only if it is repaired: without it, it is another dataset."
+            "goes on, with resume_from_checkpoint=True, only if it is repaired: without it, the dataset is another."
         ) from cause
 
 
