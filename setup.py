@@ -10,7 +10,17 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "hf_dpclip" / "__init__.py").read_text(encoding="utf-8"))[1]
 
 EXAMPLES = ["easy-vqa>=1.0", "matplotlib>=3.8", "mlxtend>=0.23", "scikit-learn>=1.3"]
-TEST = [*EXAMPLES, "hypothesis>=6", "pytest>=8", "ruff>=0.14"]
+TRACKERS = ["optuna>=4", "tensorboard>=2.18", "trackio>=0.5"]
+TEST = [
+    *EXAMPLES,
+    *TRACKERS,
+    "build>=1.2",
+    "hypothesis>=6",
+    "ipython>=8",
+    "mypy>=1.15",
+    "pytest>=8",
+    "ruff>=0.14",
+]
 
 setup(
     name="hf_dpclip",

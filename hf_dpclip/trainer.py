@@ -17,7 +17,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback, Trainer
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers import trainer as hf_trainer
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
@@ -38,11 +39,13 @@ from .privacy import (
     PrivacySpent,
     PrivacyStatement,
     Randomness,
+    Runs,
     SecureGaussianMechanism,
 )
 from .public_negatives import PublicNegatives, encode_public_negatives
-from .reporting import PrivacyCallback, PrivacyProgressCallback
+from .reporting import PrivacyCallback, privacy_progress
 from .resuming import check_resumable, last_complete_checkpoint
+from .search import SearchingTrainer
 from .shared_images import warn_of_shared_images
 
 
@@ -52,7 +55,7 @@ logger = logging.get_logger(__name__)
 PRIVATE_STATISTICS = ("loss", "train_loss")
 
 
-class DPCLIPTrainer(Trainer):
+class DPCLIPTrainer(SearchingTrainer):
     """
     [`~transformers.Trainer`] whose result is (ε, δ)-differentially private in its training dataset.
 
@@ -76,7 +79,7 @@ class DPCLIPTrainer(Trainer):
     Formal guarantees:
         The weights after `steps` steps, with every log and checkpoint on the way, are a post-processing of `steps`
         releases of [`~privacy.GaussianMechanism`] on Poisson samples, hence `privacy_spent()` = (ε, δ) of `plan`.
-        Several calls of `train` compose.
+        Several calls of `train` compose, and so do the trials of `hyperparameter_search`.
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class DPCLIPTrainer(Trainer):
         self.public_negatives = None if public_negatives is None else self._encode_public(public_negatives)
         self.plan = None if train_dataset is None else self._make_plan()
         self._steps_taken = 0
+        self._earlier_runs: Runs = ()
         # Reasons of the past; those of today follow from the arguments.
         self._not_private_because: tuple[str, ...] = ()
         self._planned_forward_passes = args.gradient_accumulation_steps
@@ -152,7 +156,7 @@ class DPCLIPTrainer(Trainer):
         """What may be claimed of the weights as they are now. Raises `ValueError` if there is no training dataset."""
         self._check_planned()
         reasons = dict.fromkeys(self._not_private_because + self.args.not_private_because)
-        return PrivacyStatement(self.plan, self._steps_taken, tuple(reasons))
+        return PrivacyStatement(self.plan, self._steps_taken, tuple(reasons), self._earlier_runs)
 
     def _check_planned(self):
         if self.plan is None:
@@ -166,7 +170,9 @@ class DPCLIPTrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """As in the `Trainer`."""
+        """As in the `Trainer`. Raises `ValueError` for the private training dataset."""
+        if not self.args.log_private_statistics:
+            validation.check_evaluation_data(self.train_dataset, test_dataset, "test_dataset")
         with self._images_as_they_are():
             return super().get_test_dataloader(test_dataset)
 
@@ -213,6 +219,8 @@ class DPCLIPTrainer(Trainer):
     def prepare_mechanism(self) -> None:
         """Binds the mechanism to the model's trainable parameters. Called when training begins."""
         validation.check_model(self.model)
+        if self.public_negatives is not None:
+            self.public_negatives.forget()
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         validation.check_optimizer(self.optimizer, parameters)
         process, num_processes = self.args.process_index, self.args.world_size
@@ -263,27 +271,35 @@ class DPCLIPTrainer(Trainer):
         Raises `ValueError` if the checkpoint's plan is not this one.
         """
         self._check_planned()
-        if trial is not None:
-            raise ValueError(
-                "hyperparameter_search is not supported: every trial spends privacy and needs a plan of its own. Make "
-                "one DPCLIPTrainer per trial and account for all of them."
-            )
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
             statement = check_resumable(resume_from_checkpoint, self.plan)
             self.plan = statement.plan
             self._steps_taken = max(self._steps_taken, statement.steps)
+            self._earlier_runs = max(self._earlier_runs, statement.earlier_runs, key=len)
             # What the resumed steps lost, the steps to come cannot restore.
             self._not_private_because += statement.not_private_because
-        if self.remaining_steps == 0:
+        if self.remaining_steps == 0 and trial is None and not self._plan_is_a_trials:
             logger.warning(f"target_epsilon={self.plan.target_epsilon} is spent: no further step can be taken.")
             return TrainOutput(self.state.global_step, math.nan, {})
         self._draw_randomness()
-        output = super().train(resume_from_checkpoint, **kwargs)
+        output = super().train(resume_from_checkpoint, trial, **kwargs)
         if self.args.log_private_statistics:
             return output
         return TrainOutput(output.global_step, math.nan, self._without_private_statistics(output.metrics))
+
+    def begin_run(self) -> None:
+        """As in [`SearchingTrainer`]. Raises `ValueError` for arguments that construction would not have accepted."""
+        self.args.check()
+        validation.check_loss_is_known(self.args, self.contrastive_base, self.public_negatives is not None)
+        statement = self.privacy_statement()
+        if statement.steps:
+            self._earlier_runs = statement.runs
+        self._not_private_because = statement.not_private_because
+        self.plan, self._steps_taken = self._make_plan(), 0
+        self._planned_forward_passes = self.args.gradient_accumulation_steps
+        self._draw_randomness()
 
     def _draw_randomness(self) -> None:
         """Fresh streams, from one root for all processes, so that they draw the same microbatches."""
@@ -297,8 +313,8 @@ class DPCLIPTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As in the `Trainer`, with ε and without statistics of the private data."""
-        if not self.args.log_private_statistics:
-            logs = self._without_private_statistics(logs)
+        # Not in place: they are the metrics that a hyperparameter search adds up.
+        logs = dict(logs) if self.args.log_private_statistics else self._without_private_statistics(logs)
         if self._steps_taken and not self.plan.non_private:
             logs["epsilon"] = self.privacy_spent().epsilon
         if self.plan is not None and self.privacy_statement().not_private_because:
@@ -345,8 +361,9 @@ class DPCLIPTrainer(Trainer):
 
     def _use_own_callbacks(self):
         self.add_callback(PrivacyCallback(self))
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(PrivacyProgressCallback())
+        progress = hf_trainer.DEFAULT_PROGRESS_CALLBACK
+        if self.pop_callback(progress) is not None:
+            self.add_callback(privacy_progress(progress))
 
     def _microbatch_dataset(self) -> MicrobatchDataset:
         """The records and their collator, with the columns that nobody reads removed, as in `Trainer`."""

@@ -7,7 +7,7 @@ proof. The core needs torch, numpy and dp_accounting only.
 """
 
 from .mechanism import GaussianMechanism, clip_
-from .plan import PrivacyPlan, PrivacySpent
+from .plan import PrivacyPlan, PrivacySpent, Runs, composed
 from .randomness import Randomness
 from .sampling import PoissonSampler
 from .secure_noise import SecureGaussianMechanism
@@ -22,6 +22,8 @@ __all__ = [
     "PrivacySpent",
     "PrivacyStatement",
     "Randomness",
+    "Runs",
     "SecureGaussianMechanism",
     "clip_",
+    "composed",
 ]
