@@ -1,6 +1,7 @@
 """From training arguments and a dataset size to the privacy plan of the run."""
 
 import math
+from typing import Any
 
 from .arguments import DPTrainingArguments
 from .privacy import PrivacyPlan
@@ -8,7 +9,7 @@ from .privacy import PrivacyPlan
 
 def make_plan(args: DPTrainingArguments, num_examples: int) -> PrivacyPlan:
     """The plan of a run on `num_examples` privacy units. Raises `ValueError` as [`PrivacyPlan`] does."""
-    fields = {
+    fields: dict[str, Any] = {
         "num_examples": num_examples,
         "expected_batch_size": args.expected_batch_size,
         "num_microbatches": args.num_microbatches,
