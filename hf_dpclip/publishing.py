@@ -37,8 +37,8 @@ class PublishingTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As in the `Trainer`, with ε and without statistics of the private data."""
-        if not self.args.log_private_statistics:
-            logs = self._without_private_statistics(logs)
+        # Not in place: they are the metrics that a hyperparameter search adds up.
+        logs = dict(logs) if self.args.log_private_statistics else self._without_private_statistics(logs)
         if self.plan is not None:
             statement = self.privacy_statement()
             if statement.steps and not self.plan.non_private:

@@ -17,14 +17,15 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPModel, ProcessorMixin, ProgressCallback, SiglipModel, TrainerState
+from transformers import PreTrainedModel, ProcessorMixin, TrainerState
+from transformers import trainer as hf_trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from . import validation
 from .arguments import DPTrainingArguments
-from .data import ImageTextCollator
+from .data import ImageTextCollator, PairCollator, default_collator
 from .dataloader import ForwardBatchSampler, MicrobatchDataset, PrivacyUnits, RecordNumbers, make_dataloader
 from .faults import explained
 from .forward_pass import choose_forward_pass, make_contrastive_model
@@ -39,12 +40,13 @@ from .privacy import (
     PrivacySpent,
     PrivacyStatement,
     Randomness,
+    Runs,
     SecureGaussianMechanism,
 )
 from .public_negatives import PublicNegatives, encode_public_negatives
-from .publishing import PublishingTrainer
-from .reporting import PrivacyCallback, PrivacyProgressCallback
+from .reporting import PrivacyCallback, privacy_progress
 from .resuming import check_resumable, last_complete_checkpoint
+from .search import SearchingTrainer
 from .shared_images import warn_of_shared_images
 from .spending import new_run, recorded
 
@@ -52,15 +54,17 @@ from .spending import new_run, recorded
 logger = logging.get_logger(__name__)
 
 
-class DPCLIPTrainer(PublishingTrainer):
+class DPCLIPTrainer(SearchingTrainer):
     """
     [`~transformers.Trainer`] whose result is (ε, δ)-differentially private in its training dataset.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): a `CLIPModel` or `SiglipModel`, or any model that returns a loss.
+        model (`PreTrainedModel` or `PeftModel`): a `CLIPModel`, a `SiglipModel`, one of their kin
+            (`docs/encoders.md`), or any model that returns a loss.
         args ([`DPTrainingArguments`]): training and privacy arguments.
         data_collator (`Callable`, *optional*): collates the records of one microbatch. Defaults to
-            [`ImageTextCollator`] if `processing_class` is a processor and the dataset is not yet tokenized.
+            [`ImageTextCollator`], or [`AudioTextCollator`] for CLAP, if `processing_class` is a processor and the
+            dataset is not yet encoded.
         train_dataset: map-style dataset of the private records.
         public_negatives (`list[str]` or `datasets.Dataset`, *optional*): captions, images or pairs, not derived from
             the private records, with which every microbatch is contrasted too. Allows `microbatch_size=1`.
@@ -74,8 +78,13 @@ class DPCLIPTrainer(PublishingTrainer):
     Formal guarantees:
         The weights after `steps` steps, with every log and checkpoint on the way, are a post-processing of `steps`
         releases of [`~privacy.GaussianMechanism`] on Poisson samples, hence `privacy_spent()` = (ε, δ) of `plan`.
-        Several calls of `train` compose.
+        Several calls of `train` compose, and so do the trials of `hyperparameter_search`.
     """
+
+    args: DPTrainingArguments
+    model: nn.Module
+    # None where there is no training dataset, as in a trainer that only evaluates.
+    plan: PrivacyPlan
 
     def __init__(
         self,
@@ -94,7 +103,7 @@ class DPCLIPTrainer(PublishingTrainer):
             )
         validation.check_call(model, data_collator, train_dataset, processing_class)
         if data_collator is None and _needs_processing(train_dataset, processing_class):
-            data_collator = ImageTextCollator(processing_class)
+            data_collator = default_collator(processing_class)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         forward = inspect.signature(base_model(self.model).forward).parameters
         # The Trainer looks for `return_loss=True` as the default, which no contrastive model has any more.
@@ -108,6 +117,7 @@ class DPCLIPTrainer(PublishingTrainer):
         self.plan = None if train_dataset is None else self._make_plan()
         self._run = new_run()
         self._steps_taken = 0
+        self._earlier_runs: Runs = ()
         # Reasons of the past; those of today follow from the arguments.
         self._not_private_because: tuple[str, ...] = ()
         self._planned_forward_passes = args.gradient_accumulation_steps
@@ -151,7 +161,9 @@ class DPCLIPTrainer(PublishingTrainer):
         """What may be claimed of the weights as they are now. Raises `ValueError` if there is no training dataset."""
         self._check_planned()
         reasons = dict.fromkeys(self._not_private_because + self.args.not_private_because)
-        return PrivacyStatement(self.plan, self._steps_taken, tuple(reasons), run=self._run)
+        return PrivacyStatement(
+            self.plan, self._steps_taken, tuple(reasons), run=self._run, earlier_runs=self._earlier_runs
+        )
 
     def _check_planned(self):
         if self.plan is None:
@@ -165,7 +177,9 @@ class DPCLIPTrainer(PublishingTrainer):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """As in the `Trainer`."""
+        """As in the `Trainer`. Raises `ValueError` for the private training dataset."""
+        if not self.args.log_private_statistics:
+            validation.check_evaluation_data(self.train_dataset, test_dataset, "test_dataset")
         with self._images_as_they_are():
             return super().get_test_dataloader(test_dataset)
 
@@ -181,8 +195,8 @@ class DPCLIPTrainer(PublishingTrainer):
             self.data_collator = collator
 
     @property
-    def contrastive_base(self) -> CLIPModel | SiglipModel | None:
-        """The `CLIPModel` or `SiglipModel` in training, if it is its own contrastive loss that is minimised."""
+    def contrastive_base(self) -> PreTrainedModel | None:
+        """The model in training, without adapters, if it is a known contrastive loss of its own that is minimised."""
         return contrastive_base(self.model) if self.minimises_own_loss else None
 
     @property
@@ -212,6 +226,8 @@ class DPCLIPTrainer(PublishingTrainer):
     def prepare_mechanism(self) -> None:
         """Binds the mechanism to the model's trainable parameters. Called when training begins."""
         validation.check_model(self.model)
+        if self.public_negatives is not None:
+            self.public_negatives.forget()
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         validation.check_optimizer(self.optimizer, parameters)
         process, num_processes = self.args.process_index, self.args.world_size
@@ -263,20 +279,15 @@ class DPCLIPTrainer(PublishingTrainer):
         Raises `ValueError` if the checkpoint's plan is not this one.
         """
         self._check_planned()
-        if trial is not None:
-            raise ValueError(
-                "hyperparameter_search is not supported: every trial spends privacy and needs a plan of its own. Make "
-                "one DPCLIPTrainer per trial; with one ledger_path, `hf-dpclip ledger` adds all of them up."
-            )
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        steps = self._take_over(resume_from_checkpoint) if resume_from_checkpoint else self.plan.num_steps
-        steps = min(steps, self.remaining_steps)
-        if steps == 0:
+        self._steps_ahead = self._take_over(resume_from_checkpoint) if resume_from_checkpoint else self.plan.num_steps
+        has_own_plan = trial is None and not self._plan_is_a_trials
+        if has_own_plan and self._planned_steps == 0:
             return self._finished(resume_from_checkpoint)
         self._draw_randomness()
-        with recorded(self, steps) as self._before_release, explained():
-            output = super().train(resume_from_checkpoint, **kwargs)
+        with explained():
+            output = super().train(resume_from_checkpoint, trial, **kwargs)
         if self.args.log_private_statistics:
             return output
         return TrainOutput(output.global_step, math.nan, self._without_private_statistics(output.metrics))
@@ -287,6 +298,7 @@ class DPCLIPTrainer(PublishingTrainer):
         self.plan = statement.plan
         self._run = statement.run or self._run
         self._steps_taken = max(self._steps_taken, statement.steps)
+        self._earlier_runs = max(self._earlier_runs, statement.earlier_runs, key=len)
         # What the resumed steps lost, the steps to come cannot restore.
         self._not_private_because += statement.not_private_because
         self.state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
@@ -302,6 +314,29 @@ class DPCLIPTrainer(PublishingTrainer):
             self._load_from_checkpoint(best or checkpoint)
         return TrainOutput(self.state.global_step, math.nan, {})
 
+    def begin_run(self) -> None:
+        """As in [`SearchingTrainer`]. Raises `ValueError` for arguments that construction would not have accepted."""
+        self.args.check()
+        validation.check_loss_is_known(self.args, self.contrastive_base, self.public_negatives is not None)
+        statement = self.privacy_statement()
+        if statement.steps:
+            self._earlier_runs = statement.runs
+        self._not_private_because = statement.not_private_because
+        self.plan, self._steps_taken, self._run = self._make_plan(), 0, new_run()
+        self._steps_ahead = self.plan.num_steps
+        self._planned_forward_passes = self.args.gradient_accumulation_steps
+        self._draw_randomness()
+
+    @property
+    def _planned_steps(self) -> int:
+        """Steps that this call of `train` is going to take at most."""
+        return min(self._steps_ahead, self.remaining_steps)
+
+    def _inner_training_loop(self, *args, **kwargs):
+        # Not before a trial of a search has a plan of its own.
+        with recorded(self, self._planned_steps) as self._before_release:
+            return super()._inner_training_loop(*args, **kwargs)
+
     def _draw_randomness(self) -> None:
         """Fresh streams, from one root for all processes, so that they draw the same microbatches."""
         root = Randomness(*broadcast_object_list([Randomness(self.args.noise_seed).entropy]))
@@ -312,8 +347,9 @@ class DPCLIPTrainer(PublishingTrainer):
 
     def _use_own_callbacks(self):
         self.add_callback(PrivacyCallback(self))
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(PrivacyProgressCallback())
+        progress = hf_trainer.DEFAULT_PROGRESS_CALLBACK
+        if self.pop_callback(progress) is not None:
+            self.add_callback(privacy_progress(progress))
 
     def _microbatch_dataset(self) -> MicrobatchDataset:
         """The records and their collator, with the columns that nobody reads removed, as in `Trainer`."""
@@ -326,10 +362,11 @@ class DPCLIPTrainer(PublishingTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if isinstance(self.data_collator, ImageTextCollator):
+        if isinstance(self.data_collator, PairCollator):
             self._signature_columns = [*self._signature_columns, *self.data_collator.columns]
 
 
 def _needs_processing(dataset: Any, processing_class: Any) -> bool:
-    """Whether records are raw images and texts that a processor has yet to encode."""
-    return isinstance(processing_class, ProcessorMixin) and "pixel_values" not in getattr(dataset, "column_names", ())
+    """Whether records are raw images, or sounds, and texts that a processor has yet to encode."""
+    encoded = {"pixel_values", "input_features"} & set(getattr(dataset, "column_names", ()))
+    return isinstance(processing_class, ProcessorMixin) and not encoded

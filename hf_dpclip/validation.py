@@ -1,6 +1,7 @@
 """Refusals: what the guarantee does not cover is an error before the first step, with the remedy in its message."""
 
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import Dataset, IterableDataset
-from transformers import CLIPModel, PreTrainedModel, ProcessorMixin, Trainer
+from transformers import PreTrainedModel, ProcessorMixin, Trainer
+from transformers.trainer_utils import HPSearchBackend
 
 from .arguments import DPTrainingArguments
-from .data import ImageTextCollator, VisualQuestionCollator, tokenizer_of
+from .data import ImageTextCollator, PairCollator, VisualQuestionCollator, tokenizer_of
+from .gradients.contrastive import WITH_CAUSAL_TEXTS
 from .models import CLIPForVisualQuestionAnswering
 from .public_negatives import shared_rows
 from .records import first_record
@@ -57,8 +60,8 @@ def check_model(model: nn.Module) -> None:
     if leaking:
         raise ValueError(
             f"{leaking[0]} ({len(leaking)} such modules) keeps running statistics of the private data outside the "
-            "mechanism: replace BatchNorm by GroupNorm or LayerNorm, set track_running_stats=False, or fold the "
-            "statistics into the convolution before it."
+            "mechanism: freeze those it came with by hf_dpclip.freeze_batch_norm(model), or replace BatchNorm by "
+            "GroupNorm or LayerNorm."
         )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
@@ -98,8 +101,8 @@ def check_dataset(dataset: Dataset) -> None:
 
 
 def check_records(collator: Callable, *collated: Dataset | dict[str, Dataset] | None) -> None:
-    """Raises `ValueError` for records that an [`ImageTextCollator`] cannot collate, those of evaluation included."""
-    if not isinstance(collator, ImageTextCollator):
+    """Raises `ValueError` for records that a collator of ours cannot collate, those of evaluation included."""
+    if not isinstance(collator, PairCollator):
         return
     for candidate in collated:
         for dataset in candidate.values() if isinstance(candidate, dict) else [candidate]:
@@ -144,18 +147,26 @@ def check_pairs_are_read(model: nn.Module, collator: Callable, tokens: int | Non
         _check_text_length(tokenizer_of(collator.processor).model_max_length, tokens)
 
 
-def check_evaluation_data(train_dataset: Dataset, eval_dataset: Dataset | dict[str, Dataset] | None) -> None:
+def check_evaluation_data(
+    train_dataset: Dataset, evaluated: Dataset | dict[str, Dataset] | None, name: str = "eval_dataset"
+) -> None:
     """Raises `ValueError` if metrics would be computed on the private records themselves."""
-    candidates = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    candidates = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
     if train_dataset is not None and any(candidate is train_dataset for candidate in candidates):
         raise ValueError(
-            "eval_dataset is the private training dataset, so its metrics would be raw statistics of private records: "
+            f"{name} is the private training dataset, so its metrics would be raw statistics of private records: "
             "hold records out with train_test_split, or set log_private_statistics=True on public data."
         )
 
 
 def check_environment(trainer: Trainer) -> None:
     """Raises `ValueError` for launcher settings that the arguments do not show."""
+    launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if launched != trainer.args.world_size:
+        raise ValueError(
+            f"the launcher started {launched} processes of which TrainingArguments know {trainer.args.world_size}, so "
+            "each would train a model of its own: on a machine without GPUs, add use_cpu=True (--use_cpu)."
+        )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(
             "the launcher enabled FSDP or DeepSpeed, which reduce unclipped gradients: choose DDP instead."
@@ -179,18 +190,22 @@ def check_loss_decomposes(microbatch_size: int, in_batch_negatives_only: bool) -
 def check_loss_is_known(
     args: DPTrainingArguments, contrastive_base: PreTrainedModel | None, public_negatives: bool
 ) -> None:
-    """Raises `ValueError` for what only CLIP's and SigLIP's own loss allows."""
+    """Raises `ValueError` for what only a known contrastive loss allows."""
     if args.chunked and contrastive_base is None:
         raise ValueError(
             f"microbatch_size={args.microbatch_size} is larger than per_device_train_batch_size="
-            f"{args.per_device_train_batch_size}; chunks of a microbatch can only be put together again for CLIPModel "
-            "or SiglipModel with its own loss: choose a microbatch_size that divides per_device_train_batch_size."
+            f"{args.per_device_train_batch_size}; chunks of a microbatch can only be put together again for "
+            "CLIPModel, SiglipModel and their kin (docs/encoders.md) with their own loss: choose a microbatch_size "
+            "that divides per_device_train_batch_size."
         )
-    if args.static_shapes and not isinstance(contrastive_base, CLIPModel):
-        # SigLIP is not told where a text ends.
-        raise ValueError("static_shapes=True needs CLIPModel with its own loss: remove it.")
+    if args.static_shapes and not isinstance(contrastive_base, WITH_CAUSAL_TEXTS):
+        # Others are not always told where a text ends.
+        raise ValueError("static_shapes=True needs CLIPModel or MetaClip2Model with its own loss: remove it.")
     if public_negatives and contrastive_base is None:
-        raise ValueError("public_negatives need CLIPModel or SiglipModel with its own loss: leave them out.")
+        raise ValueError(
+            "public_negatives need CLIPModel, SiglipModel or one of their kin (docs/encoders.md) with its own loss: "
+            "leave them out."
+        )
     if args.chunked and args.public_negatives_gradient:
         raise ValueError(
             "public_negatives_gradient=True cannot be combined with a microbatch_size larger than "
@@ -206,6 +221,15 @@ def check_public(train_dataset: Dataset, public_negatives: list[str] | Dataset) 
             f"{shared} of the {len(public_negatives)} public_negatives are records of the private train_dataset: what "
             "they reveal is not covered by the guarantee. Give images and captions of another source, or remove these "
             "records from train_dataset."
+        )
+
+
+def check_search(settings: dict[str, Any]) -> None:
+    """Raises `ValueError` for a hyperparameter search whose trials this trainer would not all see."""
+    if settings["backend"] == HPSearchBackend.RAY or settings.get("n_jobs", 1) != 1:
+        raise ValueError(
+            "trials that run side by side do not know what the others spend: use backend='optuna' (or 'wandb') with "
+            "n_jobs=1, one trial after another."
         )
 
 
