@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from datasets import disable_progress_bars
 
-from hf_dpclip.audit.fine_tune import FineTune, FineTuneAudit, training
+from hf_dpclip.audit.fine_tune import FineTune, FineTuneAudit
 
 
 TINY_CLIP = Path(__file__).parent / "tiny-clip"
@@ -26,12 +26,11 @@ LOWEST_RATE = 2e-3
 def main():
     args = parse_arguments()
     disable_progress_bars()
-    # Looking at every release would take longer than making them.
-    without = FineTune(TINY_CLIP, lora_rank=args.lora_rank, every=25, **args.sizes)
-    private = FineTune(TINY_CLIP, lora_rank=args.lora_rank, **args.sizes)
-    audits = {WITHOUT: without.audit(training(None, args.max_steps))}
-    for epsilon in args.target_epsilon:
-        audits[f"ε = {epsilon:g}"] = private.audit(training(epsilon, args.max_steps))
+    fine_tune = FineTune(
+        TINY_CLIP, num_members=args.num_members, num_canaries=args.num_canaries, lora_rank=args.lora_rank
+    )
+    runs = {WITHOUT: None, **{f"ε = {epsilon:g}": epsilon for epsilon in args.target_epsilon}}
+    audits = {name: fine_tune.audit(epsilon, args.max_steps) for name, epsilon in runs.items()}
     print_table(audits)
     draw(audits, args.output)
 
@@ -45,9 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_steps", type=int, help="steps of each run, to see quickly that everything works")
     output = Path("outputs", "audit.png")
     parser.add_argument("--output", type=Path, default=output, help="the figure (default: %(default)s)")
-    args = parser.parse_args()
-    args.sizes = {"num_members": args.num_members, "num_canaries": args.num_canaries}
-    return args
+    return parser.parse_args()
 
 
 def print_table(audits: dict[str, FineTuneAudit]) -> None:

@@ -24,6 +24,11 @@ from ..trainer import DPCLIPTrainer
 from .one_run import Canaries, RunAudit, audit_run
 
 
+UNCLIPPED = 1e6
+# Without privacy, the white-box adversary looks at one release out of so many; all would take longer than training.
+LOOK_EVERY = 25
+
+
 @dataclass(frozen=True)
 class Membership:
     """Membership inference on records of one draw, half of which were trained on.
@@ -79,18 +84,6 @@ class FineTuneAudit:
         return {**values, **rates, "accuracy": self.accuracy}
 
 
-def training(target_epsilon: float | None, max_steps: int | None = None) -> dict[str, Any]:
-    """Training arguments that learn well at this size, with privacy or (`None`) without.
-
-    Without privacy, small batches go over the records often enough for wrong labels to be learnt by heart.
-    """
-    if target_epsilon is None:
-        batches = {"per_device_train_batch_size": 64, "max_steps": max_steps or 900, "learning_rate": 1e-3}
-        return {**batches, "non_private": True, "max_grad_norm": 1e6}
-    batches = {"per_device_train_batch_size": 256, "max_steps": max_steps or 40, "learning_rate": 1e-3}
-    return {**batches, "target_epsilon": target_epsilon}
-
-
 @dataclass(frozen=True)
 class FineTune:
     """The model, the data and the training of an audited run.
@@ -100,7 +93,6 @@ class FineTune:
         dataset_name (`str`): one of the presets.
         num_members, num_canaries (`int`): ordinary records, as many of which are held out, and canaries.
         lora_rank (`int`): 0 trains all parameters.
-        every (`int`): the white-box adversary looks at one release out of so many.
     """
 
     model_name_or_path: str | Path
@@ -108,10 +100,14 @@ class FineTune:
     num_members: int = 600
     num_canaries: int = 300
     lora_rank: int = 0
-    every: int = 1
 
-    def audit(self, arguments: dict[str, Any]) -> FineTuneAudit:
-        """Trains and attacks. `arguments` are those of [`DPTrainingArguments`].
+    def audit(self, target_epsilon: float | None, max_steps: int | None = None) -> FineTuneAudit:
+        """Trains and attacks.
+
+        Args:
+            target_epsilon (`float`, *optional*): ε of the run; `None` trains without privacy.
+            max_steps (`int`, *optional*): by default as many as learn well at this size; without privacy, as many as
+                learn wrong labels by heart.
 
         Raises `ValueError` for an unknown dataset or too few records.
         """
@@ -120,7 +116,7 @@ class FineTune:
         collator = ImageTextCollator(processor, text_column="caption")
         trainer = DPCLIPTrainer(
             self._model(),
-            DPTrainingArguments(**{**self._defaults(), **arguments}),
+            self._arguments(target_epsilon, max_steps),
             collator,
             concatenate_datasets([members, canaries]),
             processing_class=processor,
@@ -128,7 +124,8 @@ class FineTune:
         )
         losses = [LabelLosses(each, processor, prompts) for each in (canaries, members, others)]
         tossed = Canaries.toss(np.arange(len(members), len(members) + len(canaries)))
-        run = audit_run(trainer, tossed, losses[0], every=self.every)
+        every = LOOK_EVERY if target_epsilon is None else 1
+        run = audit_run(trainer, tossed, losses[0], every=every)
         with torch.no_grad():
             of_canaries, of_members, of_others = (-each(trainer.model).cpu().numpy() for each in losses)
             accuracy = losses[2].accuracy(trainer.model)
@@ -156,18 +153,25 @@ class FineTune:
         return get_peft_model(model, lora_config(model, r=self.lora_rank)) if self.lora_rank else model
 
     @staticmethod
-    def _defaults() -> dict[str, Any]:
-        return {
-            "output_dir": "outputs/audit",
+    def _arguments(target_epsilon: float | None, max_steps: int | None) -> DPTrainingArguments:
+        private = target_epsilon is not None
+        return DPTrainingArguments(
+            output_dir="outputs/audit",
+            target_epsilon=target_epsilon,
+            non_private=not private,
             # The theorem multiplies δ by the number of canaries: with 1/n, no guesses would tell anything.
-            "target_delta": 1e-6,
-            "microbatch_size": 1,
-            "lr_scheduler_type": "constant",
-            "logging_strategy": "no",
-            "save_strategy": "no",
-            "report_to": "none",
-            "remove_unused_columns": False,
-        }
+            target_delta=1e-6,
+            max_grad_norm=1.0 if private else UNCLIPPED,
+            per_device_train_batch_size=256 if private else 64,
+            max_steps=max_steps or (40 if private else 900),
+            microbatch_size=1,
+            learning_rate=1e-3,
+            lr_scheduler_type="constant",
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
+        )
 
 
 @cache

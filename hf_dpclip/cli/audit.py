@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     whole.add_argument("--non_private", action="store_true", help="train without privacy instead, to compare")
     whole.add_argument("--num_canaries", type=int, default=300, help="canaries (default: %(default)s)")
     whole.add_argument("--num_members", type=int, default=600, help="other records (default: %(default)s)")
-    whole.add_argument("--max_steps", type=int, help="steps (default: those of examples/audit.py)")
+    whole.add_argument("--max_steps", type=int, help="steps (default: those of docs/auditing.md)")
     whole.add_argument("--json", action="store_true", help="print an object")
     whole.set_defaults(audit_command=run_whole)
 
@@ -64,7 +64,7 @@ def run_step(arguments: argparse.Namespace) -> int:
 
 def run_whole(arguments: argparse.Namespace) -> int:
     """Exit code 0 if no lower bound exceeds the claim."""
-    from ..audit.fine_tune import FineTune, training
+    from ..audit.fine_tune import FineTune
     from ..audit.game import quiet
 
     fine_tune = FineTune(
@@ -72,7 +72,7 @@ def run_whole(arguments: argparse.Namespace) -> int:
     )
     target = None if arguments.non_private else arguments.target_epsilon
     with quiet():
-        audit = fine_tune.audit(training(target, arguments.max_steps))
+        audit = fine_tune.audit(target, arguments.max_steps)
     values = audit.to_dict()
     print(json.dumps(values) if arguments.json else "\n".join(f"{name:28}{value}" for name, value in values.items()))
     return int(audit.run.refuted)
