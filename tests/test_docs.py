@@ -241,7 +241,11 @@ def start(command: Command) -> subprocess.Popen:
 
 
 def finish(processes: list[subprocess.Popen]):
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)[-4000:]
     assert re.search(r"Privacy.*: ε = .* after 2 steps", "\n".join(outputs))
 
