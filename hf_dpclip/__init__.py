@@ -9,6 +9,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME_OF = {
+    "AudioTextCollator": "data",
     "CLIPForVisualQuestionAnswering": "models",
     "CLIPVQAConfig": "models",
     "DPCLIPTrainer": "trainer",
@@ -19,6 +20,7 @@ _HOME_OF = {
     "PrivacyStatement": "privacy",
     "VisualQuestionCollator": "data",
     "WeightAveraging": "averaging",
+    "freeze_batch_norm": "models",
     "lora_config": "models",
 }
 

@@ -1,7 +1,7 @@
-"""Loading, captioning and collating images with texts: captions, or questions and answers."""
+"""Loading, captioning and collating images or sounds with texts: captions, or questions and answers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_datase
 from datasets.exceptions import DatasetsError
 from PIL.Image import Image as PILImage
 from torch.utils.data import Dataset as TorchDataset
-from transformers import BatchEncoding, ProcessorMixin
+from transformers import BatchEncoding, ClapProcessor, ProcessorMixin
 
 from .records import check_complete, check_picture, check_text, first_record
 
@@ -18,8 +18,38 @@ from .records import check_complete, check_picture, check_text, first_record
 FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
+class PairCollator:
+    """What all collators of ours know: the dataset columns that they read, which their `*_column` fields name."""
+
+    @property
+    def columns(self) -> list[str]:
+        """The dataset columns that are read, which the trainer therefore keeps."""
+        return [getattr(self, name) for name in self._column_fields if getattr(self, name) is not None]
+
+    def check_columns(self, names: list[str]) -> None:
+        """Raises `ValueError` unless all columns are among `names`."""
+        missing = [column for column in self.columns if column not in names]
+        if missing:
+            raise ValueError(
+                f"the dataset has no column {missing[0]!r} (it has {sorted(names)}): pass "
+                f"data_collator={type(self).__name__}(processor, {self._arguments}) with its own names."
+            )
+
+    def check_records(self, dataset: TorchDataset) -> None:
+        """Raises `ValueError` for records that cannot be collated, as far as the first one tells."""
+        self.check_columns([*first_record(dataset)])
+
+    @property
+    def _column_fields(self) -> list[str]:
+        return [field.name for field in fields(self) if field.name.endswith("_column")]
+
+    @property
+    def _arguments(self) -> str:
+        return ", ".join(f"{name}=..." for name in self._column_fields)
+
+
 @dataclass
-class ImageTextCollator:
+class ImageTextCollator(PairCollator):
     """Turns records with an image and a text into a batch for a contrastive model.
 
     Args:
@@ -52,11 +82,6 @@ class ImageTextCollator:
                 f"augmentation is a {type(self.augmentation).__name__}: give a function from an image to an image."
             )
 
-    @property
-    def columns(self) -> list[str]:
-        """The dataset columns that are read, which the trainer therefore keeps."""
-        return [column for column in (self.image_column, self.text_column) if column is not None]
-
     def __call__(self, records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         records = [record for record in records for _ in range(self.views)]
         inputs = {}
@@ -84,8 +109,8 @@ class ImageTextCollator:
 
     def check_records(self, dataset: TorchDataset) -> None:
         """Raises `ValueError` for records that cannot be collated, as far as the first one and the table tell."""
+        super().check_records(dataset)
         first = first_record(dataset)
-        self.check_columns([*first])
         if self.image_column is not None and not isinstance(self.processor, ProcessorMixin):
             raise ValueError(
                 f"{type(self.processor).__name__} is no processor of images and texts: pass one, as "
@@ -96,19 +121,6 @@ class ImageTextCollator:
         if self.text_column is not None:
             check_text(first[self.text_column], self.text_column)
         check_complete(dataset, self.image_column, self.text_column)
-
-    def check_columns(self, names: list[str]) -> None:
-        """Raises `ValueError` unless both columns are among `names`."""
-        missing = [column for column in self.columns if column not in names]
-        if missing:
-            raise ValueError(
-                f"the dataset has no column {missing[0]!r} (it has {sorted(names)}): pass "
-                f"data_collator={type(self).__name__}(processor, {self._arguments}) with its own names."
-            )
-
-    @property
-    def _arguments(self) -> str:
-        return "image_column=..., text_column=..."
 
 
 @dataclass(kw_only=True)
@@ -139,11 +151,6 @@ class VisualQuestionCollator(ImageTextCollator):
         if not isinstance(self.label2id, dict):
             raise ValueError(f"label2id is a {type(self.label2id).__name__}: pass model.config.label2id.")
 
-    @property
-    def columns(self) -> list[str]:
-        """As in [`ImageTextCollator`]."""
-        return [*super().columns, self.answer_column]
-
     def __call__(self, records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = super().__call__(records)
         answers = [check_text(record[self.answer_column], self.answer_column) for record in records]
@@ -170,7 +177,49 @@ class VisualQuestionCollator(ImageTextCollator):
 
     @property
     def _arguments(self) -> str:
-        return "label2id=..., image_column=..., text_column=..., answer_column=..."
+        return f"label2id=..., {super()._arguments}"
+
+
+@dataclass
+class AudioTextCollator(PairCollator):
+    """Turns records with a sound and a text into a batch for a contrastive model.
+
+    Args:
+        processor ([`~transformers.ProcessorMixin`]): tokenizer and feature extractor.
+        audio_column (`str`, *optional*, defaults to `"audio"`): sounds, decoded by `datasets`: an `array` and its
+            `sampling_rate` in Hz.
+        text_column (`str`, *optional*, defaults to `"text"`): captions.
+
+    Raises `ValueError` for a sampling rate that is not the feature extractor's.
+
+    Example:
+        ```python
+        collator = AudioTextCollator(ClapProcessor.from_pretrained("laion/clap-htsat-unfused"))
+        trainer = DPCLIPTrainer(freeze_batch_norm(model), args, collator, train_dataset)
+        ```
+    """
+
+    processor: ProcessorMixin
+    audio_column: str = "audio"
+    text_column: str = "text"
+
+    def __call__(self, records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        extractor, sounds = self.processor.feature_extractor, [record[self.audio_column] for record in records]
+        rate = extractor.sampling_rate
+        wrong = [sound["sampling_rate"] for sound in sounds if sound["sampling_rate"] != rate]
+        if wrong:
+            raise ValueError(
+                f"a sound in column {self.audio_column!r} has {wrong[0]} samples per second, the model needs {rate}: "
+                f"use dataset.cast_column({self.audio_column!r}, datasets.Audio(sampling_rate={rate}))."
+            )
+        audio = extractor([sound["array"] for sound in sounds], sampling_rate=rate, return_tensors="pt")
+        texts = encoded_texts(self.processor.tokenizer, [record[self.text_column] for record in records])
+        return {**texts, **audio}
+
+
+def default_collator(processor: ProcessorMixin) -> PairCollator:
+    """For records with an image, or a sound, and a text, in columns of these names."""
+    return AudioTextCollator(processor) if isinstance(processor, ClapProcessor) else ImageTextCollator(processor)
 
 
 def text_settings(processor: Any) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from datasets import Dataset, Image
 
 from .data import ImageTextCollator, encoded_texts
 from .gradients import ContrastiveModel
-from .gradients.inputs import num_rows
+from .gradients.inputs import num_rows, pairs_only
 from .losses import PublicEmbeddings
 from .shared_images import image_digests
 
 
-IMAGE_INPUTS = ("pixel_values",)
+# What belongs to an image; the rest of a batch belongs to its text.
+IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 
 
 class PublicNegatives:
@@ -30,9 +31,7 @@ class PublicNegatives:
     """
 
     def __init__(self, chunks: list[dict[str, Any]], with_gradient: bool = False, steps: int = 1):
-        self.chunks = [
-            {name: value for name, value in dict(chunk).items() if name != "return_loss"} for chunk in chunks
-        ]
+        self.chunks = [pairs_only(chunk) for chunk in chunks]
         self.with_gradient = with_gradient
         self.steps = steps
         self._steps_left = 0
@@ -125,7 +124,7 @@ def shared_rows(private: Any, public: Any) -> int:
 
 
 def _holds_images(dataset: Dataset, column: str) -> bool:
-    return isinstance(dataset.features[column], Image) or column in IMAGE_INPUTS
+    return isinstance(dataset.features[column], Image) or column == "pixel_values"
 
 
 def _digests(dataset: Dataset, column: str) -> set[bytes]:

@@ -17,14 +17,14 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPModel, ProcessorMixin, ProgressCallback, SiglipModel, TrainerState
+from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from . import validation
 from .arguments import DPTrainingArguments
-from .data import ImageTextCollator
+from .data import ImageTextCollator, PairCollator, default_collator
 from .dataloader import ForwardBatchSampler, MicrobatchDataset, PrivacyUnits, RecordNumbers, make_dataloader
 from .faults import explained
 from .forward_pass import choose_forward_pass, make_contrastive_model
@@ -57,10 +57,12 @@ class DPCLIPTrainer(PublishingTrainer):
     [`~transformers.Trainer`] whose result is (ε, δ)-differentially private in its training dataset.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): a `CLIPModel` or `SiglipModel`, or any model that returns a loss.
+        model (`PreTrainedModel` or `PeftModel`): a `CLIPModel`, a `SiglipModel`, one of their kin
+            (`docs/encoders.md`), or any model that returns a loss.
         args ([`DPTrainingArguments`]): training and privacy arguments.
         data_collator (`Callable`, *optional*): collates the records of one microbatch. Defaults to
-            [`ImageTextCollator`] if `processing_class` is a processor and the dataset is not yet tokenized.
+            [`ImageTextCollator`], or [`AudioTextCollator`] for CLAP, if `processing_class` is a processor and the
+            dataset is not yet encoded.
         train_dataset: map-style dataset of the private records.
         public_negatives (`list[str]` or `datasets.Dataset`, *optional*): captions, images or pairs, not derived from
             the private records, with which every microbatch is contrasted too. Allows `microbatch_size=1`.
@@ -94,7 +96,7 @@ class DPCLIPTrainer(PublishingTrainer):
             )
         validation.check_call(model, data_collator, train_dataset, processing_class)
         if data_collator is None and _needs_processing(train_dataset, processing_class):
-            data_collator = ImageTextCollator(processing_class)
+            data_collator = default_collator(processing_class)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         forward = inspect.signature(base_model(self.model).forward).parameters
         # The Trainer looks for `return_loss=True` as the default, which no contrastive model has any more.
@@ -181,8 +183,8 @@ class DPCLIPTrainer(PublishingTrainer):
             self.data_collator = collator
 
     @property
-    def contrastive_base(self) -> CLIPModel | SiglipModel | None:
-        """The `CLIPModel` or `SiglipModel` in training, if it is its own contrastive loss that is minimised."""
+    def contrastive_base(self) -> PreTrainedModel | None:
+        """The model in training, without adapters, if it is a known contrastive loss of its own that is minimised."""
         return contrastive_base(self.model) if self.minimises_own_loss else None
 
     @property
@@ -326,10 +328,11 @@ class DPCLIPTrainer(PublishingTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if isinstance(self.data_collator, ImageTextCollator):
+        if isinstance(self.data_collator, PairCollator):
             self._signature_columns = [*self._signature_columns, *self.data_collator.columns]
 
 
 def _needs_processing(dataset: Any, processing_class: Any) -> bool:
-    """Whether records are raw images and texts that a processor has yet to encode."""
-    return isinstance(processing_class, ProcessorMixin) and "pixel_values" not in getattr(dataset, "column_names", ())
+    """Whether records are raw images, or sounds, and texts that a processor has yet to encode."""
+    encoded = {"pixel_values", "input_features"} & set(getattr(dataset, "column_names", ()))
+    return isinstance(processing_class, ProcessorMixin) and not encoded

@@ -10,10 +10,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import Dataset, IterableDataset
-from transformers import CLIPModel, PreTrainedModel, ProcessorMixin, Trainer
+from transformers import PreTrainedModel, ProcessorMixin, Trainer
 
 from .arguments import DPTrainingArguments
-from .data import ImageTextCollator, VisualQuestionCollator, tokenizer_of
+from .data import ImageTextCollator, PairCollator, VisualQuestionCollator, tokenizer_of
+from .gradients.contrastive import WITH_CAUSAL_TEXTS
 from .models import CLIPForVisualQuestionAnswering
 from .public_negatives import shared_rows
 from .records import first_record
@@ -57,8 +58,8 @@ def check_model(model: nn.Module) -> None:
     if leaking:
         raise ValueError(
             f"{leaking[0]} ({len(leaking)} such modules) keeps running statistics of the private data outside the "
-            "mechanism: replace BatchNorm by GroupNorm or LayerNorm, set track_running_stats=False, or fold the "
-            "statistics into the convolution before it."
+            "mechanism: freeze those it came with by hf_dpclip.freeze_batch_norm(model), or replace BatchNorm by "
+            "GroupNorm or LayerNorm."
         )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
@@ -98,8 +99,8 @@ def check_dataset(dataset: Dataset) -> None:
 
 
 def check_records(collator: Callable, *collated: Dataset | dict[str, Dataset] | None) -> None:
-    """Raises `ValueError` for records that an [`ImageTextCollator`] cannot collate, those of evaluation included."""
-    if not isinstance(collator, ImageTextCollator):
+    """Raises `ValueError` for records that a collator of ours cannot collate, those of evaluation included."""
+    if not isinstance(collator, PairCollator):
         return
     for candidate in collated:
         for dataset in candidate.values() if isinstance(candidate, dict) else [candidate]:
@@ -179,18 +180,22 @@ def check_loss_decomposes(microbatch_size: int, in_batch_negatives_only: bool) -
 def check_loss_is_known(
     args: DPTrainingArguments, contrastive_base: PreTrainedModel | None, public_negatives: bool
 ) -> None:
-    """Raises `ValueError` for what only CLIP's and SigLIP's own loss allows."""
+    """Raises `ValueError` for what only a known contrastive loss allows."""
     if args.chunked and contrastive_base is None:
         raise ValueError(
             f"microbatch_size={args.microbatch_size} is larger than per_device_train_batch_size="
-            f"{args.per_device_train_batch_size}; chunks of a microbatch can only be put together again for CLIPModel "
-            "or SiglipModel with its own loss: choose a microbatch_size that divides per_device_train_batch_size."
+            f"{args.per_device_train_batch_size}; chunks of a microbatch can only be put together again for "
+            "CLIPModel, SiglipModel and their kin (docs/encoders.md) with their own loss: choose a microbatch_size "
+            "that divides per_device_train_batch_size."
         )
-    if args.static_shapes and not isinstance(contrastive_base, CLIPModel):
-        # SigLIP is not told where a text ends.
-        raise ValueError("static_shapes=True needs CLIPModel with its own loss: remove it.")
+    if args.static_shapes and not isinstance(contrastive_base, WITH_CAUSAL_TEXTS):
+        # Others are not always told where a text ends.
+        raise ValueError("static_shapes=True needs CLIPModel or MetaClip2Model with its own loss: remove it.")
     if public_negatives and contrastive_base is None:
-        raise ValueError("public_negatives need CLIPModel or SiglipModel with its own loss: leave them out.")
+        raise ValueError(
+            "public_negatives need CLIPModel, SiglipModel or one of their kin (docs/encoders.md) with its own loss: "
+            "leave them out."
+        )
     if args.chunked and args.public_negatives_gradient:
         raise ValueError(
             "public_negatives_gradient=True cannot be combined with a microbatch_size larger than "

@@ -5,10 +5,35 @@ import string
 import numpy as np
 import torch
 from datasets import Dataset, Image
+from peft import PeftModel, get_peft_model
 from PIL import Image as PILImage
-from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
+from torch import nn
+from transformers import (
+    AltCLIPConfig,
+    AltCLIPModel,
+    BertConfig,
+    ChineseCLIPConfig,
+    ChineseCLIPModel,
+    ClapConfig,
+    ClapFeatureExtractor,
+    ClapModel,
+    ClapProcessor,
+    CLIPConfig,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    MetaClip2Config,
+    MetaClip2Model,
+    Siglip2Config,
+    Siglip2Model,
+    SiglipConfig,
+    SiglipModel,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+    ViTConfig,
+)
 
-from hf_dpclip import CLIPForVisualQuestionAnswering, DPTrainingArguments
+from hf_dpclip import CLIPForVisualQuestionAnswering, DPTrainingArguments, lora_config
 
 
 try:
@@ -25,22 +50,90 @@ CAPTIONS = ["a cat", "a red dog", "u"]
 ANSWERS = ["yes", "no", "red"]
 
 
+# What towers of all kinds have in common.
+LAYER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 16,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+}
+IMAGE = {"image_size": IMAGE_SIZE, "patch_size": 4}
+# Towers of the BERT family have dropout by default.
+WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+# At the usual 0.02, so narrow a tower gives nearly the same embedding for every input.
+WIDE = {"initializer_range": 0.3}
+
+SPECTRUM = {"time": 32, "mel": 8}
+SAMPLING_RATE = 800
+
+
 def tiny_clip(seed: int = 0) -> CLIPModel:
     """A CLIP model of one layer per tower, the same weights for the same seed."""
     torch.manual_seed(seed)
-    layer = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    special = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
-    config = CLIPConfig(
-        text_config={**layer, **special, "vocab_size": VOCABULARY, "max_position_embeddings": 16},
-        vision_config={**layer, "image_size": IMAGE_SIZE, "patch_size": 4},
-        projection_dim=8,
-    )
-    return CLIPModel(config)
+    return CLIPModel(CLIPConfig(text_config=LAYER | TEXT, vision_config=LAYER | IMAGE, projection_dim=8))
+
+
+def tiny_metaclip() -> MetaClip2Model:
+    return MetaClip2Model(MetaClip2Config(text_config=LAYER | TEXT, vision_config=LAYER | IMAGE, projection_dim=8))
+
+
+def tiny_altclip(**settings) -> AltCLIPModel:
+    text = LAYER | TEXT | WITHOUT_DROPOUT | WIDE | {"project_dim": 16} | settings
+    return AltCLIPModel(AltCLIPConfig(text_config=text, vision_config=LAYER | IMAGE, projection_dim=8))
+
+
+def tiny_chinese_clip() -> ChineseCLIPModel:
+    text = LAYER | TEXT | WITHOUT_DROPOUT | WIDE
+    return ChineseCLIPModel(ChineseCLIPConfig(text_config=text, vision_config=LAYER | IMAGE, projection_dim=8))
+
+
+def tiny_dual_encoder(**settings) -> VisionTextDualEncoderModel:
+    """ViT and BERT."""
+    image, text = ViTConfig(**LAYER, **IMAGE, **WIDE), BertConfig(**(LAYER | TEXT | WITHOUT_DROPOUT | WIDE | settings))
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(image, text, projection_dim=8)
+    return VisionTextDualEncoderModel(config)
+
+
+def tiny_siglip() -> SiglipModel:
+    text = LAYER | TEXT | {"projection_size": 16}
+    return SiglipModel(SiglipConfig(text_config=text, vision_config=LAYER | IMAGE))
+
+
+def tiny_siglip2() -> Siglip2Model:
+    text = LAYER | TEXT | {"projection_size": 16}
+    return Siglip2Model(Siglip2Config(text_config=text, vision_config=LAYER | {"num_patches": 4, "patch_size": 4}))
+
+
+def tiny_clap() -> ClapModel:
+    """Text and audio; the audio tower has BatchNorm."""
+    audio = {
+        "spec_size": 16,
+        "num_mel_bins": SPECTRUM["mel"],
+        "patch_size": 2,
+        "patch_stride": (2, 2),
+        "window_size": 2,
+        "patch_embeds_hidden_size": 8,
+        "hidden_size": 16,
+        "depths": (1, 1),
+        "num_attention_heads": (2, 2),
+    }
+    return ClapModel(ClapConfig(text_config=LAYER | TEXT | WITHOUT_DROPOUT, audio_config=audio, projection_dim=8))
 
 
 def tiny_clip_vqa(seed: int = 0) -> CLIPForVisualQuestionAnswering:
     """[`tiny_clip`] with a head for three answers."""
     return CLIPForVisualQuestionAnswering.from_clip(tiny_clip(seed), ANSWERS, head_hidden_size=8)
+
+
+def with_adapters(model: nn.Module, **settings) -> PeftModel:
+    """The model with adapters that already do something."""
+    model = get_peft_model(model, lora_config(model, r=4, **settings))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def tiny_processor() -> CLIPProcessor:
@@ -56,14 +149,57 @@ def tiny_processor() -> CLIPProcessor:
     )
 
 
+def clap_processor() -> ClapProcessor:
+    """Tokenizer and feature extractor for [`tiny_clap`], for sounds of a fifth of a second."""
+    extractor = ClapFeatureExtractor(
+        feature_size=SPECTRUM["mel"],
+        sampling_rate=SAMPLING_RATE,
+        hop_length=5,
+        max_length_s=0.1875,
+        fft_window_size=32,
+        frequency_min=10,
+        frequency_max=400,
+        truncation="rand_trunc",
+    )
+    return ClapProcessor(feature_extractor=extractor, tokenizer=tiny_processor().tokenizer)
+
+
 def pairs(n: int, seed: int = 0) -> Dataset:
     """`n` encoded image-text pairs of noise, as torch tensors."""
     generator = torch.Generator().manual_seed(seed)
-    words = torch.randint(1, 47, (n, 5), generator=generator)
-    input_ids = torch.cat([torch.full((n, 1), BOS), words, torch.full((n, 1), EOS)], dim=1)
+    input_ids = _texts(n, generator)
     pixel_values = torch.randn(n, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
-    columns = {"pixel_values": pixel_values.numpy(), "input_ids": input_ids.numpy()}
-    return Dataset.from_dict(columns).with_format("torch")
+    return _torch_dataset(pixel_values=pixel_values, input_ids=input_ids)
+
+
+def patch_pairs(n: int, seed: int = 0) -> Dataset:
+    """The same for Siglip2Model: images of two by two patches, or, every other one, of two by one and padding."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = _texts(n, generator)
+    shapes = torch.tensor([[2, 2], [2, 1]]).repeat(n, 1)[:n]
+    mask = (torch.arange(4) < shapes.prod(dim=1, keepdim=True)).long()
+    pixel_values = torch.randn(n, 4, 3 * IMAGE["patch_size"] ** 2, generator=generator)
+    return _torch_dataset(
+        pixel_values=pixel_values, pixel_attention_mask=mask, spatial_shapes=shapes, input_ids=input_ids
+    )
+
+
+def sound_pairs(n: int, seed: int = 0) -> Dataset:
+    """`n` encoded pairs of a sound and a text."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = _texts(n, generator)
+    return _torch_dataset(
+        input_features=torch.randn(n, 1, *SPECTRUM.values(), generator=generator), input_ids=input_ids
+    )
+
+
+def _texts(n: int, generator: torch.Generator) -> torch.Tensor:
+    words = torch.randint(1, 47, (n, 5), generator=generator)
+    return torch.cat([torch.full((n, 1), BOS), words, torch.full((n, 1), EOS)], dim=1)
+
+
+def _torch_dataset(**columns: torch.Tensor) -> Dataset:
+    return Dataset.from_dict({name: column.numpy() for name, column in columns.items()}).with_format("torch")
 
 
 def pictures(n: int, mode: str = "RGB") -> list[PILImage.Image]:

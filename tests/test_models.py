@@ -7,58 +7,28 @@ import torch
 from checks import one_update
 from datasets import Dataset
 from factories import (
-    BOS,
     EOS,
-    IMAGE_SIZE,
-    PAD,
-    VOCABULARY,
+    IMAGE,
+    LAYER,
+    TEXT,
     answered_questions,
     pairs,
     tiny_clip,
     tiny_clip_vqa,
+    tiny_dual_encoder,
+    tiny_siglip,
 )
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
-    BertConfig,
     BlipConfig,
     BlipForQuestionAnswering,
     CLIPModel,
-    SiglipConfig,
-    SiglipModel,
     TrainerCallback,
-    VisionTextDualEncoderConfig,
-    VisionTextDualEncoderModel,
-    ViTConfig,
 )
 
 from hf_dpclip import DPTrainingArguments, PrivacyStatement, lora_config
 from hf_dpclip.metrics import VQAAccuracy
-
-
-LAYER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-TEXT = {
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 16,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
-    "pad_token_id": PAD,
-}
-IMAGE = {"image_size": IMAGE_SIZE, "patch_size": 4}
-
-
-def tiny_siglip() -> SiglipModel:
-    text = {**LAYER, **TEXT, "projection_size": 16}
-    return SiglipModel(SiglipConfig(text_config=text, vision_config={**LAYER, **IMAGE}))
-
-
-def tiny_dual_encoder() -> VisionTextDualEncoderModel:
-    # At the usual 0.02, so narrow a tower gives nearly the same embedding for every input.
-    wide = {**LAYER, "initializer_range": 0.3}
-    config = VisionTextDualEncoderConfig.from_vision_text_configs(
-        ViTConfig(**wide, **IMAGE), BertConfig(**wide, **TEXT), projection_dim=8
-    )
-    return VisionTextDualEncoderModel(config)
 
 
 def tiny_blip() -> BlipForQuestionAnswering:

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from factories import BOS, EOS, IMAGE_SIZE, tiny_clip
+from factories import BOS, EOS, IMAGE_SIZE, tiny_clip, with_adapters
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import get_peft_model
 from torch import nn
 
-from hf_dpclip import lora_config
 from hf_dpclip.gradients import ContrastiveModel, NotVectorizable, contrastive_base, microbatch_gradients, obstacle
 from hf_dpclip.gradients.factored import Dense, Outer
 from hf_dpclip.gradients.layout import Layout
@@ -20,13 +18,7 @@ ROUNDING = 1e-7
 
 
 def lora_clip(**settings):
-    """A tiny CLIP with adapters that already do something."""
-    model = tiny_clip()
-    model = get_peft_model(model, lora_config(model, r=4, **settings))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    return model
+    return with_adapters(tiny_clip(), **settings)
 
 
 def microbatch(size, length=5, seed=0, mask=False):

@@ -7,12 +7,27 @@ from typing import Any, Protocol
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import CLIPModel, SiglipModel
+from transformers import (
+    AltCLIPModel,
+    ChineseCLIPModel,
+    CLIPModel,
+    MetaClip2Model,
+    PreTrainedModel,
+    Siglip2Model,
+    SiglipModel,
+    VisionTextDualEncoderModel,
+)
 
 from ..losses import PublicEmbeddings, contrastive_losses, sigmoid_losses
-from .inputs import caption_keys, filled_up, num_rows, text_length
+from .inputs import caption_keys, filled_up, num_rows, pairs_only, text_length
 from .vectorizable import VectorizableModel
 
+
+# The models whose own loss is known here, by that loss. All return normalised `image_embeds` and `text_embeds`.
+WITH_CLIP_LOSS = (CLIPModel, AltCLIPModel, ChineseCLIPModel, MetaClip2Model, VisionTextDualEncoderModel)
+WITH_SIGMOID_LOSS = (SiglipModel, Siglip2Model)
+# Those that look at a text from its beginning to its end token only, so that what follows changes nothing.
+WITH_CAUSAL_TEXTS = (CLIPModel, MetaClip2Model)
 
 # Texts are filled up to multiples of this where shapes are static.
 TEXT_STEP = 16
@@ -25,11 +40,11 @@ class Negatives(Protocol):
 
 
 class ContrastiveModel(VectorizableModel):
-    """A `CLIPModel` or `SiglipModel`, as it is or with adapters.
+    """A model with CLIP's or SigLIP's loss, as it is or with adapters.
 
     Args:
         model (`nn.Module`): the model as it is called: compiled, under autocast, with adapters.
-        base (`CLIPModel` or `SiglipModel`): the model inside.
+        base (`PreTrainedModel`): the model inside, one of `WITH_CLIP_LOSS` or `WITH_SIGMOID_LOSS`.
         prepare_inputs (`Callable`): moves inputs to the device.
         static_shapes (`bool`): whether batches are filled up to a few fixed sizes. The rows that fill them do not take
             part in the loss.
@@ -39,7 +54,7 @@ class ContrastiveModel(VectorizableModel):
     def __init__(
         self,
         model: nn.Module,
-        base: CLIPModel | SiglipModel,
+        base: PreTrainedModel,
         prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]],
         static_shapes: bool = False,
         public_negatives: Negatives | None = None,
@@ -50,8 +65,11 @@ class ContrastiveModel(VectorizableModel):
     @property
     def temperature(self) -> list[nn.Parameter]:
         """What turns similarities into logits: the logarithm of their scale, and SigLIP's bias."""
-        scale_and_bias = [self.base.logit_scale]
-        return [*scale_and_bias, self.base.logit_bias] if isinstance(self.base, SiglipModel) else scale_and_bias
+        return [self.base.logit_scale, self.base.logit_bias] if self._sigmoid else [self.base.logit_scale]
+
+    @property
+    def _sigmoid(self) -> bool:
+        return isinstance(self.base, WITH_SIGMOID_LOSS)
 
     @property
     def scalars(self) -> list[nn.Parameter]:
@@ -60,15 +78,20 @@ class ContrastiveModel(VectorizableModel):
     @property
     def embedding_size(self) -> int:
         config = self.base.config
-        return config.vision_config.hidden_size if isinstance(self.base, SiglipModel) else config.projection_dim
+        return config.vision_config.hidden_size if self._sigmoid else config.projection_dim
 
     @property
     def pad_token_id(self) -> int:
         return self.base.config.text_config.pad_token_id
 
+    def may_fill_texts(self, inputs: dict[str, Any]) -> bool:
+        # SigLIP's embedding of a text is that of its last position; towers that look ahead need a mask.
+        has_mask = isinstance(self.base, WITH_CLIP_LOSS) and "attention_mask" in inputs
+        return has_mask or isinstance(self.base, WITH_CAUSAL_TEXTS)
+
     def prepared(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs on the device, filled up if shapes are static."""
-        inputs = self.prepare_inputs(inputs)
+        inputs = self.prepare_inputs(pairs_only(inputs))
         if not self.static_shapes:
             return inputs
         longest = self.base.config.text_config.max_position_embeddings
@@ -96,7 +119,7 @@ class ContrastiveModel(VectorizableModel):
         self, image_embeds: Tensor, text_embeds: Tensor, temperatures: list[Tensor], sizes: list[int], captions: Tensor
     ) -> Tensor:
         """The loss of each microbatch, `[K]`; of `temperatures` each has one entry for each microbatch."""
-        function = sigmoid_losses if isinstance(self.base, SiglipModel) else contrastive_losses
+        function = sigmoid_losses if self._sigmoid else contrastive_losses
         public = None if self.public_negatives is None else self.public_negatives.embeddings(self)
         return function(image_embeds, text_embeds, *temperatures, sizes, captions, public)
 
@@ -115,10 +138,10 @@ class ContrastiveModel(VectorizableModel):
         return self.loss(*self.encode(inputs), self.temperature, self.captions(inputs))
 
 
-def contrastive_base(model: nn.Module) -> CLIPModel | SiglipModel | None:
-    """The `CLIPModel` or `SiglipModel` in a model, if there is one and it has the loss that it came with."""
+def contrastive_base(model: nn.Module) -> PreTrainedModel | None:
+    """The model inside, without adapters, if its loss is known and is the one that it came with."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    known = next((kind for kind in (CLIPModel, SiglipModel) if isinstance(base, kind)), None)
+    known = next((kind for kind in (*WITH_CLIP_LOSS, *WITH_SIGMOID_LOSS) if isinstance(base, kind)), None)
     return base if known is not None and type(base).forward is known.forward else None
 
 

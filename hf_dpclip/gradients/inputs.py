@@ -12,6 +12,11 @@ class NotVectorizable(Exception):
     """Why microbatches have to be computed one after another. The result is the same, the time is not."""
 
 
+def pairs_only(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Without the request for a loss that collators of contrastive models add: the loss is computed here."""
+    return {name: value for name, value in inputs.items() if name != "return_loss"}
+
+
 def num_rows(inputs: dict[str, Any]) -> int:
     """Pairs in a batch, the first dimension of its first tensor."""
     return next(len(value) for value in inputs.values() if isinstance(value, Tensor))
@@ -63,7 +68,7 @@ def filled_up(inputs: dict[str, Any], rows: int, length: int, pad_token_id: int)
 
 def _lengthened(inputs: dict[str, Any], length: int, pad_token_id: int) -> dict[str, Any]:
     missing = length - text_length(inputs)
-    fillers = {"input_ids": pad_token_id, "attention_mask": 0}
+    fillers = {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0}
     return {
         name: F.pad(value, (0, missing), value=fillers[name]) if name in fillers else value
         for name, value in inputs.items()

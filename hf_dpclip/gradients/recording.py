@@ -155,18 +155,21 @@ class _LayerNorm(Function):
 
 class _Embedding(Function):
     @staticmethod
-    def forward(ctx, recording: Recording, indices: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx, recording: Recording, indices: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
         # One row of positions serves the whole batch. It is looked up for each, so that gradients stay apart.
         indices = indices.expand(recording.layout.num_rows, *indices.shape[1:])
-        ctx.recording, ctx.weight = recording, weight
+        ctx.recording, ctx.weight, ctx.padding_idx = recording, weight, padding_idx
         ctx.save_for_backward(indices)
         return F.embedding(indices, weight)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple:
         (indices,), recording, weight = ctx.saved_tensors, ctx.recording, ctx.weight
+        if ctx.padding_idx is not None:
+            # The row of padding is not trained.
+            gradient = gradient.masked_fill((indices == ctx.padding_idx)[..., None], 0)
         recording.record(weight, Sparse(indices, gradient, len(weight), recording.layout))
-        return None, None, None
+        return None, None, None, None
 
 
 class _Patches(Function):
@@ -189,6 +192,8 @@ class _Patches(Function):
 
 
 class _Expand(Function):
+    """A parameter repeated for every row of the batch."""
+
     @staticmethod
     def forward(ctx, recording: Recording, parameter: Tensor, sizes: tuple) -> Tensor:
         ctx.recording, ctx.parameter = recording, parameter
@@ -221,9 +226,9 @@ def _layer_norm(recording, input, normalized_shape, weight=None, bias=None, eps=
 def _embedding(
     recording, input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False
 ) -> Tensor:
-    simple = padding_idx is None and max_norm is None and not scale_grad_by_freq and not sparse
+    simple = (padding_idx or 0) >= 0 and max_norm is None and not scale_grad_by_freq and not sparse
     if input.dim() == 2 and input.shape[0] in (1, recording.layout.num_rows) and _trainable(weight) and simple:
-        return _Embedding.apply(recording, input, weight)
+        return _Embedding.apply(recording, input, weight, padding_idx)
     return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
 
 
@@ -237,10 +242,15 @@ def _conv2d(recording, input, weight, bias=None, stride=1, padding=0, dilation=1
 
 def _expand(recording: Recording, tensor: Tensor, *sizes: int) -> Tensor:
     expanded = torch.Tensor.expand(tensor, *sizes)
-    repeated = expanded.dim() > tensor.dim() and expanded.shape[expanded.dim() - tensor.dim() :] == tensor.shape
-    if _trainable(tensor) and recording.holds(expanded) and repeated:
+    if _trainable(tensor) and recording.holds(expanded) and _repeated(tensor, expanded):
         return _Expand.apply(recording, tensor, expanded.shape)
     return expanded
+
+
+def _add(recording: Recording, input: Tensor, other: Tensor | float, *, alpha: float = 1) -> Tensor:
+    if _trainable(other) and recording.holds(input) and _repeated(other, input) and alpha == 1:
+        return input + _Expand.apply(recording, other, input.shape)
+    return torch.Tensor.add(input, other, alpha=alpha)
 
 
 def _dropout(recording: Recording, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False):
@@ -262,7 +272,16 @@ _INTERPRETERS = {
     F.embedding: _embedding,
     F.conv2d: _conv2d,
     torch.Tensor.expand: _expand,
+    torch.Tensor.add: _add,
 }
+
+
+def _repeated(tensor: Tensor, batch: Tensor) -> bool:
+    """Whether the batch is as large as the tensor repeated, whole, along new dimensions or a first one of size 1."""
+    more = batch.dim() - tensor.dim()
+    if more == 0:
+        return tensor.shape == (1, *batch.shape[1:])
+    return more > 0 and batch.shape[more:] == tensor.shape
 
 
 def _trainable(tensor: Tensor | None) -> bool:

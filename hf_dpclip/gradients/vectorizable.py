@@ -50,6 +50,10 @@ class VectorizableModel:
         """What texts are filled up with."""
         raise NotImplementedError
 
+    def may_fill_texts(self, inputs: dict[str, Any]) -> bool:
+        """Whether texts can be filled up on the right without changing what the model makes of them."""
+        raise NotImplementedError
+
     def prepared(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs as the model is given them."""
         raise NotImplementedError
@@ -76,6 +80,10 @@ class MeanLossModel(VectorizableModel):
     @property
     def pad_token_id(self) -> int:
         return self.base.config.clip_config.text_config.pad_token_id
+
+    def may_fill_texts(self, inputs: dict[str, Any]) -> bool:
+        # CLIP reads a text up to its end token.
+        return True
 
     def prepared(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return self.prepare_inputs(inputs)

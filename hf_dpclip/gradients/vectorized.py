@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import activation
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..seeding import seeded
 from .factored import Dense, Outer, Sparse
-from .inputs import NotVectorizable, concatenated, num_rows, text_length
+from .inputs import NotVectorizable, concatenated, num_rows, pairs_only, text_length
 from .layout import Layout
 from .recording import Recording
 from .vectorizable import VectorizableModel
@@ -17,10 +18,18 @@ from .vectorizable import VectorizableModel
 
 # Modules that treat every row of a batch by itself, whose layers dimension 0 tells apart: some by class, others by the
 # file that defines them.
-ROW_WISE = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Conv2d, nn.Dropout, nn.Identity)
+ROW_WISE = (nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm, nn.Embedding, nn.Conv2d, nn.Dropout, nn.Identity)
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterDict)
 ROW_WISE_FILES = (
+    "transformers.models.altclip.modeling_altclip",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.chinese_clip.modeling_chinese_clip",
     "transformers.models.clip.modeling_clip",
+    "transformers.models.metaclip_2.modeling_metaclip_2",
+    "transformers.models.siglip.modeling_siglip",
+    "transformers.models.siglip2.modeling_siglip2",
+    "transformers.models.vision_text_dual_encoder.modeling_vision_text_dual_encoder",
+    "transformers.models.vit.modeling_vit",
     "transformers.activations",
     "peft.peft_model",
     "peft.tuners.lora.model",
@@ -76,11 +85,11 @@ def microbatch_gradients(
     afterwards.
 
     Raises [`NotVectorizable`] if a gradient arrived, or a random number was drawn, that cannot be told apart by
-    microbatch.
+    microbatch, and if the texts of one microbatch would have to be filled up in a way that changes them.
     """
     microbatches = sorted(microbatches, key=lambda microbatch: num_rows(microbatch[1]))
     sizes = [num_rows(inputs) for _, inputs in microbatches]
-    unfilled = concatenated([inputs for _, inputs in microbatches], model.pad_token_id)
+    unfilled = _put_together(model, [pairs_only(inputs) for _, inputs in microbatches])
     inputs = model.prepared(unfilled)
     parameters = [parameter for parameter in model.base.parameters() if parameter.requires_grad]
     for parameter in parameters:
@@ -88,7 +97,7 @@ def microbatch_gradients(
     device = parameters[0].device
     seeds = [seed for seed, _ in microbatches] if model.has_dropout else []
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    own_shapes = not model.static_shapes and len({text_length(inputs) for _, inputs in microbatches}) == 1
+    own_shapes = not model.static_shapes and _equally_long([inputs for _, inputs in microbatches])
     recording = Recording(parameters, Layout(sizes, num_rows(inputs), device), generators, own_shapes)
     scalars = [_one_for_each(each, len(sizes)) for each in model.scalars]
     outputs = _forward(model.model, inputs, recording)
@@ -113,8 +122,20 @@ def obstacle(model: nn.Module) -> str | None:
 
 def _is_row_wise(module: nn.Module) -> bool:
     kind = type(module)
-    is_activation = kind.__module__ == activation.__name__ and kind is not nn.MultiheadAttention
+    if kind is nn.MultiheadAttention:
+        return module.batch_first
+    is_activation = kind.__module__ == activation.__name__
     return kind in ROW_WISE or kind in CONTAINERS or is_activation or kind.__module__ in ROW_WISE_FILES
+
+
+def _put_together(model: VectorizableModel, batches: list[dict[str, Any]]) -> dict[str, Any]:
+    if "input_ids" in batches[0] and not _equally_long(batches) and not model.may_fill_texts(batches[0]):
+        raise NotVectorizable("texts of several lengths need an attention_mask, or padding='max_length'")
+    return concatenated(batches, model.pad_token_id)
+
+
+def _equally_long(batches: list[dict[str, Any]]) -> bool:
+    return len({text_length(batch) for batch in batches}) == 1
 
 
 def _one_for_each(parameter: nn.Parameter, count: int) -> Tensor:

@@ -9,8 +9,10 @@ from .clip_vqa import CLIPForVisualQuestionAnswering
 
 
 # Attention inputs of both towers, by the names that the dual encoders of `transformers` give them, and the projections
-# into the shared space.
-_ADAPTED = re.compile(r"(.*\.)?(q_proj|v_proj|query|value|visual_projection|text_projection)")
+# into the shared space, which have two layers in CLAP.
+_ADAPTED = re.compile(
+    r"(.*\.)?(q_proj|v_proj|query|value|visual_projection|text_projection|(audio|text)_projection\.linear[12])"
+)
 
 
 def lora_config(model: nn.Module, r: int = 8, lora_alpha: float | None = None, **kwargs) -> LoraConfig:
@@ -34,21 +36,20 @@ def lora_config(model: nn.Module, r: int = 8, lora_alpha: float | None = None, *
         model = peft.get_peft_model(model, lora_config(model, r=8))
         ```
     """
-    targets = [name for name, module in model.named_modules() if _is_adapted(name, module)]
-    if not targets:
+    matching = {name: module for name, module in model.named_modules() if _ADAPTED.fullmatch(name)}
+    containers = [name for name, module in matching.items() if not isinstance(module, nn.Linear)]
+    if len(containers) == len(matching):
         raise ValueError(
             f"{type(model).__name__} has no query, value or projection layers that are known by name: pass a "
             "peft.LoraConfig with target_modules of your own to peft.get_peft_model."
         )
     if isinstance(model, CLIPForVisualQuestionAnswering):
         kwargs = {"modules_to_save": ["head"], **kwargs}
+    if containers:
+        kwargs = {"exclude_modules": containers, **kwargs}
     return LoraConfig(r=r, lora_alpha=lora_alpha or 2 * r, target_modules=_ADAPTED.pattern, **kwargs)
 
 
 def base_model(model: nn.Module) -> nn.Module:
     """The model inside its adapters, or the model itself if it has none."""
     return model.get_base_model() if isinstance(model, PeftModel | PeftMixedModel) else model
-
-
-def _is_adapted(name: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and _ADAPTED.fullmatch(name) is not None
