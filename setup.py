@@ -12,7 +12,19 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "hf_dpclip" / "__init__.py"
 PLOT = ["matplotlib>=3.8"]
 EXAMPLES = [*PLOT, "easy-vqa>=1.0", "mlxtend>=0.23", "scikit-learn>=1.3"]
 DEMO = [*PLOT, "gradio>=6"]
-TEST = [*EXAMPLES, *DEMO, "hypothesis>=6", "playwright>=1.45", "pytest>=8", "ruff>=0.14"]
+TRACKERS = ["optuna>=4", "tensorboard>=2.18", "trackio>=0.5"]
+TEST = [
+    *EXAMPLES,
+    *DEMO,
+    *TRACKERS,
+    "build>=1.2",
+    "hypothesis>=6",
+    "ipython>=8",
+    "mypy>=1.15",
+    "playwright>=1.45",
+    "pytest>=8",
+    "ruff>=0.14",
+]
 
 setup(
     name="hf_dpclip",

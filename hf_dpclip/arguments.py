@@ -142,6 +142,13 @@ class DPTrainingArguments(TrainingArguments):
         if self.deepspeed:
             raise ValueError("DeepSpeed reduces gradients before they are clipped: use DDP (torchrun).")
         super().__post_init__()
+        # What depends on the number of processes.
+        self.check()
+
+    def check(self) -> None:
+        """Raises `ValueError` for what construction would not have accepted, where arguments were changed since."""
+        self._check_noise()
+        self._check_mechanism()
         self._check_length()
         self._check_microbatch_size()
         self._check_compatible()

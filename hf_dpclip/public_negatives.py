@@ -41,6 +41,10 @@ class PublicNegatives:
         """Public records."""
         return sum(num_rows(chunk) for chunk in self.chunks)
 
+    def forget(self) -> None:
+        """To be called when training begins: embeddings of other weights are of no use."""
+        self._steps_left = 0
+
     def begin_step(self, model: ContrastiveModel) -> None:
         """To be called before the first forward pass of every optimizer step, whatever was drawn: when negatives are
         encoded must not depend on the private records."""

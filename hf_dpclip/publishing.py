@@ -37,8 +37,8 @@ class PublishingTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As in the `Trainer`, with ε and without statistics of the private data."""
-        if not self.args.log_private_statistics:
-            logs = self._without_private_statistics(logs)
+        # Not in place: they are the metrics that a hyperparameter search adds up.
+        logs = dict(logs) if self.args.log_private_statistics else self._without_private_statistics(logs)
         if self.plan is not None:
             statement = self.privacy_statement()
             if statement.steps and not self.plan.non_private:
@@ -62,7 +62,7 @@ class PublishingTrainer(Trainer):
             self.privacy_statement().save(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        checkpoint = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        checkpoint = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
             checkpoints.make_way(checkpoint)
         self.accelerator.wait_for_everyone()

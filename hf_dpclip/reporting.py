@@ -4,7 +4,7 @@ from torch import nn
 from transformers import ProgressCallback, TrainerCallback
 
 from .advice import advice, is_hopeless
-from .privacy import PrivacyStatement
+from .privacy import PrivacySpent, PrivacyStatement, composed
 
 
 class PrivacyCallback(TrainerCallback):
@@ -34,6 +34,15 @@ class PrivacyProgressCallback(ProgressCallback):
             self.training_bar.set_postfix_str(epsilon + ("NOT PRIVATE" if "NOT PRIVATE" in logs else ""))
 
 
+def privacy_progress(callback: type[TrainerCallback]) -> TrainerCallback:
+    """What takes the place of the `Trainer`'s progress callback: a bar, or a table in notebooks."""
+    if callback is ProgressCallback:
+        return PrivacyProgressCallback()
+    from .notebook import PrivacyNotebookProgressCallback
+
+    return PrivacyNotebookProgressCallback()
+
+
 def summary(statement: PrivacyStatement, model: nn.Module) -> str:
     """The plan in words and figures, with a warning if it cannot work."""
     plan = statement.plan
@@ -49,8 +58,30 @@ def summary(statement: PrivacyStatement, model: nn.Module) -> str:
         f"  noise multiplier σ = {plan.noise_multiplier:.4g}, noise standard deviation σΔ = {plan.noise_std:.4g}",
         f"  ε = {plan.epsilon():.4g} after all steps at δ = {plan.target_delta:.3g} ({plan.accountant} accountant)",
         f"  trainable parameters d = {num_parameters:,}, signal-to-noise ceiling of a step = {ceiling:.3g}",
+        *_earlier(statement),
         *(f"  NOT PRIVATE: {reason}" for reason in statement.not_private_because),
     ]
     if is_hopeless(plan, num_parameters):
         lines.append(f"  WARNING: {advice(plan, num_parameters)}")
     return "\n".join(lines)
+
+
+def search_summary(statement: PrivacyStatement) -> str:
+    """What each trial of a hyperparameter search spent, and all of them together."""
+    lines = ["***** Every trial spent privacy *****"]
+    for number, (plan, steps) in enumerate(statement.runs):
+        cost = _cost(composed([(plan, steps)]))
+        mechanism = f"q = {plan.sampling_probability:.4g}, σ = {plan.noise_multiplier:.4g}"
+        lines.append(f"  run {number}: {cost} ({mechanism})")
+    lines.append(f"  together: {_cost(statement.spent)}; training on with what was found adds to it")
+    return "\n".join(lines)
+
+
+def _earlier(statement: PrivacyStatement) -> list[str]:
+    if not statement.earlier_runs:
+        return []
+    return [f"  spent before, by {len(statement.earlier_runs)} runs: {_cost(composed(statement.earlier_runs))}"]
+
+
+def _cost(spent: PrivacySpent) -> str:
+    return f"ε = {spent.epsilon:.4g} at δ = {spent.delta:.3g} after {spent.steps:,} steps"

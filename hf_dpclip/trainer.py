@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback, TrainerState
+from transformers import PreTrainedModel, ProcessorMixin, TrainerState
+from transformers import trainer as hf_trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
@@ -39,12 +40,13 @@ from .privacy import (
     PrivacySpent,
     PrivacyStatement,
     Randomness,
+    Runs,
     SecureGaussianMechanism,
 )
 from .public_negatives import PublicNegatives, encode_public_negatives
-from .publishing import PublishingTrainer
-from .reporting import PrivacyCallback, PrivacyProgressCallback
+from .reporting import PrivacyCallback, privacy_progress
 from .resuming import check_resumable, last_complete_checkpoint
+from .search import SearchingTrainer
 from .shared_images import warn_of_shared_images
 from .spending import new_run, recorded
 
@@ -52,7 +54,7 @@ from .spending import new_run, recorded
 logger = logging.get_logger(__name__)
 
 
-class DPCLIPTrainer(PublishingTrainer):
+class DPCLIPTrainer(SearchingTrainer):
     """
     [`~transformers.Trainer`] whose result is (ε, δ)-differentially private in its training dataset.
 
@@ -76,7 +78,7 @@ class DPCLIPTrainer(PublishingTrainer):
     Formal guarantees:
         The weights after `steps` steps, with every log and checkpoint on the way, are a post-processing of `steps`
         releases of [`~privacy.GaussianMechanism`] on Poisson samples, hence `privacy_spent()` = (ε, δ) of `plan`.
-        Several calls of `train` compose.
+        Several calls of `train` compose, and so do the trials of `hyperparameter_search`.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class DPCLIPTrainer(PublishingTrainer):
         self.plan = None if train_dataset is None else self._make_plan()
         self._run = new_run()
         self._steps_taken = 0
+        self._earlier_runs: Runs = ()
         # Reasons of the past; those of today follow from the arguments.
         self._not_private_because: tuple[str, ...] = ()
         self._planned_forward_passes = args.gradient_accumulation_steps
@@ -153,7 +156,9 @@ class DPCLIPTrainer(PublishingTrainer):
         """What may be claimed of the weights as they are now. Raises `ValueError` if there is no training dataset."""
         self._check_planned()
         reasons = dict.fromkeys(self._not_private_because + self.args.not_private_because)
-        return PrivacyStatement(self.plan, self._steps_taken, tuple(reasons), run=self._run)
+        return PrivacyStatement(
+            self.plan, self._steps_taken, tuple(reasons), run=self._run, earlier_runs=self._earlier_runs
+        )
 
     def _check_planned(self):
         if self.plan is None:
@@ -167,7 +172,9 @@ class DPCLIPTrainer(PublishingTrainer):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """As in the `Trainer`."""
+        """As in the `Trainer`. Raises `ValueError` for the private training dataset."""
+        if not self.args.log_private_statistics:
+            validation.check_evaluation_data(self.train_dataset, test_dataset, "test_dataset")
         with self._images_as_they_are():
             return super().get_test_dataloader(test_dataset)
 
@@ -214,6 +221,8 @@ class DPCLIPTrainer(PublishingTrainer):
     def prepare_mechanism(self) -> None:
         """Binds the mechanism to the model's trainable parameters. Called when training begins."""
         validation.check_model(self.model)
+        if self.public_negatives is not None:
+            self.public_negatives.forget()
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         validation.check_optimizer(self.optimizer, parameters)
         process, num_processes = self.args.process_index, self.args.world_size
@@ -265,20 +274,17 @@ class DPCLIPTrainer(PublishingTrainer):
         Raises `ValueError` if the checkpoint's plan is not this one.
         """
         self._check_planned()
-        if trial is not None:
-            raise ValueError(
-                "hyperparameter_search is not supported: every trial spends privacy and needs a plan of its own. Make "
-                "one DPCLIPTrainer per trial; with one ledger_path, `hf-dpclip ledger` adds all of them up."
-            )
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         steps = self._take_over(resume_from_checkpoint) if resume_from_checkpoint else self.plan.num_steps
         steps = min(steps, self.remaining_steps)
-        if steps == 0:
+        plans_anew = trial is not None or self._plan_is_a_trials
+        if steps == 0 and not plans_anew:
             return self._finished(resume_from_checkpoint)
-        self._draw_randomness()
-        with recorded(self, steps) as self._before_release, explained():
-            output = super().train(resume_from_checkpoint, **kwargs)
+        with ExitStack() as self._recordings, explained():
+            if not plans_anew:
+                self._begin_steps(steps)
+            output = super().train(resume_from_checkpoint, trial, **kwargs)
         if self.args.log_private_statistics:
             return output
         return TrainOutput(output.global_step, math.nan, self._without_private_statistics(output.metrics))
@@ -288,6 +294,7 @@ class DPCLIPTrainer(PublishingTrainer):
         statement = check_resumable(checkpoint, self.plan)
         self.plan = statement.plan
         self._run = statement.run or self._run
+        self._earlier_runs = max(self._earlier_runs, statement.earlier_runs, key=len)
         self._steps_taken = max(self._steps_taken, statement.steps)
         # What the resumed steps lost, the steps to come cannot restore.
         self._not_private_because += statement.not_private_because
@@ -304,6 +311,23 @@ class DPCLIPTrainer(PublishingTrainer):
             self._load_from_checkpoint(best or checkpoint)
         return TrainOutput(self.state.global_step, math.nan, {})
 
+    def begin_run(self) -> None:
+        """As in [`SearchingTrainer`]. Raises `ValueError` for arguments that construction would not have accepted."""
+        self.args.check()
+        validation.check_loss_is_known(self.args, self.contrastive_base, self.public_negatives is not None)
+        statement = self.privacy_statement()
+        if statement.steps:
+            self._earlier_runs = statement.runs
+        self._not_private_because = statement.not_private_because
+        self.plan, self._steps_taken, self._run = self._make_plan(), 0, new_run()
+        self._planned_forward_passes = self.args.gradient_accumulation_steps
+        self._begin_steps(self.plan.num_steps)
+
+    def _begin_steps(self, steps: int) -> None:
+        """Writes the steps down in the ledger, and draws the randomness that they start from."""
+        self._before_release = self._recordings.enter_context(recorded(self, steps))
+        self._draw_randomness()
+
     def _draw_randomness(self) -> None:
         """Fresh streams, from one root for all processes, so that they draw the same microbatches."""
         root = Randomness(*broadcast_object_list([Randomness(self.args.noise_seed).entropy]))
@@ -314,8 +338,9 @@ class DPCLIPTrainer(PublishingTrainer):
 
     def _use_own_callbacks(self):
         self.add_callback(PrivacyCallback(self))
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(PrivacyProgressCallback())
+        progress = hf_trainer.DEFAULT_PROGRESS_CALLBACK
+        if self.pop_callback(progress) is not None:
+            self.add_callback(privacy_progress(progress))
 
     def _microbatch_dataset(self) -> MicrobatchDataset:
         """The records and their collator, with the columns that nobody reads removed, as in `Trainer`."""

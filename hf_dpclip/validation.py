@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, ProcessorMixin, Trainer
+from transformers.trainer_utils import HPSearchBackend
 
 from .arguments import DPTrainingArguments
 from .data import ImageTextCollator, PairCollator, VisualQuestionCollator, tokenizer_of
@@ -145,12 +146,14 @@ def check_pairs_are_read(model: nn.Module, collator: Callable, tokens: int | Non
         _check_text_length(tokenizer_of(collator.processor).model_max_length, tokens)
 
 
-def check_evaluation_data(train_dataset: Dataset, eval_dataset: Dataset | dict[str, Dataset] | None) -> None:
+def check_evaluation_data(
+    train_dataset: Dataset, evaluated: Dataset | dict[str, Dataset] | None, name: str = "eval_dataset"
+) -> None:
     """Raises `ValueError` if metrics would be computed on the private records themselves."""
-    candidates = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    candidates = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
     if train_dataset is not None and any(candidate is train_dataset for candidate in candidates):
         raise ValueError(
-            "eval_dataset is the private training dataset, so its metrics would be raw statistics of private records: "
+            f"{name} is the private training dataset, so its metrics would be raw statistics of private records: "
             "hold records out with train_test_split, or set log_private_statistics=True on public data."
         )
 
@@ -211,6 +214,15 @@ def check_public(train_dataset: Dataset, public_negatives: list[str] | Dataset) 
             f"{shared} of the {len(public_negatives)} public_negatives are records of the private train_dataset: what "
             "they reveal is not covered by the guarantee. Give images and captions of another source, or remove these "
             "records from train_dataset."
+        )
+
+
+def check_search(backend: HPSearchBackend, settings: dict[str, Any]) -> None:
+    """Raises `ValueError` for a hyperparameter search whose trials this trainer would not all see."""
+    if backend == HPSearchBackend.RAY or settings.get("n_jobs", 1) != 1:
+        raise ValueError(
+            "trials that run side by side do not know what the others spend: use backend='optuna' (or 'wandb') with "
+            "n_jobs=1, one trial after another."
         )
 
 

@@ -24,12 +24,15 @@ def make_trainer(tmp_path):
     """A trainer of a tiny CLIP on 64 pairs; `trainer_options` go to the trainer, `overrides` to its arguments."""
 
     def make(model=None, train_dataset=None, trainer_options=None, **overrides) -> DPCLIPTrainer:
+        trainer_options = trainer_options or {}
+        if model is None and "model_init" not in trainer_options:
+            model = tiny_clip()
         return DPCLIPTrainer(
-            model=tiny_clip() if model is None else model,
+            model=model,
             # The other accountant takes half a second for every new number of steps.
             args=arguments(tmp_path, **{"accountant": "rdp", **overrides}),
             train_dataset=pairs(64) if train_dataset is None else train_dataset,
-            **(trainer_options or {}),
+            **trainer_options,
         )
 
     return make

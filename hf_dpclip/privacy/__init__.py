@@ -23,9 +23,11 @@ _HOME_OF = {
     "Randomness": "randomness",
     "Recording": "ledger",
     "RunRecord": "composition",
+    "Runs": "plan",
     "SecureGaussianMechanism": "secure_noise",
     "Total": "composition",
     "clip_": "mechanism",
+    "composed": "plan",
     "totals": "composition",
 }
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -192,6 +193,27 @@ class PrivacyPlan:
         expected = "more, e.g. 1.0: so little noise protects no record (non_private=True trains without any)"
         yield "noise_multiplier", self._computable(), expected
         yield "clipping", self.clipping in CLIPPINGS, " or ".join(CLIPPINGS)
+
+
+# Several runs on the same records: each run's plan and the steps that it took.
+Runs = Sequence[tuple[PrivacyPlan, int]]
+
+
+def composed(runs: Runs) -> PrivacySpent:
+    """What several runs on the same records cost together.
+
+    Runs of one mechanism compose as their steps do. Where σ, q or δ differ between runs, results of the earlier ones
+    may have decided on them; ε and δ are then added up, which holds for mechanisms chosen that way too.
+
+    Reference: Rogers et al., Privacy Odometers and Filters: Pay-as-you-Go Composition (2016).
+    """
+    runs = [(plan, steps) for plan, steps in runs if steps] or runs[-1:]
+    plans, total = [plan for plan, _ in runs], sum(steps for _, steps in runs)
+    mechanisms = {(p.sampling_probability, p.noise_multiplier, p.target_delta, p.accountant) for p in plans}
+    if len(mechanisms) == 1:
+        return PrivacySpent(plans[0].epsilon(total), plans[0].target_delta, total)
+    epsilon = sum(plan.epsilon(steps) for plan, steps in runs)
+    return PrivacySpent(epsilon, sum(plan.target_delta for plan in plans), total)
 
 
 def default_delta(num_examples: int) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from .plan import PrivacyPlan, PrivacySpent
+from .plan import PrivacyPlan, PrivacySpent, Runs, composed
 
 
 STATEMENT_NAME = "privacy.json"
@@ -29,6 +29,8 @@ class PrivacyStatement:
         not_private_because (`tuple[str]`): reasons why no guarantee holds; empty for a private run.
         versions (`dict[str, str]`, *optional*, defaults to those in use): of the libraries that the run rests on.
         run (`str`, *optional*): the id under which a [`~privacy.ledger.Ledger`] has the run.
+        earlier_runs (`tuple`): plan and steps of each run on the same records that these weights owe something to, as
+            the trials of a hyperparameter search.
     """
 
     plan: PrivacyPlan
@@ -36,11 +38,17 @@ class PrivacyStatement:
     not_private_because: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=_versions, compare=False)
     run: str | None = field(default=None, compare=False)
+    earlier_runs: Runs = ()
+
+    @property
+    def runs(self) -> Runs:
+        """The earlier runs and this one."""
+        return (*self.earlier_runs, (self.plan, self.steps))
 
     @property
     def spent(self) -> PrivacySpent:
-        """ε of the steps taken, at the plan's δ."""
-        return PrivacySpent(self.plan.epsilon(self.steps), self.plan.target_delta, self.steps)
+        """ε and δ of the steps taken in all runs."""
+        return composed(self.runs)
 
     def save(self, folder: str | Path) -> None:
         """Writes `privacy.json`, whole or not at all."""
@@ -58,25 +66,30 @@ class PrivacyStatement:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             plan = PrivacyPlan.from_dict(values["plan"])
+            earlier = values.get("earlier_runs", [])
+            earlier = tuple((PrivacyPlan.from_dict(run["plan"]), run["steps"]) for run in earlier)
             reasons = tuple(values["not_private_because"])
-            statement = cls(plan, values["steps"], reasons, values["versions"], values.get("run"))
+            statement = cls(plan, values["steps"], reasons, values["versions"], values.get("run"), earlier)
             statement._check(values)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged or was edited ({error}). Restore it from a backup.") from error
         return statement
 
     def _to_dict(self) -> dict:
-        epsilon = self.spent.epsilon
-        return {
+        spent = self.spent
+        statement = {
             "private": not self.not_private_because,
             "not_private_because": list(self.not_private_because),
-            "epsilon": epsilon if math.isfinite(epsilon) else None,
-            "delta": self.plan.target_delta,
+            "epsilon": spent.epsilon if math.isfinite(spent.epsilon) else None,
+            "delta": spent.delta,
             "steps": self.steps,
             "run": self.run,
             "plan": self.plan.to_dict(),
             "versions": self.versions,
         }
+        if self.earlier_runs:
+            statement["earlier_runs"] = [{"plan": plan.to_dict(), "steps": steps} for plan, steps in self.earlier_runs]
+        return statement
 
     def _check(self, values: dict) -> None:
         """The claim must follow from the plan; another release of the accountant may differ in the fourth digit."""
@@ -86,8 +99,9 @@ class PrivacyStatement:
             raise ValueError("versions does not name libraries and their versions")
         if not self.versions.keys() >= set(_LIBRARIES):
             raise ValueError(f"versions does not name all of {', '.join(_LIBRARIES)}")
-        if not isinstance(self.steps, int) or self.steps < 0:
-            raise ValueError(f"steps is {self.steps!r}, not a number of steps")
+        for _, steps in self.runs:
+            if not isinstance(steps, int) or steps < 0:
+                raise ValueError(f"steps is {steps!r}, not a number of steps")
         if not isinstance(self.run, str | None):
             raise ValueError(f"run is {self.run!r}, not the id of a run")
         expected = self._to_dict()

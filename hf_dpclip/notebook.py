@@ -1,0 +1,20 @@
+"""The progress table of notebooks, with ε. Needs IPython, which notebooks have."""
+
+from transformers.utils.notebook import NotebookProgressCallback
+
+
+class PrivacyNotebookProgressCallback(NotebookProgressCallback):
+    """The usual table with a column for ε, and a line for every log even where there is no training loss to show."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if args.eval_strategy == "no" and "epsilon" in logs and self.training_tracker is not None:
+            loss = logs.get("loss", "private")
+            values = {"Training Loss": loss, "Step": state.global_step, "Epsilon": logs["epsilon"]}
+            self.training_tracker.write_line(values)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        metrics = dict(metrics or {})
+        # The last log is that of the evaluation; its ε is that of now.
+        if "epsilon" in state.log_history[-1]:
+            metrics["eval_epsilon"] = state.log_history[-1]["epsilon"]
+        super().on_evaluate(args, state, control, metrics=metrics, **kwargs)

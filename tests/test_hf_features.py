@@ -1,0 +1,300 @@
+"""What users of `Trainer` rely on keeps working, and says what it costs in privacy."""
+
+import json
+import math
+import sqlite3
+
+import optuna
+import pytest
+import torch
+from checks import flat_weights
+from factories import answered_questions, pairs, tiny_clip, tiny_clip_vqa
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import CLIPModel, EarlyStoppingCallback, TrainerCallback
+
+from hf_dpclip import PrivacyStatement
+
+
+EVERY_STEP = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "logging_steps": 1,
+}
+
+
+def scripted(*scores):
+    """`compute_metrics` that gives these scores, one after another."""
+    remaining = iter(scores)
+    return lambda prediction: {"score": next(remaining)}
+
+
+@pytest.fixture
+def make_scored(make_trainer):
+    """A trainer whose evaluations on held-out records give the scores asked for, after every step."""
+
+    def make(scores, callbacks=(), **overrides):
+        options = {
+            "eval_dataset": answered_questions(8, seed=1),
+            "compute_metrics": scripted(*scores),
+            "callbacks": [*callbacks],
+        }
+        settings = {**EVERY_STEP, "metric_for_best_model": "score", "load_best_model_at_end": True, **overrides}
+        return make_trainer(tiny_clip_vqa(), answered_questions(64), options, **settings)
+
+    return make
+
+
+# ---- The best checkpoint, early stopping ----
+
+
+def test_the_best_checkpoint_is_loaded_and_costs_all_steps(make_scored, tmp_path):
+    trainer = make_scored([0.1, 0.3, 0.2], max_steps=3, learning_rate=0.01)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    best = type(trainer.model).from_pretrained(tmp_path / "checkpoint-2")
+    last = type(trainer.model).from_pretrained(tmp_path / "checkpoint-3")
+    assert torch.equal(flat_weights(trainer.model), flat_weights(best))
+    assert not torch.equal(flat_weights(trainer.model), flat_weights(last))
+    # Which one is the best was found out by looking at all of them.
+    trainer.save_model(tmp_path / "saved")
+    assert PrivacyStatement.load(tmp_path / "saved").steps == 3
+    assert PrivacyStatement.load(tmp_path / "checkpoint-2").steps == 2
+
+
+def test_early_stopping_spends_the_steps_that_were_taken(make_scored):
+    scores = [0.3, 0.2, 0.1, 0.1, 0.1]
+    trainer = make_scored(scores, [EarlyStoppingCallback(early_stopping_patience=2)], max_steps=10)
+    trainer.train()
+    assert trainer.state.global_step == trainer.privacy_spent().steps == 3
+    assert trainer.privacy_spent().epsilon == trainer.plan.epsilon(3) < trainer.plan.epsilon()
+
+
+# ---- Hyperparameter search ----
+
+
+@pytest.fixture
+def make_searcher(make_trainer):
+    """A trainer that makes its model anew for every trial."""
+
+    def make(**overrides):
+        options = {"eval_dataset": pairs(16, seed=1), "model_init": lambda: tiny_clip()}
+        return make_trainer(trainer_options=options, **overrides)
+
+    return make
+
+
+def learning_rates(trial):
+    return {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True)}
+
+
+def search(trainer, space=learning_rates, n_trials=3, **kwargs):
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    kwargs = {"sampler": optuna.samplers.RandomSampler(seed=0), **kwargs}
+    return trainer.hyperparameter_search(space, n_trials=n_trials, direction="minimize", **kwargs)
+
+
+def test_every_trial_spends_and_says_so(make_searcher, capsys):
+    trainer = make_searcher(save_strategy="steps", save_steps=2)
+    best = search(trainer)
+    assert 1e-4 <= best.hyperparameters["learning_rate"] <= 1e-2
+    statement = trainer.privacy_statement()
+    assert [steps for _, steps in statement.runs] == [2, 2, 2]
+    one, all_three = trainer.plan.epsilon(2), trainer.plan.epsilon(6)
+    assert statement.spent.epsilon == all_three
+    assert one < all_three < 3 * one
+    printed = capsys.readouterr().out
+    assert printed.count(f"ε = {one:.4g} at δ = 0.0103 after 2 steps (q = 0.125, σ = 1)") == 3
+    assert f"together: ε = {all_three:.4g} at δ = 0.0103 after 6 steps" in printed
+    assert f"spent before, by 2 runs: ε = {trainer.plan.epsilon(4):.4g}" in printed
+
+
+def test_a_trials_checkpoint_counts_the_trials_before_it(make_searcher, tmp_path):
+    trainer = make_searcher(save_strategy="steps", save_steps=2)
+    search(trainer)
+    for trial in range(3):
+        statement = PrivacyStatement.load(tmp_path / f"run-{trial}" / "checkpoint-2")
+        assert statement.spent.epsilon == trainer.plan.epsilon(2 * (trial + 1))
+        assert len(statement.earlier_runs) == trial
+
+
+def test_training_on_with_the_best_settings_adds_to_the_search(make_searcher, tmp_path):
+    trainer = make_searcher()
+    best = search(trainer)
+    for name, value in best.hyperparameters.items():
+        setattr(trainer.args, name, value)
+    trainer.args.max_steps = 3
+    trainer.train()
+    assert trainer.state.global_step == trainer.plan.num_steps == 3
+    assert trainer.privacy_spent().epsilon == trainer.plan.epsilon(3 * 2 + 3)
+    trainer.save_model(tmp_path / "saved")
+    assert PrivacyStatement.load(tmp_path / "saved") == trainer.privacy_statement()
+
+
+def test_a_target_is_that_of_each_trial(make_searcher):
+    trainer = make_searcher(target_epsilon=1.0, accountant="rdp")
+    search(trainer, n_trials=2)
+    (first, _), (second, _) = trainer.privacy_statement().runs
+    assert first.epsilon() <= 1 and second.epsilon() <= 1 < trainer.privacy_spent().epsilon
+    trainer.train()
+    assert len(trainer.privacy_statement().earlier_runs) == 2
+
+
+def test_trials_with_plans_of_their_own_are_added_up(make_searcher):
+    sizes = iter([4, 8])
+    trainer = make_searcher()
+    search(trainer, lambda trial: {"per_device_train_batch_size": next(sizes)}, n_trials=2)
+    (first, _), (second, _) = trainer.privacy_statement().runs
+    assert (first.expected_batch_size, second.expected_batch_size) == (4, 8)
+    assert (first.num_microbatches, second.num_microbatches) == (1, 1)
+    spent = trainer.privacy_spent()
+    assert spent.epsilon == first.epsilon() + second.epsilon()
+    assert spent.delta == first.target_delta + second.target_delta
+
+
+def test_trials_start_from_the_same_weights_and_draw_noise_of_their_own(make_searcher):
+    class Weights(TrainerCallback):
+        def __init__(self):
+            self.before, self.after = [], []
+
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            self.before.append(flat_weights(model))
+
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            self.after.append(flat_weights(model))
+
+    trainer, weights = make_searcher(), Weights()
+    trainer.add_callback(weights)
+    search(trainer, lambda trial: {"learning_rate": 0.01}, n_trials=2)
+    assert torch.equal(*weights.before)
+    assert not torch.equal(*weights.after)
+
+
+def test_a_pruned_trial_has_spent_what_it_took(make_searcher):
+    class Always(optuna.pruners.BasePruner):
+        def prune(self, study, trial):
+            return True
+
+    trainer = make_searcher(eval_strategy="steps", eval_steps=1)
+    with pytest.raises(ValueError, match="No trials are completed"):
+        search(trainer, n_trials=2, pruner=Always())
+    assert [steps for _, steps in trainer.privacy_statement().runs] == [1, 1]
+
+
+def test_a_trial_with_settings_that_do_not_fit_is_refused_before_its_first_step(make_searcher):
+    trainer = make_searcher(microbatch_size=4)
+    with pytest.raises(ValueError, match="microbatch_size=3 does not divide per_device_train_batch_size=8"):
+        search(trainer, lambda trial: {"microbatch_size": 3})
+    assert trainer.privacy_spent().steps == 0
+
+
+@pytest.mark.parametrize("options", [{"backend": "ray"}, {"n_jobs": 2}], ids=str)
+def test_trials_side_by_side_are_refused(make_searcher, options):
+    with pytest.raises(ValueError, match="do not know what the others spend: use backend='optuna'"):
+        search(make_searcher(), **options)
+
+
+def test_an_edited_search_is_found_out(make_searcher, tmp_path):
+    trainer = make_searcher()
+    search(trainer, n_trials=2)
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    path = tmp_path / "saved" / "privacy.json"
+    path.write_text(path.read_text().replace('"earlier_runs"', '"forgotten_runs"'))
+    with pytest.raises(ValueError, match=r"epsilon is .* but the plan and 2 steps give"):
+        PrivacyStatement.load(tmp_path / "saved")
+
+
+# ---- Trackers ----
+
+
+@pytest.fixture
+def tracked(make_trainer, tmp_path, monkeypatch):
+    """A trainer after three steps that TensorBoard and trackio have followed, without the network."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    settings = {"report_to": ["tensorboard", "trackio"], "project": "dp", "run_name": "run", "logging_steps": 1}
+    trainer = make_trainer(trainer_options={"eval_dataset": pairs(8, seed=1)}, max_steps=3, **settings)
+    trainer.train()
+    return trainer
+
+
+def test_trackers_record_the_curve_of_epsilon_and_no_training_loss(tracked, tmp_path):
+    expected = pytest.approx([tracked.plan.epsilon(step) for step in (1, 2, 3, 3)])
+    events = EventAccumulator(str(next((tmp_path / "runs").iterdir()))).Reload()
+    assert [event.value for event in events.Scalars("train/epsilon")] == expected
+    assert not [tag for tag in events.Tags()["scalars"] if "loss" in tag]
+    logged = trackio_logs(next((tmp_path / "trackio").glob("*.db")))
+    assert [log["train/epsilon"] for log in logged if "train/epsilon" in log] == expected
+    assert not [name for log in logged for name in log if "loss" in name]
+
+
+def trackio_logs(database):
+    with sqlite3.connect(database) as connection:
+        return [json.loads(row[0]) for row in connection.execute("SELECT metrics FROM metrics ORDER BY id")]
+
+
+def test_the_notebook_table_shows_epsilon(make_trainer, monkeypatch):
+    notebook = pytest.importorskip("transformers.utils.notebook")
+    monkeypatch.setattr("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", notebook.NotebookProgressCallback)
+    tables = []
+    monkeypatch.setattr(notebook, "text_to_html_table", lambda rows: tables.append([*map(list, rows)]) or "")
+    settings = {"disable_tqdm": False, "logging_steps": 1}
+    make_trainer(**settings).train()
+    assert tables[-1][0] == ["Step", "Training Loss", "Epsilon"]
+    assert [row[:2] for row in tables[-1][1:]] == [[1, "private"], [2, "private"]]
+    options = {"eval_dataset": pairs(8, seed=1)}
+    trainer = make_trainer(trainer_options=options, **settings, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    assert tables[-1][0] == ["Step", "Training Loss", "Validation Loss", "Epsilon"]
+    assert [row[3] for row in tables[-1][1:]] == [trainer.plan.epsilon(1), trainer.plan.epsilon(2)]
+
+
+# ---- Computation ----
+
+
+def test_compiled_training_computes_the_same_and_is_saved_under_its_own_names(make_trainer, tmp_path):
+    """With the backend that compiles nothing: what is traced, and how inputs reach it, is the same for all."""
+    trained = []
+    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager", "static_shapes": True}):
+        trainer = make_trainer(tiny_clip(), noise_seed=1, microbatch_size=4, learning_rate=0.01, **settings)
+        trainer.train()
+        trained.append(flat_weights(trainer.model))
+    torch.testing.assert_close(*trained)
+    trainer.save_model(tmp_path / "saved")
+    assert torch.equal(flat_weights(CLIPModel.from_pretrained(tmp_path / "saved")), trained[1])
+    assert PrivacyStatement.load(tmp_path / "saved").steps == 2
+
+
+# ---- Checkpoints, predictions ----
+
+
+def test_checkpoints_of_the_model_only_say_what_was_spent_and_can_be_resumed(make_trainer, tmp_path):
+    settings = {"save_only_model": True, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    make_trainer(**settings).train()
+    checkpoint = tmp_path / "checkpoint-2"
+    names = {path.name for path in checkpoint.iterdir()}
+    assert {"model.safetensors", "privacy.json"} <= names and not {"optimizer.pt", "scheduler.pt"} & names
+    assert PrivacyStatement.load(checkpoint).steps == 2
+    trainer = make_trainer(**settings)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.privacy_spent().steps == 4
+
+
+def test_predictions_are_those_of_the_model(make_trainer):
+    trainer = make_trainer(tiny_clip_vqa(), answered_questions(64))
+    trainer.train()
+    held_out = answered_questions(16, seed=1)
+    output = trainer.predict(held_out)
+    inputs = {name: value for name, value in held_out[:].items() if name != "labels"}
+    with torch.no_grad():
+        expected = trainer.model.eval()(**inputs).logits
+    assert torch.allclose(torch.from_numpy(output.predictions), expected, atol=1e-6)
+    assert output.label_ids.tolist() == held_out[:]["labels"].tolist()
+    assert math.isfinite(output.metrics["test_loss"])
+
+
+def test_predictions_for_the_training_dataset_are_refused(make_trainer):
+    trainer = make_trainer(tiny_clip_vqa(), answered_questions(64))
+    with pytest.raises(ValueError, match="test_dataset is the private training dataset"):
+        trainer.predict(trainer.train_dataset)
