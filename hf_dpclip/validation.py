@@ -1,6 +1,7 @@
 """Refusals: what the guarantee does not cover is an error before the first step, with the remedy in its message."""
 
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -160,6 +161,12 @@ def check_evaluation_data(
 
 def check_environment(trainer: Trainer) -> None:
     """Raises `ValueError` for launcher settings that the arguments do not show."""
+    launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if launched != trainer.args.world_size:
+        raise ValueError(
+            f"the launcher started {launched} processes of which TrainingArguments know {trainer.args.world_size}, so "
+            "each would train a model of its own: on a machine without GPUs, add use_cpu=True (--use_cpu)."
+        )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(
             "the launcher enabled FSDP or DeepSpeed, which reduce unclipped gradients: choose DDP instead."

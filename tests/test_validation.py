@@ -173,6 +173,17 @@ def test_training_without_a_dataset_is_refused(tmp_path):
         trainer.train()
 
 
+# ---- Launchers ----
+
+
+def test_processes_that_do_not_know_of_one_another_are_refused(tmp_path, monkeypatch):
+    args = arguments(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match=r"started 2 processes of which TrainingArguments know 1.*--use_cpu"):
+        DPCLIPTrainer(tiny_clip(), args, train_dataset=pairs(64))
+
+
 # ---- Losses ----
 
 

@@ -1,0 +1,107 @@
+"""The step from `Trainer` that `docs/migrating.md` describes, taken by the letter and run under the real launcher."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from factories import IMAGE_SIZE, tiny_dual_encoder, tiny_processor
+from PIL import Image
+from scripts import ROOT, load_script
+from transformers import AutoModel
+
+from hf_dpclip import PrivacyStatement
+
+
+SCRIPT = ROOT / "tests" / "contrastive_image_text.py"
+CONFIGS = ROOT / "examples" / "accelerate"
+TRAINING = ["--do_train", "--do_eval", "--remove_unused_columns", "False", "--report_to", "none", "--use_cpu"]
+TRAINING += ["--per_device_train_batch_size", "8", "--max_steps", "2", "--save_strategy", "no"]
+PRIVACY = ["--noise_multiplier", "1", "--microbatch_size", "4", "--accountant", "rdp"]
+
+
+def documented_diff():
+    """What is taken away, and what stands in its place, with what is around it."""
+    text = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
+    lines = text.split("```diff\n")[1].split("```")[0].splitlines()
+    old = "\n".join(line[1:] for line in lines if line[0] != "+")
+    new = "\n".join(line[1:] for line in lines if line[0] != "-")
+    return old, new
+
+
+@pytest.fixture(scope="module")
+def private_script(tmp_path_factory):
+    old, new = documented_diff()
+    text = SCRIPT.read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    path = tmp_path_factory.mktemp("script") / SCRIPT.name
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A dual encoder with its processors, and files of pairs, as arguments of the script."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_dual_encoder().save_pretrained(folder / "model")
+    tiny_processor().tokenizer.save_pretrained(folder / "model")
+    tiny_processor().image_processor.save_pretrained(folder / "model")
+    pixels = np.random.default_rng(0).integers(0, 255, (48, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    rows = []
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{number}.png")
+        rows.append(json.dumps({"image_path": str(folder / f"{number}.png"), "caption": "abcdefgh"[number % 8]}))
+    (folder / "train.json").write_text("\n".join(rows[:40]))
+    (folder / "validation.json").write_text("\n".join(rows[40:]))
+    return [
+        *("--model_name_or_path", str(folder / "model")),
+        *("--train_file", str(folder / "train.json")),
+        *("--validation_file", str(folder / "validation.json")),
+    ]
+
+
+def run(launcher, script, output_dir, *arguments):
+    command = [sys.executable, *launcher, str(script), *arguments, *TRAINING, "--output_dir", str(output_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def accelerate(config, *options):
+    return ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config), *options]
+
+
+def test_the_script_runs_with_the_ordinary_trainer(inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [SCRIPT.name, *inputs, *TRAINING, "--output_dir", str(tmp_path)])
+    load_script(SCRIPT).main()
+    assert "train_loss" in capsys.readouterr().out and not (tmp_path / "privacy.json").exists()
+
+
+@pytest.mark.parametrize(("config", "processes"), [("cpu.yaml", 1), ("multi_gpu.yaml", 2)])
+def test_the_documented_diff_makes_it_private(private_script, inputs, tmp_path, config, processes):
+    output = run(accelerate(config), private_script, tmp_path, *inputs, *PRIVACY)
+    assert output.count("Differentially private training") == 1
+    assert "train_loss" not in output and "eval_loss" in output
+    statement = PrivacyStatement.load(tmp_path)
+    assert (statement.plan.num_examples, statement.plan.expected_batch_size) == (40, 8 * processes)
+    assert statement.steps == 2 and not statement.not_private_because
+    assert type(AutoModel.from_pretrained(tmp_path)).__name__ == "VisionTextDualEncoderModel"
+    assert "differentially private" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "loss" not in json.loads((tmp_path / "train_results.json").read_text())
+
+
+@pytest.mark.slow
+def test_two_machines_are_one_run(private_script, inputs, tmp_path):
+    """Both on this machine, which the configuration file does not know."""
+    arguments = [*inputs, *PRIVACY, *TRAINING, "--output_dir", str(tmp_path)]
+    options = ["--main_process_ip", "127.0.0.1", "--main_process_port", "29571", "--num_processes", "2"]
+    machines = []
+    for rank in ("0", "1"):
+        launcher = accelerate("multi_node.yaml", *options, "--machine_rank", rank)
+        command = [sys.executable, *launcher, str(private_script), *arguments]
+        machines.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    outputs = [machine.communicate(timeout=600)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs[0][-4000:]
+    statement = PrivacyStatement.load(tmp_path)
+    assert (statement.plan.expected_batch_size, statement.steps) == (16, 2)
