@@ -34,7 +34,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["hf_dpclip", "hf_dpclip.*"]),
+    package_data={"hf_dpclip": ["py.typed"]},
     python_requires=">=3.10",
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     install_requires=[
         "accelerate>=1.10,<2",
         "datasets>=4.0",

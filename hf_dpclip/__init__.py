@@ -4,6 +4,24 @@ The public names are imported on first use, so that `import hf_dpclip` itself st
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    # The same names for type checkers, which do not run `__getattr__`.
+    from .arguments import DPTrainingArguments as DPTrainingArguments
+    from .averaging import WeightAveraging as WeightAveraging
+    from .data import AudioTextCollator as AudioTextCollator
+    from .data import ImageTextCollator as ImageTextCollator
+    from .data import VisualQuestionCollator as VisualQuestionCollator
+    from .models import CLIPForVisualQuestionAnswering as CLIPForVisualQuestionAnswering
+    from .models import CLIPVQAConfig as CLIPVQAConfig
+    from .models import freeze_batch_norm as freeze_batch_norm
+    from .models import lora_config as lora_config
+    from .privacy import PrivacyPlan as PrivacyPlan
+    from .privacy import PrivacySpent as PrivacySpent
+    from .privacy import PrivacyStatement as PrivacyStatement
+    from .trainer import DPCLIPTrainer as DPCLIPTrainer
 
 
 __version__ = "0.1.0"

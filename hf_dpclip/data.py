@@ -18,6 +18,7 @@ from .records import check_complete, check_picture, check_text, first_record
 FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
+@dataclass
 class PairCollator:
     """What all collators of ours know: the dataset columns that they read, which their `*_column` fields name."""
 

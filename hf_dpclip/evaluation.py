@@ -104,7 +104,7 @@ def retrieval_recall(
             f"retrieval_recall needs embeddings of images and texts, not {len(prediction.predictions)} outputs: pass "
             "preprocess_logits_for_metrics=keep_embeddings to the trainer."
         )
-    images, texts = prediction.predictions
+    images, texts = tuple(prediction.predictions)
     if image_ids is not None:
         images, texts = _by_image(images, texts, image_ids)
     # In memory: each process of a trainer computes for itself, and would wait for the others' file.
@@ -124,8 +124,8 @@ def vqa_accuracy(prediction: EvalPrediction, id2label: dict[int, str]) -> dict[s
         trainer = DPCLIPTrainer(model, args, collator, train_dataset, held_out, compute_metrics=compute_metrics)
         ```
     """
-    answers = [id2label[label] for label in prediction.predictions.argmax(axis=-1).tolist()]
-    references = [id2label[label] for label in prediction.label_ids.tolist()]
+    answers = [id2label[label] for label in np.argmax(prediction.predictions, axis=-1).tolist()]
+    references = [id2label[label] for label in np.asarray(prediction.label_ids).tolist()]
     return VQAAccuracy(keep_in_memory=True).compute(predictions=answers, references=references)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .privacy import PrivacyPlan
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def make_plan(args: DPTrainingArguments, num_examples: int) -> PrivacyPlan:
     """The plan of a run on `num_examples` privacy units. Raises `ValueError` as [`PrivacyPlan`] does."""
-    fields = {
+    fields: dict[str, Any] = {
         "num_examples": num_examples,
         "expected_batch_size": args.expected_batch_size,
         "num_microbatches": args.num_microbatches,

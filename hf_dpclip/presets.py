@@ -80,8 +80,8 @@ def load_easy_vqa() -> DatasetDict:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("the dataset easy-vqa comes with a package: pip install easy-vqa") from error
     return DatasetDict(
-        train=_questions(*easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()),
-        test=_questions(*easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()),
+        train=_questions(easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()),
+        test=_questions(easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()),
     )
 
 
@@ -140,7 +140,8 @@ def _as_preset(name: str, dataset: Dataset, class_names: list[str], image_column
     return dataset.cast_column("label", ClassLabel(names=class_names))
 
 
-def _questions(questions: list[str], answers: list[str], image_ids: list[int], paths: dict[int, str]) -> Dataset:
+def _questions(records: tuple[list[str], list[str], list[int]], paths: dict[int, str]) -> Dataset:
+    questions, answers, image_ids = records
     images = [paths[image_id] for image_id in image_ids]
     columns = {"image": images, "question": questions, "answer": answers, "image_id": image_ids}
     return Dataset.from_dict(columns).cast_column("image", Image())

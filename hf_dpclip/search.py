@@ -20,17 +20,15 @@ class SearchingTrainer(PublishingTrainer):
     # Whether the plan is that of the last trial, whose steps are taken.
     _plan_is_a_trials = False
 
-    def hyperparameter_search(
-        self, *args, backend: str | HPSearchBackend = "optuna", **kwargs
-    ) -> BestRun | list[BestRun]:
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> BestRun | list[BestRun]:
         """As in the `Trainer`, one trial after another.
 
         Each trial spends what its arguments say: with `target_epsilon=3`, up to ε = 3. What all of them spent together
         is printed at the end and, from then on, part of `privacy_spent` and of what is saved with any weights.
         """
-        backend = HPSearchBackend(backend)
-        validation.check_search(backend, kwargs)
-        best = super().hyperparameter_search(*args, backend=backend, **kwargs)
+        kwargs["backend"] = HPSearchBackend(kwargs.get("backend") or HPSearchBackend.OPTUNA)
+        validation.check_search(kwargs)
+        best = super().hyperparameter_search(*args, **kwargs)
         if self.is_world_process_zero():
             print(search_summary(self.privacy_statement()))
         return best

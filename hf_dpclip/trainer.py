@@ -81,6 +81,11 @@ class DPCLIPTrainer(SearchingTrainer):
         Several calls of `train` compose, and so do the trials of `hyperparameter_search`.
     """
 
+    args: DPTrainingArguments
+    model: nn.Module
+    # None where there is no training dataset, as in a trainer that only evaluates.
+    plan: PrivacyPlan
+
     def __init__(
         self,
         model: nn.Module | None = None,

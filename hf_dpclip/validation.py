@@ -224,9 +224,9 @@ def check_public(train_dataset: Dataset, public_negatives: list[str] | Dataset) 
         )
 
 
-def check_search(backend: HPSearchBackend, settings: dict[str, Any]) -> None:
+def check_search(settings: dict[str, Any]) -> None:
     """Raises `ValueError` for a hyperparameter search whose trials this trainer would not all see."""
-    if backend == HPSearchBackend.RAY or settings.get("n_jobs", 1) != 1:
+    if settings["backend"] == HPSearchBackend.RAY or settings.get("n_jobs", 1) != 1:
         raise ValueError(
             "trials that run side by side do not know what the others spend: use backend='optuna' (or 'wandb') with "
             "n_jobs=1, one trial after another."

@@ -82,9 +82,9 @@ class RetrievalRecall(evaluate.Metric):
 
 
 def _normalised(rows: list[list[float]]) -> np.ndarray:
-    rows = np.asarray(rows, dtype=np.float32)
+    embeddings = np.asarray(rows, dtype=np.float32)
     with np.errstate(invalid="ignore"):
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
 
 
 def _ranks(

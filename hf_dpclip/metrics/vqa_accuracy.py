@@ -1,5 +1,7 @@
 """Accuracy of answers to visual questions."""
 
+from collections.abc import Sequence
+
 import datasets
 import evaluate
 import numpy as np
@@ -41,10 +43,12 @@ class VQAAccuracy(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[str] | list[list[str]]) -> dict[str, float]:
-        return {"vqa_accuracy": float(np.mean([_score(*pair) for pair in zip(predictions, references)]))}
+        return {
+            "vqa_accuracy": float(np.mean([_score(answer, truth) for answer, truth in zip(predictions, references)]))
+        }
 
 
-def _score(prediction: str, reference: str | list[str]) -> float:
+def _score(prediction: str, reference: str | Sequence[str]) -> float:
     if isinstance(reference, str):
         return float(_normalised(prediction) == _normalised(reference))
     return min(1.0, sum(_normalised(prediction) == _normalised(answer) for answer in reference) / 3)

@@ -3,7 +3,7 @@
 from torch import nn
 
 
-class _Frozen:
+class _Frozen(nn.Module):
     """Stays in evaluation mode: every record is normalised with the same constants, whoever else is in its batch."""
 
     def train(self, mode: bool = True):

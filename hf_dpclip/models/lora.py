@@ -15,7 +15,7 @@ _ADAPTED = re.compile(
 )
 
 
-def lora_config(model: nn.Module, r: int = 8, lora_alpha: float | None = None, **kwargs) -> LoraConfig:
+def lora_config(model: nn.Module, r: int = 8, lora_alpha: int | None = None, **kwargs) -> LoraConfig:
     """LoRA on the query, value and projection layers of both towers.
 
     The noise of a step grows with the root of the number of trainable parameters, so few is better. The projections
@@ -26,7 +26,7 @@ def lora_config(model: nn.Module, r: int = 8, lora_alpha: float | None = None, *
     Args:
         model (`nn.Module`): a `CLIPModel` or another dual encoder, or a [`CLIPForVisualQuestionAnswering`].
         r (`int`, *optional*, defaults to 8): rank.
-        lora_alpha (`float`, *optional*, defaults to `2 * r`): scale.
+        lora_alpha (`int`, *optional*, defaults to `2 * r`): scale.
         kwargs: further fields of [`peft.LoraConfig`].
 
     Raises `ValueError` if the model has none of these layers.

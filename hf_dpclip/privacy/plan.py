@@ -59,7 +59,8 @@ class PrivacyPlan:
     num_steps: int
     noise_multiplier: float
     max_grad_norm: float = 1.0
-    target_delta: float | None = None
+    # Never None once the plan is made.
+    target_delta: float = None  # type: ignore[assignment]
     accountant: str = "pld"
     clipping: str = "flat"
     target_epsilon: float | None = None
@@ -73,13 +74,17 @@ class PrivacyPlan:
             _require(possible, name, getattr(self, name), expected)
 
     @classmethod
-    def calibrate(cls, *, target_epsilon: float, num_examples: int, target_delta: float | None = None, **fields):
+    def calibrate(
+        cls, *, target_epsilon: float, num_examples: int, target_delta: float | None = None, **fields: Any
+    ) -> "PrivacyPlan":
         """The plan whose noise puts ε of all `num_steps` steps within [0.99, 1.00] of `target_epsilon`.
 
         Takes the same fields, less `noise_multiplier`. Raises `ValueError` as the plan itself does, and for a target
         that no noise multiplier reaches.
         """
-        plan = cls(num_examples=num_examples, target_delta=target_delta, noise_multiplier=1.0, **fields)
+        if target_delta is not None:
+            fields["target_delta"] = target_delta
+        plan = cls(num_examples=num_examples, noise_multiplier=1.0, **fields)
         target = _positive(target_epsilon) and target_epsilon <= LARGEST_TARGET
         expected = f"a positive number of at most {LARGEST_TARGET}, e.g. 3.0; beyond, no record is protected"
         _require(target, "target_epsilon", target_epsilon, expected)
