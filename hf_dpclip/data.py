@@ -85,7 +85,7 @@ class ImageTextCollator(PairCollator):
 
     def __call__(self, records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         records = [record for record in records for _ in range(self.views)]
-        inputs = {}
+        inputs: dict[str, list[Any]] = {}
         if self.image_column is not None:
             pictures = [check_picture(record[self.image_column], self.image_column) for record in records]
             inputs["images"] = [self._augmented(picture.convert("RGB")) for picture in pictures]
