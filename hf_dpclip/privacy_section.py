@@ -48,10 +48,13 @@ def plan_rows(plan: PrivacyPlan) -> dict[str, str]:
 def statement_rows(statement: PrivacyStatement) -> dict[str, str]:
     """[`plan_rows`], and what was done and spent of the plan."""
     plan = statement.plan
+    earlier = {"earlier runs, counted in ε": f"{len(statement.earlier_runs)}"} if statement.earlier_runs else {}
     return {
         "ε": "no guarantee" if statement.not_private_because else f"{statement.spent.epsilon:.4g}",
         **plan_rows(plan),
+        "δ": f"{statement.spent.delta:.3g}",
         "steps taken": f"{statement.steps:,} (planned: {plan.num_steps:,})",
+        **earlier,
         "accountant": f"{plan.accountant} (dp-accounting {statement.versions['dp-accounting']})",
     }
 

@@ -62,7 +62,7 @@ class PublishingTrainer(Trainer):
             self.privacy_statement().save(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        checkpoint = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        checkpoint = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
             checkpoints.make_way(checkpoint)
         self.accelerator.wait_for_everyone()

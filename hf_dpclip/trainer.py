@@ -297,8 +297,8 @@ class DPCLIPTrainer(SearchingTrainer):
         statement = check_resumable(checkpoint, self.plan)
         self.plan = statement.plan
         self._run = statement.run or self._run
-        self._steps_taken = max(self._steps_taken, statement.steps)
         self._earlier_runs = max(self._earlier_runs, statement.earlier_runs, key=len)
+        self._steps_taken = max(self._steps_taken, statement.steps)
         # What the resumed steps lost, the steps to come cannot restore.
         self._not_private_because += statement.not_private_because
         self.state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))

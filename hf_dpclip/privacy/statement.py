@@ -67,9 +67,8 @@ class PrivacyStatement:
             values = json.loads(path.read_text(encoding="utf-8"))
             plan = PrivacyPlan.from_dict(values["plan"])
             reasons = tuple(values["not_private_because"])
-            earlier = tuple(
-                (PrivacyPlan.from_dict(run["plan"]), run["steps"]) for run in values.get("earlier_runs", [])
-            )
+            earlier = values.get("earlier_runs", [])
+            earlier = tuple((PrivacyPlan.from_dict(run["plan"]), run["steps"]) for run in earlier)
             statement = cls(plan, values["steps"], reasons, values["versions"], values.get("run"), earlier)
             statement._check(values)
         except (ValueError, KeyError, TypeError) as error:
