@@ -27,11 +27,11 @@ from transformers import AutoModel, AutoProcessor, ProcessorMixin
 from transformers.utils import cached_file
 
 from hf_dpclip import PrivacyPlan, PrivacyStatement
+from hf_dpclip.advice import HOPELESS_SIGNAL_TO_NOISE, advice, is_hopeless, total_signal_to_noise
 from hf_dpclip.data import class_prompts, encoded_texts
-from hf_dpclip.model_card import privacy_section
-from hf_dpclip.planning import steps_per_epoch
+from hf_dpclip.planning import steps_in
 from hf_dpclip.privacy import STATEMENT_NAME
-from hf_dpclip.reporting import HOPELESS_SIGNAL_TO_NOISE, advice
+from hf_dpclip.privacy_section import privacy_section
 
 
 # Fonts of the system, since others would come from another server.
@@ -80,7 +80,7 @@ def plan_from_inputs(n: int, batch: int, epochs: float, microbatches: int, given
     low, high = LIMITS[given]
     if not low <= value <= high:
         raise ValueError(f"{given} = {value:g} is outside of what this page computes: {low:g} to {high:g}.")
-    num_steps = math.ceil(epochs * steps_per_epoch(n, batch))
+    num_steps = steps_in(epochs, n, batch)
     if num_steps > MAX_STEPS:
         raise ValueError(f"{num_steps:,} steps are more than this page computes: raise B, or lower the epochs.")
     fields = {"num_examples": n, "expected_batch_size": batch, "num_steps": num_steps}
@@ -104,8 +104,7 @@ def plan_and_draw(
 
 def describe(plan: PrivacyPlan, num_parameters: int) -> str:
     """The plan as Markdown, with advice."""
-    of_a_step = plan.signal_to_noise(num_parameters)
-    of_the_run = of_a_step * math.sqrt(plan.num_steps)
+    of_a_step, of_the_run = plan.signal_to_noise(num_parameters), total_signal_to_noise(plan, num_parameters)
     rows = {
         "ε after all steps": f"**{plan.epsilon():.3g}** at δ = {plan.target_delta:.2g}",
         "noise multiplier σ": f"**{plan.noise_multiplier:.3g}**",
@@ -115,12 +114,12 @@ def describe(plan: PrivacyPlan, num_parameters: int) -> str:
         "signal-to-noise, at most": f"{of_a_step:.3g} in a step, {of_the_run:.3g} in the run",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"| | |\n|---|---|\n{table}\n\n{remarks(plan, num_parameters, of_the_run)}\n\n{arguments_of(plan)}"
+    return f"| | |\n|---|---|\n{table}\n\n{remarks(plan, num_parameters)}\n\n{arguments_of(plan)}"
 
 
-def remarks(plan: PrivacyPlan, num_parameters: int, of_the_run: float) -> str:
+def remarks(plan: PrivacyPlan, num_parameters: int) -> str:
     """What to change, or what to mind."""
-    if of_the_run < HOPELESS_SIGNAL_TO_NOISE:
+    if is_hopeless(plan, num_parameters):
         return f"**Warning:** {advice(plan, num_parameters)}"
     if plan.one_unit_per_microbatch:
         return "One record per microbatch: a contrastive loss then needs `public_negatives`."
@@ -172,7 +171,7 @@ def draw_signal_to_noise(axes: Any, plan: PrivacyPlan, num_parameters: int) -> N
 
     def of_the_run(microbatches: int) -> float:
         other = PrivacyPlan(plan.num_examples, batch, microbatches, plan.num_steps, plan.noise_multiplier)
-        return other.signal_to_noise(num_parameters) * math.sqrt(plan.num_steps)
+        return total_signal_to_noise(other, num_parameters)
 
     several = [2**power for power in range(batch.bit_length()) if 2**power < batch]
     axes.plot(several, [of_the_run(count) for count in several], label="several records per microbatch")

@@ -14,7 +14,7 @@ from PIL import Image
 from scripts import ROOT, load_script
 
 from hf_dpclip import PrivacyPlan, PrivacyStatement
-from hf_dpclip.reporting import advice
+from hf_dpclip.advice import advice
 
 
 pytest.importorskip("gradio", reason="the demo needs gradio: pip install -e '.[demo]'")
