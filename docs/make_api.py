@@ -22,6 +22,7 @@ MODULES = [
     "data",
     "models.lora",
     "models.clip_vqa",
+    "models.batch_norm",
     "averaging",
     "evaluation",
     "metrics.zero_shot_accuracy",
