@@ -206,7 +206,7 @@ def test_a_wrong_command_line_is_refused(capsys, options, message):
         ({**TARGET, "target_delta": 1e-3}, "target_delta=0.001 is not possible"),
         ({**TARGET, "target_epsilon": -1}, "target_epsilon=-1.0 is not possible"),
         ({**NOISE, "noise_multiplier": 0}, "noise_multiplier=0.0 is not possible"),
-        ({**NOISE, "noise_multiplier": 1e-5, "accountant": "pld"}, "noise_multiplier=1e-05 is so small"),
+        ({**NOISE, "noise_multiplier": 1e-5, "accountant": "pld"}, "noise_multiplier=1e-05 is not possible"),
         ({**NOISE, "accountant": "prv"}, "accountant='prv' is not possible: expected pld or rdp"),
         ({**without(NOISE, "num_steps"), "num_epochs": 0}, "num_steps=0 is not possible"),
         ({**NOISE, "num_parameters": 0}, "--num-parameters 0 is not possible"),

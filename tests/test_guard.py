@@ -202,11 +202,6 @@ def test_printing_activations_is_refused(tmp_path):
         arguments(tmp_path, debug="underflow_overflow")
 
 
-def test_hyperparameter_trials_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="one DPCLIPTrainer per trial"):
-        trainer(tmp_path).train(trial={"learning_rate": 1.0})
-
-
 def test_resuming_before_the_last_checkpoint_says_what_is_not_counted(tmp_path, caplog):
     saving = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
     trainer(tmp_path, **saving).train()
