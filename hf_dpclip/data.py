@@ -196,7 +196,6 @@ class AudioTextCollator(PairCollator):
     Example:
         ```python
         collator = AudioTextCollator(ClapProcessor.from_pretrained("laion/clap-htsat-unfused"))
-        trainer = DPCLIPTrainer(freeze_batch_norm(model), args, collator, train_dataset)
         ```
     """
 

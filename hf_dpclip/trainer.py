@@ -40,9 +40,9 @@ from .privacy import (
     PrivacySpent,
     PrivacyStatement,
     Randomness,
-    Runs,
     SecureGaussianMechanism,
 )
+from .privacy.plan import Runs
 from .public_negatives import PublicNegatives, encode_public_negatives
 from .reporting import PrivacyCallback, privacy_progress
 from .resuming import check_resumable, last_complete_checkpoint

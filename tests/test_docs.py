@@ -18,11 +18,11 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from factories import IMAGE_SIZE, arguments, tiny_clip, tiny_processor
+from factories import IMAGE_SIZE, arguments, clap_processor, tiny_clap, tiny_clip, tiny_processor
 from pages import PAGES, Block, Command, all_blocks, blocks, headings, inline_commands, setup_arguments
 from PIL import Image
 from scripts import ROOT, load_script
-from transformers import BlipConfig, BlipForQuestionAnswering, CLIPModel
+from transformers import BlipConfig, BlipForQuestionAnswering, ClapModel, ClapProcessor, CLIPModel
 
 import hf_dpclip
 from hf_dpclip import DPTrainingArguments, ImageTextCollator, PrivacyPlan, PrivacyStatement, metrics, privacy
@@ -93,6 +93,7 @@ def names_of_examples(folder) -> dict:
     similarities = {"logits_per_image": torch.eye(3).tolist(), "labels": [0, 1, 2], "batches": [0]}
     public = {name: getattr(hf_dpclip, name) for name in hf_dpclip.__all__}
     modules = {"functools": functools, "peft": importlib.import_module("peft"), "CLIPModel": CLIPModel}
+    modules |= {"ClapModel": ClapModel, "ClapProcessor": ClapProcessor}
     everything = {name: value for room in rooms for name, value in vars(room).items()}
     given = names(folder)
     return {**everything, **public, **modules, **given, **embeddings, **similarities, **a_step(given["model"])}
@@ -144,6 +145,9 @@ def save_models(folder):
     config = BlipConfig(text_config=text, vision_config=vision, projection_dim=8)
     BlipForQuestionAnswering(config).save_pretrained(blip)
     tiny_processor().save_pretrained(blip)
+    clap = folder / "laion" / "clap-htsat-unfused"
+    tiny_clap().save_pretrained(clap)
+    clap_processor().save_pretrained(clap)
 
 
 # ---- Snippets ----

@@ -23,7 +23,6 @@ _HOME_OF = {
     "Randomness": "randomness",
     "Recording": "ledger",
     "RunRecord": "composition",
-    "Runs": "plan",
     "SecureGaussianMechanism": "secure_noise",
     "Total": "composition",
     "clip_": "mechanism",
