@@ -257,3 +257,11 @@ def test_inputs_that_do_not_fit_together():
     odd[1]["pixel_values"] = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE * 2)
     with pytest.raises(NotVectorizable, match="input pixel_values"):
         all_at_once(tiny_clip(), [odd, microbatch(3, seed=2)])
+
+
+def test_an_input_that_only_some_have_is_not_lost():
+    few, more = microbatch(2, seed=1), microbatch(3, seed=2)
+    few[1].pop("attention_mask", None)
+    more[1]["attention_mask"] = torch.ones_like(more[1]["input_ids"])
+    with pytest.raises(NotVectorizable, match="other inputs"):
+        all_at_once(tiny_clip(), [few, more])

@@ -47,10 +47,14 @@ def caption_keys(inputs: dict[str, Any], pad_token_id: int) -> Tensor:
 def concatenated(batches: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
     """One batch of all rows; texts are filled up on the right to the longest.
 
-    Raises `NotVectorizable` if other tensors differ in more than their first dimension, or if a value is not a tensor.
+    Raises `NotVectorizable` if batches have different inputs, if other tensors differ in more than their first
+    dimension, or if a value is not a tensor.
     """
     if not all("input_ids" in batch for batch in batches):
         raise NotVectorizable("a batch has no input_ids")
+    if any(batch.keys() != batches[0].keys() for batch in batches):
+        # An attention_mask that only some have would be lost to them, or not, depending on the others.
+        raise NotVectorizable("a batch has other inputs than the next")
     length = max(text_length(batch) for batch in batches)
     batches = [_lengthened(batch, length, pad_token_id) for batch in batches]
     for name, value in batches[0].items():
