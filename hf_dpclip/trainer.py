@@ -295,10 +295,16 @@ class DPCLIPTrainer(SearchingTrainer):
     def _take_over(self, checkpoint: str) -> int:
         """Continues the count of a checkpoint. Returns how many steps its run has left."""
         statement = check_resumable(checkpoint, self.plan)
+        steps_taken = self._steps_taken
+        if steps_taken and statement.run != self._run:
+            # Another run's checkpoint: what this trainer did before was not part of that run, and counts beside it.
+            self._earlier_runs = (*self.privacy_statement().runs, *statement.earlier_runs)
+            steps_taken = 0
+        else:
+            self._earlier_runs = max(self._earlier_runs, statement.earlier_runs, key=len)
         self.plan = statement.plan
         self._run = statement.run or self._run
-        self._earlier_runs = max(self._earlier_runs, statement.earlier_runs, key=len)
-        self._steps_taken = max(self._steps_taken, statement.steps)
+        self._steps_taken = max(steps_taken, statement.steps)
         # What the resumed steps lost, the steps to come cannot restore.
         self._not_private_because += statement.not_private_because
         self.state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))

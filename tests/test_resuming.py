@@ -153,6 +153,15 @@ def test_an_earlier_checkpoint_does_not_undo_what_this_process_has_spent(make_tr
     assert trainer.privacy_spent().steps == 6
 
 
+def test_the_checkpoint_of_another_run_does_not_undo_what_this_trainer_has_spent(make_trainer, interrupted):
+    trainer = make_trainer(trainer_options={"callbacks": [StopAfter(3)]}, max_steps=4)
+    trainer.train()
+    trainer.pop_callback(StopAfter)
+    trainer.train(resume_from_checkpoint=str(interrupted / "checkpoint-2"))
+    assert [steps for _, steps in trainer.privacy_statement().runs] == [3, 4]
+    assert trainer.privacy_spent().epsilon == trainer.plan.epsilon(3 + 4)
+
+
 def test_a_run_that_spent_its_target_resumes_without_a_further_step(make_trainer, tmp_path, weights_of):
     settings = {"target_epsilon": 2.0, "max_steps": 2, **SAVING}
     make_trainer(**settings).train()
