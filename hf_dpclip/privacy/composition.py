@@ -58,7 +58,9 @@ class Total:
 
     Formal guarantees:
         The outputs of the private runs together are (ε, δ)-differentially private in the records: each step is a
-        Poisson-subsampled Gaussian, and the runs compose adaptively, whatever was chosen in one by looking at another.
+        Poisson-subsampled Gaussian, and learning rates, models and the like may be chosen by looking at earlier runs.
+        σ, q and the number of steps of each run are treated as fixed beforehand: where results decided on them, only
+        the sums of ε and δ ([`~privacy.composed`]) are proven.
     """
 
     runs: tuple[RunRecord, ...]
