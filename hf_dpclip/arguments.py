@@ -141,6 +141,8 @@ class DPTrainingArguments(TrainingArguments):
         # Before the Trainer looks for the library.
         if self.deepspeed:
             raise ValueError("DeepSpeed reduces gradients before they are clipped: use DDP (torchrun).")
+        if self.tf32:
+            raise ValueError("tf32=True rounds the products that norms are made of: use bf16=True.")
         super().__post_init__()
         # What depends on the number of processes.
         self.check()

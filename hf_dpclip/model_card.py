@@ -42,7 +42,7 @@ TASKS = {
 _TIMES = ("_runtime", "_per_second", "_time")
 
 # The builder of a dataset (`imagefolder`, `generator`) is not its name: whoever calls names it, or nobody.
-_UNNAMED = {"dataset_tags": [], "dataset_args": [], "dataset_metadata": []}
+_UNNAMED: dict[str, list] = {"dataset_tags": [], "dataset_args": [], "dataset_metadata": []}
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _evaluation(evaluations: list[Evaluation], has_figure: bool) -> str:
 def _procedure(trainer: Trainer, facts: TrainingSummary) -> str:
     parameters = trainer.model.parameters()
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    settings = {"trainable_parameters": f"{trainable:,}", **facts.hyperparameters}
+    settings = {"trainable_parameters": f"{trainable:,}", **(facts.hyperparameters or {})}
     libraries = {"hf_dpclip": __version__, **{name: version(name) for name in ("transformers", "peft")}}
     lists = ["\n".join(f"- {name}: {value}" for name, value in each.items()) for each in (settings, libraries)]
     return f"## Training procedure\n\n{lists[0]}\n\n### Framework versions\n\n{lists[1]}"

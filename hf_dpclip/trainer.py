@@ -324,11 +324,11 @@ class DPCLIPTrainer(SearchingTrainer):
         """As in [`SearchingTrainer`]. Raises `ValueError` for arguments that construction would not have accepted."""
         self.args.check()
         validation.check_loss_is_known(self.args, self.contrastive_base, self.public_negatives is not None)
-        statement = self.privacy_statement()
+        statement, plan = self.privacy_statement(), self._make_plan()
         if statement.steps:
             self._earlier_runs = statement.runs
         self._not_private_because = statement.not_private_because
-        self.plan, self._steps_taken, self._run = self._make_plan(), 0, new_run()
+        self.plan, self._steps_taken, self._run = plan, 0, new_run()
         self._steps_ahead = self.plan.num_steps
         self._planned_forward_passes = self.args.gradient_accumulation_steps
         self._draw_randomness()

@@ -114,6 +114,11 @@ def test_parallelism_config_is_refused(tmp_path):
         arguments(tmp_path, parallelism_config=ParallelismConfig())
 
 
+def test_tf32_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="use bf16=True"):
+        arguments(tmp_path, tf32=True)
+
+
 def test_deepspeed_is_refused(tmp_path, monkeypatch):
     # The Trainer's own set-up of DeepSpeed, which needs it installed, comes before the refusal.
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)

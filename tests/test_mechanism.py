@@ -239,3 +239,11 @@ def test_twice_the_clipping_norm_is_reached():
     settings = plan(max_grad_norm=0.7)
     difference = summed([np.vstack([others, canary])], settings) - summed([others], settings)
     assert difference.norm().item() == pytest.approx(1.4, rel=1e-5)
+
+
+def test_pure_noise_of_a_convolution_in_another_layout_is_released():
+    weight = Parameter(torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    mechanism = GaussianMechanism(PrivacyPlan(64, 8, 4, 2, noise_multiplier=1.0), [weight], Randomness().noise())
+    mechanism.release()
+    assert weight.grad.shape == weight.shape
+    assert (weight.grad != 0).all()

@@ -265,3 +265,14 @@ def test_an_input_that_only_some_have_is_not_lost():
     more[1]["attention_mask"] = torch.ones_like(more[1]["input_ids"])
     with pytest.raises(NotVectorizable, match="other inputs"):
         all_at_once(tiny_clip(), [few, more])
+
+
+def test_norms_of_what_cancels_are_not_too_small():
+    """Rows of opposite gradients, which add up to almost nothing."""
+    rows = torch.randn(1, 1, 256, generator=torch.Generator().manual_seed(0))
+    activations = rows.expand(1, 16, 256) + 1e-4 * torch.randn(1, 16, 256, generator=torch.Generator().manual_seed(1))
+    signs = torch.tensor([1.0, -1.0]).repeat(8)[None, :, None]
+    outputs = signs * torch.ones(1, 16, 256)
+    exact = (outputs[0].double().T @ activations[0].double()).square().sum()
+    gradients = Outer(activations, outputs, Layout([1], 1, torch.device("cpu")))
+    assert gradients.squared_norms()[0] >= exact

@@ -212,4 +212,5 @@ def _add(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
 
 
 def _zeros(parameter: Parameter) -> Tensor:
-    return torch.zeros_like(parameter, dtype=torch.float32)
+    # Contiguous, whatever the layout of the parameter.
+    return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
