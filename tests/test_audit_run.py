@@ -159,5 +159,6 @@ def test_the_example_draws_and_prints_both_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["audit.py", *few, "--output", str(tmp_path / "audit.png")])
     script.main()
     output = capsys.readouterr().out
+    assert "| before training | - |" in output
     assert "| without privacy | inf |" in output and "| ε = 8 |" in output
     assert (tmp_path / "audit.png").stat().st_size > 10_000

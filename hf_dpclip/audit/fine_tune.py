@@ -68,12 +68,17 @@ class FineTuneAudit:
         canaries ([`Membership`]): the same canaries, by their final losses.
         membership ([`Membership`]): of ordinary records, by their final losses.
         accuracy (`float`): on the held-out records.
+        start ([`Membership`]): the same ordinary records by the losses of the first weights, which saw none of them:
+            how far the two halves of the draw differ by chance.
+        accuracy_at_start (`float`): of the first weights.
     """
 
     run: RunAudit
     canaries: Membership
     membership: Membership
     accuracy: float
+    start: Membership
+    accuracy_at_start: float
 
     def to_dict(self) -> dict[str, Any]:
         """What `hf-dpclip audit run --json` prints; ε is `None` where there is none."""
@@ -81,7 +86,7 @@ class FineTuneAudit:
         if not math.isfinite(self.run.claimed_epsilon):
             values["claimed_epsilon"] = None
         rates = {"auc": self.membership.auc, "tpr_at_1%_fpr": self.membership.true_positive_rate()}
-        return {**values, **rates, "accuracy": self.accuracy}
+        return {**values, **rates, "auc_at_start": self.start.auc, "accuracy": self.accuracy}
 
 
 @dataclass(frozen=True)
@@ -122,15 +127,14 @@ class FineTune:
             processing_class=processor,
             public_negatives=prompts,
         )
-        losses = [LabelLosses(each, processor, prompts) for each in (canaries, members, others)]
+        of_canaries, *of_records = [LabelLosses(each, processor, prompts) for each in (canaries, members, others)]
+        start, accuracy_at_start = _attack(trainer.model, *of_records)
         tossed = Canaries.toss(np.arange(len(members), len(members) + len(canaries)))
         every = LOOK_EVERY if target_epsilon is None else 1
-        run = audit_run(trainer, tossed, losses[0], every=every)
-        with torch.no_grad():
-            of_canaries, of_members, of_others = (-each(trainer.model).cpu().numpy() for each in losses)
-            accuracy = losses[2].accuracy(trainer.model)
-        by_coin = Membership(of_canaries[tossed.included], of_canaries[~tossed.included])
-        return FineTuneAudit(run, by_coin, Membership(of_members, of_others), accuracy)
+        run = audit_run(trainer, tossed, of_canaries, every=every)
+        scores = of_canaries.scores(trainer.model)
+        by_coin = Membership(scores[tossed.included], scores[~tossed.included])
+        return FineTuneAudit(run, by_coin, *_attack(trainer.model, *of_records), start, accuracy_at_start)
 
     def records(self) -> tuple[Dataset, Dataset, Dataset, list[str]]:
         """Canaries, members and others, from one draw and without overlap, and the class prompts."""
@@ -199,6 +203,12 @@ class LabelLosses:
     def __call__(self, model: nn.Module) -> Tensor:
         return F.cross_entropy(self._logits(model), self.labels.to(model.device), reduction="none")
 
+    @torch.no_grad()
+    def scores(self, model: nn.Module) -> np.ndarray:
+        """Larger ones speak for membership."""
+        return -self(model).cpu().numpy()
+
+    @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float:
         """Share of images nearest to the prompt of their label."""
         return float((self._logits(model).argmax(dim=1).cpu() == self.labels).float().mean())
@@ -207,6 +217,11 @@ class LabelLosses:
         model.eval()
         pixel_values, texts = self.pixel_values.to(model.device), self.texts.to(model.device)
         return model(pixel_values=pixel_values, **texts).logits_per_image.float()
+
+
+def _attack(model: nn.Module, members: LabelLosses, others: LabelLosses) -> tuple[Membership, float]:
+    """Who was trained on, and how many of the others are labelled rightly."""
+    return Membership(members.scores(model), others.scores(model)), others.accuracy(model)
 
 
 def _mislabel(record: dict[str, Any], number: int, classes: int) -> dict[str, Any]:
