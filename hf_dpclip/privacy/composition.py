@@ -102,7 +102,7 @@ def totals(runs: Iterable[RunRecord], delta: float | None = None) -> list[Total]
 
 def _total(runs: Sequence[RunRecord], delta: float | None) -> Total:
     delta = delta or min(run.plan["target_delta"] for run in runs)
-    steps = Counter()
+    steps: Counter[tuple[float, float]] = Counter()
     for run in runs:
         if not run.not_private_because:
             steps[run.mechanism] += run.steps

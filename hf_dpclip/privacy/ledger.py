@@ -81,7 +81,7 @@ class Ledger:
         with self._locked(os.O_CREAT) as file:
             parts = parse(self.path, _content(file))
             part = sum(known == run for known, _ in parts)
-            event = {
+            event: dict[str, Any] = {
                 "event": "begin",
                 "run": run,
                 "part": part,

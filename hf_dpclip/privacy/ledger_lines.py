@@ -9,7 +9,7 @@ from .composition import RunRecord
 
 
 # The lines that there are, and what each must have.
-_EVENTS = {
+_EVENTS: dict[str, dict[str, Any]] = {
     "begin": {
         "run": str,
         "part": int,
@@ -50,7 +50,7 @@ class Part:
 
 def parse(path: Path, content: bytes) -> dict[tuple[str, int], Part]:
     """All calls of `train`, by run and number. Raises `ValueError` for a damaged line; the last may be cut short."""
-    parts = {}
+    parts: dict[tuple[str, int], Part] = {}
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             event = json.loads(line)
