@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from torch import nn
-from transformers import ProcessorMixin, Trainer
+from transformers import ProcessorMixin
 from transformers.modelcard import TrainingSummary
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING_NAMES,
@@ -28,6 +28,9 @@ from .figures import plot_privacy_utility
 from .models import CLIPForVisualQuestionAnswering, base_model
 from .privacy_section import CARD_NAME, NOT_PRIVATE, privacy_section
 
+
+if TYPE_CHECKING:
+    from .publishing import PublishingTrainer
 
 FIGURE_NAME = "privacy_utility.png"
 
@@ -42,7 +45,7 @@ TASKS = {
 _TIMES = ("_runtime", "_per_second", "_time")
 
 # The builder of a dataset (`imagefolder`, `generator`) is not its name: whoever calls names it, or nobody.
-_UNNAMED: dict[str, list] = {"dataset_tags": [], "dataset_args": [], "dataset_metadata": []}
+_UNNAMED: dict[str, list[str]] = {"dataset_tags": [], "dataset_args": [], "dataset_metadata": []}
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Evaluation:
     metrics: dict[str, float]
 
 
-def write_model_card(trainer: Trainer, **names: Any) -> None:
+def write_model_card(trainer: "PublishingTrainer", **names: Any) -> None:
     """Writes `README.md` into the trainer's output folder, and the figure of accuracy against ε if there is one.
 
     Args:
@@ -64,7 +67,7 @@ def write_model_card(trainer: Trainer, **names: Any) -> None:
     """
     facts = TrainingSummary.from_trainer(trainer, **{**_UNNAMED, **names})
     evaluations = evaluations_of(trainer)
-    folder = Path(trainer.args.output_dir)
+    folder = Path(trainer.output_dir)
     _draw(evaluations, trainer.args.metric_for_best_model, folder / FIGURE_NAME)
     sections = [
         f"---\n{metadata(trainer, facts, evaluations).to_yaml()}\n---",
@@ -79,7 +82,7 @@ def write_model_card(trainer: Trainer, **names: Any) -> None:
     Path(folder, CARD_NAME).write_text("\n\n".join(map(str.strip, sections)) + "\n", encoding="utf-8")
 
 
-def evaluations_of(trainer: Trainer) -> list[Evaluation]:
+def evaluations_of(trainer: "PublishingTrainer") -> list[Evaluation]:
     """All evaluations that were logged, in order; none where private records may have been evaluated on."""
     if any(reason.startswith("log_private_statistics") for reason in trainer.privacy_statement().not_private_because):
         return []
@@ -89,11 +92,11 @@ def evaluations_of(trainer: Trainer) -> list[Evaluation]:
         metrics = {name: value for name, value in metrics.items() if not f"_{name}".endswith(_TIMES)}
         if metrics:
             epsilon = None if NOT_PRIVATE in logs else logs.get("epsilon", 0.0)
-            evaluations.append(Evaluation(logs["step"], epsilon, metrics))
+            evaluations.append(Evaluation(int(logs["step"]), epsilon, metrics))
     return evaluations
 
 
-def metadata(trainer: Trainer, facts: TrainingSummary, evaluations: list[Evaluation]) -> ModelCardData:
+def metadata(trainer: "PublishingTrainer", facts: TrainingSummary, evaluations: list[Evaluation]) -> ModelCardData:
     """What the Hub filters and lists models by."""
     results = _results(trainer, facts, evaluations[-1]) if evaluations else None
     base = _hub_id(facts.finetuned_from)
@@ -105,30 +108,30 @@ def metadata(trainer: Trainer, facts: TrainingSummary, evaluations: list[Evaluat
         eval_results=results,
         language=facts.language,
         library_name="peft" if adapter else "transformers",
-        license=facts.license,
+        license=next(iter(_listed(facts.license)), None),
         metrics=[result.metric_type for result in results if result.metric_type != "loss"] if results else None,
         model_name=facts.model_name if results else None,
         pipeline_tag=_task(trainer.model),
-        tags=[*_tags(trainer), *facts.tags],
+        tags=[*_tags(trainer), *_listed(facts.tags)],
     )
 
 
-def usage(trainer: Trainer) -> str:
+def usage(trainer: "PublishingTrainer") -> str:
     """Code that loads the model from where it is published, and uses it."""
-    where = trainer.hub_model_id or trainer.args.output_dir
+    where = trainer.hub_model_id or trainer.output_dir
     model = base_model(trainer.model)
-    has_processor = isinstance(trainer.processing_class, ProcessorMixin)
-    example = _example(model, trainer.processing_class) if has_processor else []
+    processor = trainer.processing_class if isinstance(trainer.processing_class, ProcessorMixin) else None
+    example = _example(model, processor) if processor is not None else []
     imports = {_home(type(model)): [type(model).__name__]}
     if isinstance(trainer.model, PeftModel):
         imports["peft"] = ["PeftModel"]
-    if has_processor:
+    if processor is not None:
         imports["transformers"] = ["AutoProcessor", *imports.get("transformers", [])]
     if example:
         imports["PIL"] = ["Image"]
     lines = [f"from {home} import {', '.join(imports[home])}" for home in sorted(imports, key=str.lower)]
     lines += ["", *_loading(trainer.model, where)]
-    lines += [f'processor = AutoProcessor.from_pretrained("{where}")'] if has_processor else []
+    lines += [f'processor = AutoProcessor.from_pretrained("{where}")'] if processor is not None else []
     return "\n".join([*lines, *example]) + "\n"
 
 
@@ -139,10 +142,12 @@ def _home(model_class: type) -> str:
 
 
 def _loading(model: nn.Module, where: str) -> list[str]:
-    name = type(base_model(model)).__name__
+    # The configuration is no attribute that torch declares of a module.
+    inner: Any = base_model(model)
+    name = type(inner).__name__
     if not isinstance(model, PeftModel):
         return [f'model = {name}.from_pretrained("{where}")']
-    start = base_model(model).config.name_or_path
+    start = inner.config.name_or_path
     base = f'{name}.from_pretrained("{start}")' if start else "...  # the weights that training started from"
     return [f"base = {base}", f'model = PeftModel.from_pretrained(base, "{where}")']
 
@@ -168,7 +173,7 @@ def _example(model: nn.Module, processor: ProcessorMixin) -> list[str]:
     return []
 
 
-def _introduction(trainer: Trainer, facts: TrainingSummary) -> str:
+def _introduction(trainer: "PublishingTrainer", facts: TrainingSummary) -> str:
     kind = "An adapter of" if isinstance(trainer.model, PeftModel) else "A fine-tuned version of"
     base = _hub_id(facts.finetuned_from)
     link = f"[{base}](https://huggingface.co/{base})" if base else "a model that is not named here"
@@ -176,9 +181,9 @@ def _introduction(trainer: Trainer, facts: TrainingSummary) -> str:
     return f"# {facts.model_name}\n\n{kind} {link}, trained {how} by `hf_dpclip`."
 
 
-def _training_data(trainer: Trainer, facts: TrainingSummary) -> str:
+def _training_data(trainer: "PublishingTrainer", facts: TrainingSummary) -> str:
     names = ", ".join(map(str, _listed(facts.dataset))) or "a dataset that is not named here"
-    plan = trainer.plan
+    plan = trainer.privacy_statement().plan
     return (
         f"## Training data\n\n{plan.num_examples:,} privacy units (one unit = one {plan.privacy_unit}) of {names}. "
         "Nothing on this card was computed from these records, but for what the guarantee covers: no training "
@@ -200,7 +205,7 @@ def _evaluation(evaluations: list[Evaluation], has_figure: bool) -> str:
     return f"## Evaluation\n\nOn held-out records, which are not covered by the guarantee.\n\n{table}{image}"
 
 
-def _procedure(trainer: Trainer, facts: TrainingSummary) -> str:
+def _procedure(trainer: "PublishingTrainer", facts: TrainingSummary) -> str:
     parameters = trainer.model.parameters()
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     settings = {"trainable_parameters": f"{trainable:,}", **(facts.hyperparameters or {})}
@@ -209,7 +214,7 @@ def _procedure(trainer: Trainer, facts: TrainingSummary) -> str:
     return f"## Training procedure\n\n{lists[0]}\n\n### Framework versions\n\n{lists[1]}"
 
 
-def _results(trainer: Trainer, facts: TrainingSummary, evaluation: Evaluation) -> list[EvalResult]:
+def _results(trainer: "PublishingTrainer", facts: TrainingSummary, evaluation: Evaluation) -> list[EvalResult]:
     identifiers, names = _listed(facts.dataset_tags), _listed(facts.dataset)
     return [
         EvalResult(
@@ -223,7 +228,7 @@ def _results(trainer: Trainer, facts: TrainingSummary, evaluation: Evaluation) -
     ]
 
 
-def _tags(trainer: Trainer) -> list[str]:
+def _tags(trainer: "PublishingTrainer") -> list[str]:
     private = not trainer.privacy_statement().not_private_because
     tags = ["hf_dpclip", *(("differential-privacy", "dp-sgd") if private else ("not-private",))]
     if isinstance(trainer.model, PeftModel):
@@ -233,13 +238,13 @@ def _tags(trainer: Trainer) -> list[str]:
 
 def _draw(evaluations: list[Evaluation], chosen: str | None, path: Path) -> None:
     """The figure, if there are points to join and matplotlib is installed."""
-    spent = [each for each in evaluations if each.epsilon is not None]
+    spent = [(each.epsilon, each.metrics) for each in evaluations if each.epsilon is not None]
     if len(spent) < 2 or find_spec("matplotlib") is None:
         return
-    names = sorted(set.intersection(*(set(each.metrics) for each in spent)), key=lambda name: name.endswith("loss"))
+    names = sorted(set.intersection(*(set(metrics) for _, metrics in spent)), key=lambda name: name.endswith("loss"))
     chosen = (chosen or "").removeprefix("eval_")
     metric = chosen if chosen in names else names[0]
-    plot_privacy_utility([each.epsilon for each in spent], [each.metrics[metric] for each in spent], metric, path)
+    plot_privacy_utility([epsilon for epsilon, _ in spent], [metrics[metric] for _, metrics in spent], metric, path)
 
 
 def _task(model: nn.Module) -> str | None:

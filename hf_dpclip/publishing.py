@@ -3,6 +3,7 @@
 Each states ε and holds no statistic of the private data (`docs/privacy.md`, "What leaves the process").
 """
 
+import inspect
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from . import checkpoints
+from .arguments import DPTrainingArguments
 from .averaging import load_averages, save_averages
 from .model_card import write_model_card
 from .privacy import STATEMENT_NAME, PrivacyPlan, PrivacyStatement
@@ -25,7 +27,16 @@ PRIVATE_STATISTICS = ("loss", "train_loss")
 class PublishingTrainer(Trainer):
     """The part of [`DPCLIPTrainer`] that logs, saves and publishes."""
 
+    args: DPTrainingArguments
+    model: nn.Module
     plan: PrivacyPlan | None
+    # A `str` where there is a repository. The `Trainer` sets it to `None` first, which is then all that it may be.
+    hub_model_id: Any
+
+    @property
+    def output_dir(self) -> str:
+        """`args.output_dir`, which is never `None` once the arguments are made, although it is declared so."""
+        return self._get_output_dir(trial=None)
 
     @abstractmethod
     def privacy_statement(self) -> PrivacyStatement:
@@ -52,7 +63,7 @@ class PublishingTrainer(Trainer):
         return {name: value for name, value in logs.items() if name not in PRIVATE_STATISTICS}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.output_dir)
         states_privacy = self.args.should_save and self.plan is not None
         if states_privacy:
             # Whatever interrupts this, no weights lie beside the claim of others.
@@ -88,15 +99,16 @@ class PublishingTrainer(Trainer):
         if checkpoint is not None:
             load_averages(self.callback_handler.callbacks, checkpoint, self.model)
 
-    def create_model_card(self, **kwargs) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As in the `Trainer`, with the guarantee, and without statistics of the private data.
 
-        Takes the same keywords. `dataset_tags` and `dataset` name the dataset; by default it stays unnamed.
+        Takes the same arguments. `dataset_tags` and `dataset` name the dataset; by default it stays unnamed.
         """
         if self.plan is None:
-            super().create_model_card(**kwargs)
+            super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
-            write_model_card(self, **kwargs)
+            names = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
+            write_model_card(self, **names)
 
     def push_to_hub(self, *args, **kwargs) -> CommitInfo:
         """As in the `Trainer`."""
@@ -109,7 +121,7 @@ class PublishingTrainer(Trainer):
                 self._wait_for_upload()
             if self.push_in_progress is None or self.push_in_progress.is_done():
                 # The Trainer copies the files that it knows from the checkpoint to the folder that is uploaded.
-                self.privacy_statement().save(self.args.output_dir)
+                self.privacy_statement().save(self.output_dir)
                 self.create_model_card(model_name=self.hub_model_id.split("/")[-1])
         super()._push_from_checkpoint(checkpoint_folder)
 

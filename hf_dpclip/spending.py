@@ -25,18 +25,19 @@ def new_run() -> str:
 
 
 @contextmanager
-def recorded(trainer: "DPCLIPTrainer", planned: int) -> Iterator[Callable[[], None]]:
+def recorded(trainer: "DPCLIPTrainer", run: str, planned: int) -> Iterator[Callable[[], None]]:
     """Records the steps that are taken inside. Yields what is to be called before each of them.
 
     Process 0 writes. A release of several processes needs all of them, so none has a result before it has written.
 
     Args:
-        trainer ([`DPCLIPTrainer`]): the run.
+        trainer ([`DPCLIPTrainer`]): who takes them.
+        run (`str`): the id of the run that they belong to.
         planned (`int`): steps that are to be taken inside.
 
     Raises `ValueError`, on all processes, if they could exceed `ledger_epsilon`, or if the ledger is damaged.
     """
-    recording = _begin(trainer, planned)
+    recording = _begin(trainer, run, planned)
     try:
         yield recording.before_step if recording else _nothing
     finally:
@@ -44,11 +45,12 @@ def recorded(trainer: "DPCLIPTrainer", planned: int) -> Iterator[Callable[[], No
             _end(recording)
 
 
-def _begin(trainer: "DPCLIPTrainer", planned: int) -> Recording | None:
-    recording, error = None, None
+def _begin(trainer: "DPCLIPTrainer", run: str, planned: int) -> Recording | None:
+    recording: Recording | None = None
+    error: Exception | None = None
     if trainer.is_world_process_zero():
         try:
-            recording = _begin_here(trainer, planned)
+            recording = _begin_here(trainer, run, planned)
         except (OSError, ValueError) as refusal:
             error = refusal
     (error,) = broadcast_object_list([error])
@@ -57,10 +59,10 @@ def _begin(trainer: "DPCLIPTrainer", planned: int) -> Recording | None:
     return recording
 
 
-def _begin_here(trainer: "DPCLIPTrainer", planned: int) -> Recording:
+def _begin_here(trainer: "DPCLIPTrainer", run: str, planned: int) -> Recording:
     args, dataset, statement = trainer.args, trainer.train_dataset, trainer.privacy_statement()
-    return Ledger(args.ledger_path or Path(args.output_dir, LEDGER_NAME)).begin(
-        statement.run,
+    return Ledger(args.ledger_path or Path(trainer.output_dir, LEDGER_NAME)).begin(
+        run,
         statement.plan,
         planned,
         dataset=args.ledger_dataset,

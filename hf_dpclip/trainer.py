@@ -81,8 +81,6 @@ class DPCLIPTrainer(SearchingTrainer):
         Several calls of `train` compose, and so do the trials of `hyperparameter_search`.
     """
 
-    args: DPTrainingArguments
-    model: nn.Module
     # None where there is no training dataset, as in a trainer that only evaluates.
     plan: PrivacyPlan
 
@@ -340,7 +338,7 @@ class DPCLIPTrainer(SearchingTrainer):
 
     def _inner_training_loop(self, *args, **kwargs):
         # Not before a trial of a search has a plan of its own.
-        with recorded(self, self._planned_steps) as self._before_release:
+        with recorded(self, self._run, self._planned_steps) as self._before_release:
             return super()._inner_training_loop(*args, **kwargs)
 
     def _draw_randomness(self) -> None:

@@ -94,7 +94,7 @@ def test_the_documented_schema_lists_every_entry(saved):
     text = (Path(__file__).parents[1] / "docs" / "publishing.md").read_text(encoding="utf-8")
     schema = text[text.index("## `privacy.json`") : text.index("## Afterwards")]
     entries = re.findall(r"^\| `(\w+)` \|", schema, re.MULTILINE)
-    assert entries == [*values, *values["plan"]]
+    assert entries == [*values, "earlier_runs", *values["plan"]]
 
 
 def test_a_run_without_noise_claims_no_finite_epsilon(tmp_path):

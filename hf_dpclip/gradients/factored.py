@@ -152,8 +152,8 @@ def _squared_norms_of_products(a: Tensor, b: Tensor) -> Tensor:
     if rows * (d + p) >= d * p:
         # One product at a time: together they could be larger than everything else.
         return torch.cat([_squared_norms(y.T @ x[None]) for x, y in zip(a, b)])
-    # ‖bᵀa‖² = Σ over pairs of rows of (aaᵀ)(bbᵀ). Where large terms cancel, what rounding may have taken away is added,
-    # since a norm that is too small would leave a gradient longer than C.
+    # ‖bᵀa‖² = Σ over pairs of rows of (aaᵀ)(bbᵀ). Where large terms cancel, what rounding may have taken away is
+    # added: a norm that is too small would leave a gradient longer than C.
     products = (a @ a.transpose(1, 2)).mul_(b @ b.transpose(1, 2))
     rounding = 2 * torch.finfo(torch.float32).eps * products.abs().sum(dim=2).double().sum(dim=1)
     return products.sum(dim=2).double().sum(dim=1).clamp(min=0) + rounding

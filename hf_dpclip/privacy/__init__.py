@@ -9,6 +9,27 @@ use, so that a plan can be made on the command line without waiting for it.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    # The same names for type checkers, which do not run `__getattr__`.
+    from .composition import RunRecord as RunRecord
+    from .composition import Total as Total
+    from .composition import totals as totals
+    from .ledger import LEDGER_NAME as LEDGER_NAME
+    from .ledger import Ledger as Ledger
+    from .ledger import Recording as Recording
+    from .mechanism import GaussianMechanism as GaussianMechanism
+    from .mechanism import clip_ as clip_
+    from .plan import PrivacyPlan as PrivacyPlan
+    from .plan import PrivacySpent as PrivacySpent
+    from .plan import composed as composed
+    from .randomness import Randomness as Randomness
+    from .sampling import PoissonSampler as PoissonSampler
+    from .secure_noise import SecureGaussianMechanism as SecureGaussianMechanism
+    from .statement import STATEMENT_NAME as STATEMENT_NAME
+    from .statement import PrivacyStatement as PrivacyStatement
 
 
 _HOME_OF = {
