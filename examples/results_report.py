@@ -226,6 +226,8 @@ class Panels:
     def save(self, path: Path) -> None:
         for panel in self.panels.values():
             ticks = sorted({x for bars in panel.containers for x in bars.lines[0].get_xdata()})
+            # Of a single value, a logarithmic axis would find no limits.
+            panel.set_xlim(ticks[0] / 1.5, ticks[-1] * 1.5)
             panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             panel.xaxis.set_minor_locator(NullLocator())
             panel.yaxis.set_major_formatter(PercentFormatter(1))
