@@ -6,6 +6,7 @@ each step the weights are put back, which makes all plays alike. What the advers
 """
 
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -31,6 +32,8 @@ from .mistakes import PresentUnits
 
 DELTA = 0.01
 CONFIDENCE = 0.999
+# Where Linux keeps files in memory: the ledgers of so many runs need not outlast a power cut.
+MEMORY = "/dev/shm"
 
 
 class ChosenGradients(nn.Module):
@@ -235,7 +238,8 @@ def _train(
 ) -> tuple[list[Tensor], DPCLIPTrainer]:
     """Releases of one run, and its trainer."""
     game, recorder = mechanism.game, ReleaseRecorder()
-    with tempfile.TemporaryDirectory() as folder, planted(mechanism, game.missing(present)), quiet():
+    memory = MEMORY if os.path.isdir(MEMORY) else None
+    with tempfile.TemporaryDirectory(dir=memory) as folder, planted(mechanism, game.missing(present)), quiet():
         args = game.arguments(folder, steps, accountant)
         trainer = mechanism.trainer(game.model(), args, train_dataset=game.records, callbacks=[recorder])
         try:
