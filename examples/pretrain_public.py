@@ -371,6 +371,25 @@ def train(model: CLIPModel, tokenizer: CLIPTokenizer, draw_batch: Callable, args
             print(f"step {step}: loss {loss.item():.3f}", flush=True)
 
 
+def go_on(description: str, output_dir: str, draw_batch: Callable) -> None:
+    """Train the tiny CLIP further, on other pictures, as the command line says, and save it elsewhere."""
+    parser = ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--model", default=str(Path(__file__).parent / "tiny-clip"), help="the CLIP to start from")
+    parser.add_argument("--output_dir", default=output_dir, help="where to save model and processor")
+    parser.add_argument("--steps", type=int, default=3000, help="number of optimizer steps")
+    parser.add_argument("--batch_size", type=int, default=128, help="number of pictures in a step")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak of the cosine schedule")
+    parser.add_argument("--num_threads", type=int, default=1, help="threads of torch; the weights depend on it")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the pictures")
+    args = parser.parse_args()
+    set_seed(args.seed)
+    torch.set_num_threads(args.num_threads)
+    model, processor = CLIPModel.from_pretrained(args.model), CLIPProcessor.from_pretrained(args.model)
+    train(model.train(), processor.tokenizer, draw_batch, args)
+    model.save_pretrained(args.output_dir)
+    processor.save_pretrained(args.output_dir)
+
+
 def main() -> None:
     """Draw, train and save."""
     args = parse_args()

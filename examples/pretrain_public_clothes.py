@@ -11,15 +11,12 @@ The same arguments and number of threads give the same weights.
 
 import math
 import random
-from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
-from pretrain_public import IMAGE_SIZE, OVERSAMPLING, train
-from transformers import CLIPModel, CLIPProcessor, set_seed
+from pretrain_public import IMAGE_SIZE, OVERSAMPLING, go_on
 
 
 TEMPLATES = ["a photo of a {}", "a picture of a {}.", "a {} in a shop", "the {} is on sale", "{}"]
@@ -27,19 +24,6 @@ CANVAS = IMAGE_SIZE * OVERSAMPLING
 Y, X = np.mgrid[0 : 1 : IMAGE_SIZE * 1j, 0 : 1 : IMAGE_SIZE * 1j].astype(np.float32)
 
 Point = tuple[float, float]
-
-
-def parse_args() -> Namespace:
-    """Read the command line."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(Path(__file__).parent / "tiny-clip"), help="the CLIP to start from")
-    parser.add_argument("--output_dir", default="examples/tiny-clip-clothes", help="where to save model and processor")
-    parser.add_argument("--steps", type=int, default=3000, help="number of optimizer steps")
-    parser.add_argument("--batch_size", type=int, default=128, help="number of pictures in a step")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak of the cosine schedule")
-    parser.add_argument("--num_threads", type=int, default=1, help="threads of torch; the weights depend on it")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the pictures")
-    return parser.parse_args()
 
 
 class Drawing:
@@ -260,16 +244,5 @@ def random_batch(size: int) -> tuple[torch.Tensor, list[str]]:
     return pictures[:, None].expand(-1, 3, -1, -1), [template.format(name) for name in names]
 
 
-def main() -> None:
-    """Draw, train and save."""
-    args = parse_args()
-    set_seed(args.seed)
-    torch.set_num_threads(args.num_threads)
-    model, processor = CLIPModel.from_pretrained(args.model), CLIPProcessor.from_pretrained(args.model)
-    train(model.train(), processor.tokenizer, random_batch, args)
-    model.save_pretrained(args.output_dir)
-    processor.save_pretrained(args.output_dir)
-
-
 if __name__ == "__main__":
-    main()
+    go_on(__doc__, "examples/tiny-clip-clothes", random_batch)

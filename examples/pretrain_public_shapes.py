@@ -10,8 +10,6 @@ The same arguments and number of threads give the same weights.
 """
 
 import random
-from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,28 +21,14 @@ from pretrain_public import (
     build_concept,
     colourise,
     draw_shape,
-    train,
+    go_on,
     uniform,
 )
-from transformers import CLIPModel, CLIPProcessor, set_seed
 
 
 TEMPLATES = ["a {ink} {name}", "a picture of a small {ink} {name}.", "a photo of a {name}.", "{ink}"]
 # Half the side of a drawing, where half the side of the picture is 1.
 EXTENT = 20 / IMAGE_SIZE
-
-
-def parse_args() -> Namespace:
-    """Read the command line."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(Path(__file__).parent / "tiny-clip"), help="the CLIP to start from")
-    parser.add_argument("--output_dir", default="examples/tiny-clip-shapes", help="where to save model and processor")
-    parser.add_argument("--steps", type=int, default=3000, help="number of optimizer steps")
-    parser.add_argument("--batch_size", type=int, default=128, help="number of pictures in a step")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak of the cosine schedule")
-    parser.add_argument("--num_threads", type=int, default=1, help="threads of torch; the weights depend on it")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the pictures")
-    return parser.parse_args()
 
 
 def place(maps: torch.Tensor) -> torch.Tensor:
@@ -78,14 +62,8 @@ def random_batch(concepts: list[Concept], size: int) -> tuple[torch.Tensor, list
 
 def main() -> None:
     """Draw, train and save."""
-    args = parse_args()
-    set_seed(args.seed)
-    torch.set_num_threads(args.num_threads)
     concepts = [build_concept("shape", name, name, [draw_shape(name)]) for name in SHAPES]
-    model, processor = CLIPModel.from_pretrained(args.model), CLIPProcessor.from_pretrained(args.model)
-    train(model.train(), processor.tokenizer, lambda size: random_batch(concepts, size), args)
-    model.save_pretrained(args.output_dir)
-    processor.save_pretrained(args.output_dir)
+    go_on(__doc__, "examples/tiny-clip-shapes", lambda size: random_batch(concepts, size))
 
 
 if __name__ == "__main__":
