@@ -3,22 +3,15 @@
 import json
 
 import pytest
+from plans import plan
 from test_import import modules_after
 
-from hf_dpclip import PrivacyPlan, PrivacyStatement
+from hf_dpclip import PrivacyStatement
 from hf_dpclip.cli import main
 from hf_dpclip.privacy_section import privacy_section
 
 
-PLAN = PrivacyPlan(
-    num_examples=1000,
-    expected_batch_size=100,
-    num_microbatches=10,
-    num_steps=20,
-    noise_multiplier=1.25,
-    target_delta=1e-5,
-    accountant="rdp",
-)
+PLAN = plan(accountant="rdp")
 EPSILON = f"{PLAN.epsilon(12):.4g}"
 
 

@@ -1,21 +1,13 @@
 """The section on privacy, read back: whatever was edited shows."""
 
 import pytest
+from plans import plan
 
-from hf_dpclip import PrivacyPlan, PrivacyStatement
+from hf_dpclip import PrivacyStatement
 from hf_dpclip.privacy_section import contradictions, privacy_section, statement_rows
 
 
-PLAN = PrivacyPlan(
-    num_examples=1000,
-    expected_batch_size=100,
-    num_microbatches=10,
-    num_steps=20,
-    noise_multiplier=1.25,
-    max_grad_norm=0.5,
-    target_delta=1e-5,
-    accountant="rdp",
-)
+PLAN = plan(max_grad_norm=0.5, accountant="rdp")
 PRIVATE = PrivacyStatement(PLAN, 12)
 NOT_PRIVATE = PrivacyStatement(PLAN, 12, ("noise_seed is set",))
 BOTH = pytest.mark.parametrize("statement", [PRIVATE, NOT_PRIVATE], ids=["private", "not_private"])

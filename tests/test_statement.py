@@ -3,25 +3,16 @@
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
+import plans
 import pytest
 
 from hf_dpclip import PrivacyPlan, PrivacyStatement
 
 
-def plan(**changes) -> PrivacyPlan:
-    fields = {
-        "num_examples": 1000,
-        "expected_batch_size": 100,
-        "num_microbatches": 10,
-        "num_steps": 20,
-        "noise_multiplier": 1.25,
-        "max_grad_norm": 0.5,
-        "target_delta": 1e-5,
-        "accountant": "rdp",
-    }
-    return PrivacyPlan(**{**fields, **changes})
+plan = partial(plans.plan, max_grad_norm=0.5, accountant="rdp")
 
 
 STATEMENTS = {
