@@ -18,6 +18,7 @@ PACKAGE = "hf_dpclip"
 # In the order in which they are read. A test asks for the home of every public name.
 MODULES = [
     "trainer",
+    "runs",
     "arguments",
     "data",
     "models.lora",

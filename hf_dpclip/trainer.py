@@ -7,27 +7,21 @@ before every optimizer step) releases their noisy sum. Everything else is the `T
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, ProcessorMixin, TrainerState
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers import trainer as hf_trainer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput
-from transformers.utils import logging
 
 from . import validation
 from .arguments import DPTrainingArguments
 from .data import ImageTextCollator, PairCollator, default_collator
 from .dataloader import ForwardBatchSampler, MicrobatchDataset, PrivacyUnits, RecordNumbers, make_dataloader
-from .faults import explained
 from .forward_pass import choose_forward_pass, make_contrastive_model
 from .gradients import contrastive_base
 from .guard import StepGuard
@@ -37,24 +31,16 @@ from .privacy import (
     GaussianMechanism,
     PoissonSampler,
     PrivacyPlan,
-    PrivacySpent,
-    PrivacyStatement,
     Randomness,
     SecureGaussianMechanism,
 )
-from .privacy.plan import Runs
 from .public_negatives import PublicNegatives, encode_public_negatives
 from .reporting import PrivacyCallback, privacy_progress
-from .resuming import check_resumable, last_complete_checkpoint
-from .search import SearchingTrainer
+from .runs import RunningTrainer
 from .shared_images import warn_of_shared_images
-from .spending import new_run, recorded
 
 
-logger = logging.get_logger(__name__)
-
-
-class DPCLIPTrainer(SearchingTrainer):
+class DPCLIPTrainer(RunningTrainer):
     """
     [`~transformers.Trainer`] whose result is (ε, δ)-differentially private in its training dataset.
 
@@ -80,9 +66,6 @@ class DPCLIPTrainer(SearchingTrainer):
         releases of [`~privacy.GaussianMechanism`] on Poisson samples, hence `privacy_spent()` = (ε, δ) of `plan`.
         Several calls of `train` compose, and so do the trials of `hyperparameter_search`.
     """
-
-    # None where there is no training dataset, as in a trainer that only evaluates.
-    plan: PrivacyPlan
 
     def __init__(
         self,
@@ -112,16 +95,22 @@ class DPCLIPTrainer(SearchingTrainer):
             validation.check_encoded(self.contrastive_base, train_dataset)
         validation.check_loss_is_known(args, self.contrastive_base, public_negatives is not None)
         self.public_negatives = None if public_negatives is None else self._encode_public(public_negatives)
-        self.plan = None if train_dataset is None else self._make_plan()
-        self._run = new_run()
-        self._steps_taken = 0
-        self._earlier_runs: Runs = ()
-        # Reasons of the past; those of today follow from the arguments.
-        self._not_private_because: tuple[str, ...] = ()
+        self._begin_first_run(None if train_dataset is None else self._make_plan())
+        if args.privacy_unit_column is None and self.is_world_process_zero():
+            # Now, before a tracker reads the console along.
+            warn_of_shared_images(train_dataset)
         self._planned_forward_passes = args.gradient_accumulation_steps
         self._use_own_callbacks()
 
-    # ---- The plan and what was spent of it ----
+    # ---- The plan ----
+
+    def begin_run(self) -> None:
+        """As in [`RunningTrainer`]. Raises `ValueError` for arguments that construction would not have accepted."""
+        self.args.check()
+        validation.check_loss_is_known(self.args, self.contrastive_base, self.public_negatives is not None)
+        plan = self._make_plan()
+        self._planned_forward_passes = self.args.gradient_accumulation_steps
+        self._begin_run(plan)
 
     def _make_plan(self) -> PrivacyPlan:
         args = self.args
@@ -132,9 +121,6 @@ class DPCLIPTrainer(SearchingTrainer):
         validation.check_records(self.data_collator, self.train_dataset, self.eval_dataset)
         longest = self.contrastive_base and self.contrastive_base.config.text_config.max_position_embeddings
         validation.check_pairs_are_read(base_model(self.model), self.data_collator, longest)
-        if args.privacy_unit_column is None and self.is_world_process_zero():
-            # Now, before a tracker reads the console along.
-            warn_of_shared_images(self.train_dataset)
         self._units = PrivacyUnits(self.train_dataset, args.privacy_unit_column, args.max_records_per_unit)
         return make_plan(args, len(self._units))
 
@@ -143,29 +129,6 @@ class DPCLIPTrainer(SearchingTrainer):
         size = self.args.per_device_train_batch_size
         chunks = encode_public_negatives(public, self.data_collator, self.processing_class, size)
         return PublicNegatives(chunks, self.args.public_negatives_gradient, self.args.public_negatives_steps)
-
-    @property
-    def remaining_steps(self) -> float:
-        """Steps left until the target ε would be exceeded; infinite where no target was promised."""
-        if self.plan.target_epsilon is None:
-            return math.inf
-        return max(self.plan.num_steps - self._steps_taken, 0)
-
-    def privacy_spent(self) -> PrivacySpent:
-        """(ε, δ) of the steps taken so far, in all calls of `train` and in the run that was resumed."""
-        return self.privacy_statement().spent
-
-    def privacy_statement(self) -> PrivacyStatement:
-        """What may be claimed of the weights as they are now. Raises `ValueError` if there is no training dataset."""
-        self._check_planned()
-        reasons = dict.fromkeys(self._not_private_because + self.args.not_private_because)
-        return PrivacyStatement(
-            self.plan, self._steps_taken, tuple(reasons), run=self._run, earlier_runs=self._earlier_runs
-        )
-
-    def _check_planned(self):
-        if self.plan is None:
-            raise ValueError("there is no privacy plan without a train_dataset: pass it to DPCLIPTrainer.")
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As in the `Trainer`. Raises `ValueError` for the private training dataset."""
@@ -259,7 +222,7 @@ class DPCLIPTrainer(SearchingTrainer):
         self._before_release()
         self._steps_taken += 1
         self._mechanism.release()
-        self._not_private_because = self.privacy_statement().not_private_because
+        self._not_private_because = self._reasons
         return nn.utils.get_total_norm([parameter.grad for parameter in self._mechanism.parameters])
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
@@ -267,79 +230,6 @@ class DPCLIPTrainer(SearchingTrainer):
         if self.can_return_loss:
             inputs = {"return_loss": True, **inputs}
         return super().compute_loss(model, inputs, *args, **kwargs)
-
-    # ---- A run ----
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs) -> TrainOutput:
-        """As in the `Trainer`, within the plan.
-
-        A second call composes with the first. Resuming continues the count of the checkpoint with fresh randomness.
-        Raises `ValueError` if the checkpoint's plan is not this one.
-        """
-        self._check_planned()
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        self._steps_ahead = self._take_over(resume_from_checkpoint) if resume_from_checkpoint else self.plan.num_steps
-        has_own_plan = trial is None and not self._plan_is_a_trials
-        if has_own_plan and self._planned_steps == 0:
-            return self._finished(resume_from_checkpoint)
-        self._draw_randomness()
-        with explained():
-            output = super().train(resume_from_checkpoint, trial, **kwargs)
-        if self.args.log_private_statistics:
-            return output
-        return TrainOutput(output.global_step, math.nan, self._without_private_statistics(output.metrics))
-
-    def _take_over(self, checkpoint: str) -> int:
-        """Continues the count of a checkpoint. Returns how many steps its run has left."""
-        statement = check_resumable(checkpoint, self.plan)
-        steps_taken = self._steps_taken
-        if steps_taken and statement.run != self._run:
-            # Another run's checkpoint: what this trainer did before was not part of that run, and counts beside it.
-            self._earlier_runs = (*self.privacy_statement().runs, *statement.earlier_runs)
-            steps_taken = 0
-        else:
-            self._earlier_runs = max(self._earlier_runs, statement.earlier_runs, key=len)
-        self.plan = statement.plan
-        self._run = statement.run or self._run
-        self._steps_taken = max(steps_taken, statement.steps)
-        # What the resumed steps lost, the steps to come cannot restore.
-        self._not_private_because += statement.not_private_because
-        self.state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
-        return max(self.plan.num_steps - self.state.global_step, 0)
-
-    def _finished(self, checkpoint: str | None) -> TrainOutput:
-        """The end of a run whose steps have all been taken. The loop of the `Trainer` would take one more."""
-        target_is_spent = self.remaining_steps == 0
-        why = f"target_epsilon={self.plan.target_epsilon} is spent" if target_is_spent else f"{checkpoint} is the end"
-        logger.warning(f"{why}: no further step can be taken.")
-        if checkpoint:
-            best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-            self._load_from_checkpoint(best or checkpoint)
-        return TrainOutput(self.state.global_step, math.nan, {})
-
-    def begin_run(self) -> None:
-        """As in [`SearchingTrainer`]. Raises `ValueError` for arguments that construction would not have accepted."""
-        self.args.check()
-        validation.check_loss_is_known(self.args, self.contrastive_base, self.public_negatives is not None)
-        statement, plan = self.privacy_statement(), self._make_plan()
-        if statement.steps:
-            self._earlier_runs = statement.runs
-        self._not_private_because = statement.not_private_because
-        self.plan, self._steps_taken, self._run = plan, 0, new_run()
-        self._steps_ahead = self.plan.num_steps
-        self._planned_forward_passes = self.args.gradient_accumulation_steps
-        self._draw_randomness()
-
-    @property
-    def _planned_steps(self) -> int:
-        """Steps that this call of `train` is going to take at most."""
-        return min(self._steps_ahead, self.remaining_steps)
-
-    def _inner_training_loop(self, *args, **kwargs):
-        # Not before a trial of a search has a plan of its own.
-        with recorded(self, self._run, self._planned_steps) as self._before_release:
-            return super()._inner_training_loop(*args, **kwargs)
 
     def _draw_randomness(self) -> None:
         """Fresh streams, from one root for all processes, so that they draw the same microbatches."""

@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,12 +15,8 @@ STATEMENT_NAME = "privacy.json"
 _LIBRARIES = ("torch", "numpy", "dp-accounting")
 
 
-# Read from files, of which a statement before every step would open three.
-_version = lru_cache(version)
-
-
 def _versions() -> dict[str, str]:
-    return {library: _version(library) for library in _LIBRARIES}
+    return {library: version(library) for library in _LIBRARIES}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,170 @@
+"""Runs: what is planned, taken, recorded and spent, from the first step to the last, resumed or searched."""
+
+import math
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import BestRun, HPSearchBackend, TrainOutput
+from transformers.utils import logging
+
+from . import validation
+from .faults import explained
+from .privacy import PrivacyPlan, PrivacySpent, PrivacyStatement
+from .privacy.plan import Runs
+from .publishing import PublishingTrainer
+from .reporting import search_summary
+from .resuming import check_resumable, last_complete_checkpoint
+from .spending import new_run, recorded
+
+
+logger = logging.get_logger(__name__)
+
+
+class RunningTrainer(PublishingTrainer):
+    """The part of [`DPCLIPTrainer`] that counts: several calls of `train`, resumed runs, the trials of a search.
+
+    Formal guarantees:
+        Whoever sees the results of all trials, or trains on with the best of their settings, has seen the composition
+        of all runs: what [`~privacy.composed`] makes of them.
+    """
+
+    # None where there is no training dataset, as in a trainer that only evaluates.
+    plan: PrivacyPlan
+
+    # Whether the plan is that of the last trial, whose steps are taken.
+    _plan_is_a_trials = False
+
+    @abstractmethod
+    def begin_run(self) -> None:
+        """Makes a plan from the arguments as they are now. What was spent before counts on."""
+
+    @abstractmethod
+    def _draw_randomness(self) -> None:
+        """Fresh streams for the steps to come."""
+
+    def _begin_first_run(self, plan: PrivacyPlan | None) -> None:
+        self.plan, self._steps_taken, self._run = plan, 0, new_run()
+        self._earlier_runs: Runs = ()
+        # Reasons of the past; those of today follow from the arguments.
+        self._not_private_because: tuple[str, ...] = ()
+
+    def _begin_run(self, plan: PrivacyPlan) -> None:
+        statement = self.privacy_statement()
+        if statement.steps:
+            self._earlier_runs = statement.runs
+        self._not_private_because = statement.not_private_because
+        self.plan, self._steps_taken, self._run = plan, 0, new_run()
+        self._steps_ahead = plan.num_steps
+
+    # ---- What was spent ----
+
+    @property
+    def remaining_steps(self) -> float:
+        """Steps left until the target ε would be exceeded; infinite where no target was promised."""
+        if self.plan.target_epsilon is None:
+            return math.inf
+        return max(self.plan.num_steps - self._steps_taken, 0)
+
+    def privacy_spent(self) -> PrivacySpent:
+        """(ε, δ) of the steps taken so far, in all calls of `train` and in the run that was resumed."""
+        return self.privacy_statement().spent
+
+    def privacy_statement(self) -> PrivacyStatement:
+        """What may be claimed of the weights as they are now. Raises `ValueError` if there is no training dataset."""
+        self._check_planned()
+        return PrivacyStatement(
+            self.plan, self._steps_taken, self._reasons, run=self._run, earlier_runs=self._earlier_runs
+        )
+
+    @property
+    def _reasons(self) -> tuple[str, ...]:
+        """Why no guarantee holds, in the past or by the arguments of today."""
+        return tuple(dict.fromkeys(self._not_private_because + self.args.not_private_because))
+
+    def _check_planned(self):
+        if self.plan is None:
+            raise ValueError("there is no privacy plan without a train_dataset: pass it to DPCLIPTrainer.")
+
+    # ---- A run ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs) -> TrainOutput:
+        """As in the `Trainer`, within the plan.
+
+        A second call composes with the first. Resuming continues the count of the checkpoint with fresh randomness.
+        Raises `ValueError` if the checkpoint's plan is not this one.
+        """
+        self._check_planned()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        self._steps_ahead = self._take_over(resume_from_checkpoint) if resume_from_checkpoint else self.plan.num_steps
+        has_own_plan = trial is None and not self._plan_is_a_trials
+        if has_own_plan and self._planned_steps == 0:
+            return self._finished(resume_from_checkpoint)
+        with explained():
+            output = super().train(resume_from_checkpoint, trial, **kwargs)
+        if self.args.log_private_statistics:
+            return output
+        return TrainOutput(output.global_step, math.nan, self._without_private_statistics(output.metrics))
+
+    def _take_over(self, checkpoint: str) -> int:
+        """Continues the count of a checkpoint. Returns how many steps its run has left."""
+        statement = check_resumable(checkpoint, self.plan)
+        steps_taken = self._steps_taken
+        if steps_taken and statement.run != self._run:
+            # Another run's checkpoint: what this trainer did before was not part of that run, and counts beside it.
+            self._earlier_runs = (*self.privacy_statement().runs, *statement.earlier_runs)
+            steps_taken = 0
+        else:
+            self._earlier_runs = max(self._earlier_runs, statement.earlier_runs, key=len)
+        self.plan = statement.plan
+        self._run = statement.run or self._run
+        self._steps_taken = max(steps_taken, statement.steps)
+        # What the resumed steps lost, the steps to come cannot restore.
+        self._not_private_because += statement.not_private_because
+        self.state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+        return max(self.plan.num_steps - self.state.global_step, 0)
+
+    def _finished(self, checkpoint: str | None) -> TrainOutput:
+        """The end of a run whose steps have all been taken. The loop of the `Trainer` would take one more."""
+        target_is_spent = self.remaining_steps == 0
+        why = f"target_epsilon={self.plan.target_epsilon} is spent" if target_is_spent else f"{checkpoint} is the end"
+        logger.warning(f"{why}: no further step can be taken.")
+        if checkpoint:
+            best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+            self._load_from_checkpoint(best or checkpoint)
+        return TrainOutput(self.state.global_step, math.nan, {})
+
+    @property
+    def _planned_steps(self) -> int:
+        """Steps that this call of `train` is going to take at most."""
+        return min(self._steps_ahead, self.remaining_steps)
+
+    def _inner_training_loop(self, *args, **kwargs):
+        # Not before a trial of a search has a plan of its own.
+        self._draw_randomness()
+        with recorded(self, self._run, self._planned_steps) as self._before_release:
+            return super()._inner_training_loop(*args, **kwargs)
+
+    # ---- A search ----
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> BestRun | list[BestRun]:
+        """As in the `Trainer`, one trial after another.
+
+        Each trial spends what its arguments say: with `target_epsilon=3`, up to ε = 3. What all of them spent together
+        is printed at the end and, from then on, part of `privacy_spent` and of what is saved with any weights.
+        """
+        kwargs["backend"] = HPSearchBackend(kwargs.get("backend") or HPSearchBackend.OPTUNA)
+        validation.check_search(kwargs)
+        best = super().hyperparameter_search(*args, **kwargs)
+        if self.is_world_process_zero():
+            print(search_summary(self.privacy_statement()))
+        return best
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        if trial is not None or self._plan_is_a_trials:
+            self.begin_run()
+        self._plan_is_a_trials = trial is not None
