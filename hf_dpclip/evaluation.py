@@ -10,6 +10,7 @@ from transformers import EvalPrediction, ProcessorMixin
 
 from .data import encoded_texts
 from .metrics import RetrievalRecall, VQAAccuracy, ZeroShotAccuracy
+from .records import unreadable
 
 
 # What Pillow raises, by format and by what is wrong with the file.
@@ -134,18 +135,10 @@ def _decoded(dataset: Dataset, start: int, stop: int) -> dict[str, list]:
     try:
         return dataset[start:stop]
     except UNDECODABLE as error:
-        row = next(row for row in range(start, stop) if not _decodes(dataset, row))
+        row, _ = next(unreadable(dataset, range(start, stop)))
         raise ValueError(
             f"an image of record {row} cannot be decoded ({error}): replace the file, or leave the record out."
         ) from error
-
-
-def _decodes(dataset: Dataset, row: int) -> bool:
-    try:
-        dataset[row]
-    except UNDECODABLE:
-        return False
-    return True
 
 
 def _by_image(images: np.ndarray, texts: np.ndarray, image_ids: Sequence) -> tuple[np.ndarray, list[np.ndarray]]:

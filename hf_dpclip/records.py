@@ -1,6 +1,6 @@
 """What records must be like: read and looked at before training, so that no work is lost on those that are not."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import datasets
@@ -23,12 +23,21 @@ def read_records(dataset: Dataset, numbers: list[int]) -> list[Any]:
         return _read(dataset, numbers)
     except Exception as error:
         # Whatever a decoder, a transform or a dataset of the user's own may raise.
-        number, cause = next(_unreadable(dataset, numbers), (numbers[0], error))
+        number, cause = next(unreadable(dataset, numbers), (numbers[0], error))
         raise ValueError(
             f"record {number} of the dataset cannot be read ({type(cause).__name__}: {cause}): repair it, or leave it "
             f"out, as in dataset.select(row for row in range(len(dataset)) if row != {number}). A run that has begun "
             "goes on, with resume_from_checkpoint=True, only if it is repaired: without it, the dataset is another."
         ) from cause
+
+
+def unreadable(dataset: Dataset, numbers: Iterable[int]) -> Iterator[tuple[int, Exception]]:
+    """Those of the records that cannot be read, each with its error."""
+    for number in numbers:
+        try:
+            _read(dataset, [number])
+        except Exception as error:
+            yield number, error
 
 
 def first_record(dataset: Dataset) -> Mapping[str, Any]:
@@ -80,14 +89,6 @@ def _read(dataset: Dataset, numbers: list[int]) -> list[Any]:
     if isinstance(dataset, datasets.Dataset):
         return dataset.__getitems__(numbers)
     return [dataset[number] for number in numbers]
-
-
-def _unreadable(dataset: Dataset, numbers: list[int]) -> Iterator[tuple[int, Exception]]:
-    for number in numbers:
-        try:
-            _read(dataset, [number])
-        except Exception as error:
-            yield number, error
 
 
 def _missing_images(dataset: datasets.Dataset, column: str) -> list[int]:
