@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers.models.clip.modeling_clip import image_text_contrastive_loss
+from transformers.models.clip.modeling_clip import contrastive_loss
 
 from hf_dpclip.gradients.inputs import caption_keys
 from hf_dpclip.losses import PublicEmbeddings, contrastive_losses, sigmoid_losses
@@ -39,7 +39,8 @@ def sigmoid(images, texts, sizes, **options):
 
 
 def their_info_nce(images, texts):
-    return image_text_contrastive_loss(math.exp(SCALE) * texts @ images.T)
+    similarity = math.exp(SCALE) * texts @ images.T
+    return (contrastive_loss(similarity) + contrastive_loss(similarity.T)) / 2
 
 
 def their_sigmoid(images, texts):
