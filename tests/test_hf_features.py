@@ -214,6 +214,8 @@ def tracked(make_trainer, tmp_path, monkeypatch):
     """A trainer after three steps that TensorBoard and trackio have followed, without the network."""
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     settings = {"report_to": ["tensorboard", "trackio"], "project": "dp", "run_name": "run", "logging_steps": 1}
+    # A Space is the default in early releases.
+    settings["trackio_space_id"] = None
     trainer = make_trainer(trainer_options={"eval_dataset": pairs(8, seed=1)}, max_steps=3, **settings)
     trainer.train()
     return trainer
