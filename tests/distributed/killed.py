@@ -15,6 +15,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from factories import arguments, pairs, tiny_clip
 from safetensors.torch import load_file
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainerState
 
 from hf_dpclip import DPCLIPTrainer, PrivacyStatement
@@ -142,12 +144,21 @@ def attempt(run: Run) -> None:
     Path(run.folder, "final").write_text(json.dumps({**spent, "planned": trainer.plan.epsilon()}))
 
 
+def lock_progress_bars() -> None:
+    """Gives the progress bars of this process a lock of their own.
+
+    The one they come with is shared with forked processes, and one that is killed holding it would stop all others.
+    """
+    tqdm.set_lock(threading.RLock())
+
+
 def start(run: Run) -> int:
     """The number of the attempt's process."""
     run.says(RESUMING)
     process = os.fork()
     if process:
         return process
+    lock_progress_bars()
     log = os.open(run.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -247,6 +258,8 @@ def durations_of(run: Run) -> dict[str, float]:
 def main():
     folder, kills, chance = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
     torch.set_num_threads(1)
+    # Before the first bar: every class of bars keeps the lock that it finds then.
+    lock_progress_bars()
     run, facts = new_run(folder), Facts()
     plan = make_trainer(run).plan
     gc.freeze()
