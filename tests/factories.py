@@ -149,16 +149,16 @@ def tiny_processor() -> CLIPProcessor:
     )
 
 
-def clap_processor() -> ClapProcessor:
+def clap_processor(sampling_rate: int = SAMPLING_RATE) -> ClapProcessor:
     """Tokenizer and feature extractor for [`tiny_clap`], for sounds of a fifth of a second."""
     extractor = ClapFeatureExtractor(
         feature_size=SPECTRUM["mel"],
-        sampling_rate=SAMPLING_RATE,
-        hop_length=5,
+        sampling_rate=sampling_rate,
+        hop_length=sampling_rate // 160,
         max_length_s=0.1875,
-        fft_window_size=32,
+        fft_window_size=sampling_rate // 25,
         frequency_min=10,
-        frequency_max=400,
+        frequency_max=sampling_rate // 2,
         truncation="rand_trunc",
     )
     return ClapProcessor(feature_extractor=extractor, tokenizer=tiny_processor().tokenizer)

@@ -1,18 +1,19 @@
 """A small Hub on loopback, for the real `huggingface_hub` client to talk to.
 
-It creates repositories, takes commits with regular and LFS files, validates the metadata of cards, keeps branches, and
-lists and serves files, to those who may read them. Requests and error codes are those of the public Hub's HTTP
-interface; there is one user, `me`, with the token `hf_me`.
+It creates repositories, takes commits with regular and LFS files, validates the metadata of cards, keeps branches and
+tags, and lists and serves files, to those who may read them. Requests and error codes are those of the public Hub's
+HTTP interface; there is one user, `me`, with the token `hf_me`.
 """
 
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from hub_state import USER, File, Hub, Refusal, Repository, children, entry_of, folders_of, metadata_errors
@@ -36,6 +37,14 @@ def running_hub():
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def client_of(hub: Hub, home: Path) -> dict[str, str]:
+    """The environment of a program that is its user's and keeps its files in `home`."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home)}
+    # This Hub stores large files by LFS.
+    switches = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return {**os.environ, **settings, **switches}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -152,6 +161,12 @@ class Handler(BaseHTTPRequestHandler):
         repository.branches[name] = [repository.at("main")]
         self._send_json({})
 
+    def create_tag(self, kind: str, repo_id: str, revision: str) -> None:
+        self._require_user()
+        repository = self.hub.find(kind, repo_id, self.reader)
+        repository.tags[self._json()["tag"]] = self.hub.find_commit(kind, repo_id, revision, self.reader)
+        self._send_json({})
+
     # ---- Commits ----
 
     def validate(self) -> None:
@@ -263,6 +278,7 @@ ROUTES = [
     (rf"GET {_KIND}/{_REPO}(?:/revision/{_PART})?", Handler.describe),
     (rf"GET {_KIND}/{_REPO}/refs", Handler.list_branches),
     (rf"POST {_KIND}/{_REPO}/branch/{_PART}", Handler.create_branch),
+    (rf"POST {_KIND}/{_REPO}/tag/{_PART}", Handler.create_tag),
     (rf"POST {_KIND}/{_REPO}/preupload/{_PART}", Handler.preupload),
     (rf"POST {_KIND}/{_REPO}/commit/{_PART}", Handler.receive_commit),
     (rf"GET {_KIND}/{_REPO}/tree/{_PART}(?:/(.+))?", Handler.list_tree),

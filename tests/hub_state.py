@@ -41,15 +41,18 @@ class Commit:
 
 @dataclass
 class Repository:
-    """Branches, each a list of commits, oldest first."""
+    """Branches, each a list of commits, oldest first, and commits that have a tag."""
 
     private: bool
     branches: dict[str, list[Commit]] = field(default_factory=dict)
+    tags: dict[str, Commit] = field(default_factory=dict)
 
     def at(self, revision: str) -> Commit | None:
-        """The state of a branch or commit."""
+        """The state of a branch, tag or commit."""
         if revision in self.branches:
             return self.branches[revision][-1]
+        if revision in self.tags:
+            return self.tags[revision]
         commits = itertools.chain.from_iterable(self.branches.values())
         return next((commit for commit in commits if commit.sha == revision), None)
 

@@ -15,24 +15,19 @@ from torch.distributed.run import get_args_parser
 
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
 
-# A block, and the comment on the line above it, if any, that says why it is not run.
-FENCE = re.compile(
-    r"^(?P<indent> *)(?:<!-- not run: (?P<reason>[^>]+) -->\n *)?```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$",
-    re.MULTILINE | re.DOTALL,
-)
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 INLINE_COMMAND = re.compile(r"`((?:python|accelerate launch|torchrun|hf-dpclip) [^`]+)`")
 ASSIGNMENT = re.compile(r"\w+=.*")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its page, the line at which its text starts, and the reason, if any, why it is not run."""
+    """A fenced block: its page, and the line at which its text starts."""
 
     page: str
     line: int
     language: str
     text: str
-    reason: str | None
 
     def commands(self) -> list["Command"]:
         """The simple commands of a bash block."""
@@ -84,14 +79,13 @@ def blocks(page: str) -> tuple[Block, ...]:
     found = []
     for match in FENCE.finditer(text):
         line = text.count("\n", 0, match.start("text")) + 1
-        found.append(Block(page, line, match["language"], match["text"], match["reason"]))
+        found.append(Block(page, line, match["language"], match["text"]))
     return tuple(found)
 
 
 def all_blocks(*languages: str) -> list[Block]:
-    """Those of all pages that are in one of the languages and that are run."""
-    every = (block for page in PAGES for block in blocks(page))
-    return [block for block in every if block.language in languages and block.reason is None]
+    """Those of all pages that are in one of the languages."""
+    return [block for page in PAGES for block in blocks(page) if block.language in languages]
 
 
 def inline_commands(page: str) -> list[Command]:

@@ -1,7 +1,7 @@
 """The documentation is true: its snippets and commands run, its outputs are what they print, its links lead somewhere.
 
 A page is run from top to bottom, like a notebook, in a folder of its own, where a tiny model lies under the name of
-the one on the Hub. What cannot run here is marked in the page, `<!-- not run: REASON -->` above the block.
+the one on the Hub (`run_page.py`). The page about publishing is run in a process of its own, whose Hub is on loopback.
 """
 
 import contextlib
@@ -13,39 +13,34 @@ import subprocess
 import sys
 from functools import lru_cache
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from datasets import Dataset
-from factories import IMAGE_SIZE, arguments, clap_processor, tiny_clap, tiny_clip, tiny_processor
+from hub_server import client_of, running_hub
 from pages import PAGES, Block, Command, all_blocks, blocks, headings, inline_commands, setup_arguments
-from PIL import Image
+from run_page import COMMAND_LINE, furnish, furnish_with_scripts, names, run_page, run_python
 from scripts import ROOT, load_script
-from transformers import BlipConfig, BlipForQuestionAnswering, ClapModel, ClapProcessor, CLIPModel
+from transformers import ClapModel, ClapProcessor, CLIPModel
 
 import hf_dpclip
-from hf_dpclip import DPTrainingArguments, ImageTextCollator, PrivacyPlan, PrivacyStatement, metrics, privacy
-from hf_dpclip.cli import main as command_line
+from hf_dpclip import PrivacyPlan, PrivacyStatement, metrics, privacy
 from hf_dpclip.privacy import GaussianMechanism, Randomness
 
 
 REFERENCE = "docs/api.md"
+PUBLISHING = "docs/publishing.md"
+RUN_PAGE = ROOT / "tests" / "run_page.py"
 
 LANGUAGES = {"python", "bash", "output", "text", "yaml", "json", "diff", ""}
-
-# Why a block may be exempt. Whoever adds a reason weakens the promise that the docs run.
-REASONS = {
-    "needs an account on the Hub",
-    "is a script of transformers",
-    "decodes sound files, for which datasets needs torchcodec",
-}
 
 # What makes a command short; scripts that are not named here are asked for their help.
 SHORT = ["--max_steps", "2", "--max_eval_samples", "60", "--use_cpu"]
 QUICK = {
     "examples/train.py": [*SHORT, "--per_device_train_batch_size", "32"],
     "examples/train_vqa.py": [*SHORT, "--max_train_samples", "500", "--per_device_train_batch_size", "5"],
+    "contrastive_image_text.py": ["--max_steps", "2", "--use_cpu", "--per_device_train_batch_size", "8"],
 }
 
 COMMANDS = {str(command): command for block in all_blocks("bash") for command in block.commands()}
@@ -53,37 +48,6 @@ SCRIPTS = {name: command for name, command in COMMANDS.items() if command.script
 TRAININGS = {name: command for name, command in SCRIPTS.items() if command.script in QUICK}
 ALONE = [command for command in TRAININGS.values() if command.num_processes == 1]
 TOGETHER = [block for block in all_blocks("bash") if any(command.num_processes > 1 for command in block.commands())]
-
-
-# ---- Stand-ins for what a reader has ----
-
-
-def records(n: int, seed: int = 0) -> Dataset:
-    """Images of noise with whatever columns the pages speak of."""
-    pixels = torch.randint(0, 255, (n, IMAGE_SIZE, IMAGE_SIZE, 3), generator=torch.Generator().manual_seed(seed))
-    images = [Image.fromarray(image) for image in pixels.to(torch.uint8).numpy()]
-    texts = [f"report {'abcdefghijklmnopqrs'[number % 19]}" for number in range(n)]
-    answers = [["yes", "no"][number % 2] for number in range(n)]
-    ids = {"patient": [number // 2 for number in range(n)], "image_id": list(range(n))}
-    return Dataset.from_dict(
-        {"image": images, "scan": images, "text": texts, "report": texts, **ids}
-        | {"question": texts, "answer": answers, "finding": answers}
-    )
-
-
-def names(folder) -> dict:
-    """The variables that pages may take for granted."""
-    processor = tiny_processor()
-    return {
-        "__name__": "__main__",
-        "model": tiny_clip(),
-        "clip": tiny_clip(),
-        "processor": processor,
-        "args": arguments(folder / "args", microbatch_size=4),
-        "collator": ImageTextCollator(processor),
-        "train_dataset": records(640),
-        "held_out": records(64, seed=1),
-    }
 
 
 def names_of_examples(folder) -> dict:
@@ -113,72 +77,33 @@ def a_step(model) -> dict:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with what the pages name: the repository's, models in the Hub's layout, a table of pairs."""
+    """A folder with what the pages name."""
     monkeypatch.chdir(tmp_path)
-    for name in ("examples", "docs"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    save_models(tmp_path)
-    (tmp_path / "private-clip").mkdir()
-    PrivacyStatement(PrivacyPlan(64, 8, 4, 2, noise_multiplier=1.0), steps=2).save(tmp_path / "private-clip")
-    table = ["scan,report,asked,finding"]
-    (tmp_path / "path" / "to").mkdir(parents=True)
-    for number, record in enumerate(records(90)):
-        record["scan"].save(tmp_path / "path" / "to" / f"{number}.png")
-        table.append(f"{number}.png,{record['report']},{record['question']},{record['finding']}")
-    (tmp_path / "path" / "to" / "pairs.csv").write_text("\n".join(table))
+    furnish(tmp_path)
     return tmp_path
-
-
-def two_steps(*args, **kwargs) -> DPTrainingArguments:
-    """What a page asks for, cut short."""
-    return DPTrainingArguments(*args, **{**kwargs, "max_steps": 2})
-
-
-def save_models(folder):
-    clip, blip = folder / "openai" / "clip-vit-base-patch32", folder / "Salesforce" / "blip-vqa-base"
-    tiny_clip().save_pretrained(clip)
-    tiny_processor().save_pretrained(clip)
-    layer = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    special = {"vocab_size": 50, "bos_token_id": 48, "eos_token_id": 49, "pad_token_id": 0, "sep_token_id": 49}
-    text = {**layer, **special, "encoder_hidden_size": 16, "projection_dim": 8}
-    vision = {**layer, "image_size": IMAGE_SIZE, "patch_size": 4}
-    config = BlipConfig(text_config=text, vision_config=vision, projection_dim=8)
-    BlipForQuestionAnswering(config).save_pretrained(blip)
-    tiny_processor().save_pretrained(blip)
-    clap = folder / "laion" / "clap-htsat-unfused"
-    tiny_clap().save_pretrained(clap)
-    clap_processor().save_pretrained(clap)
 
 
 # ---- Snippets ----
 
 
-def run_page(page: str, namespace: dict):
-    printed = io.StringIO()
-    for block in blocks(page):
-        if block.language == "output":
-            assert printed.getvalue().rstrip() == block.text.rstrip(), f"{page}:{block.line} shows another output"
-        elif block.language == "python" and block.reason is None:
-            printed = run(block, namespace)
+def guides():
+    """Pages with something to run, except the reference and the page that needs a Hub."""
+    commands = [block for block in all_blocks("bash") if COMMAND_LINE in block.text]
+    return sorted({block.page for block in [*all_blocks("python"), *commands]} - {REFERENCE, PUBLISHING})
 
 
-def run(block: Block, namespace: dict) -> io.StringIO:
-    """Returns what the block prints. Line numbers of a traceback are those of the page."""
-    code = compile("\n" * (block.line - 1) + block.text, str(PAGES[block.page]), "exec")
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(code, namespace)
-    return printed
-
-
-def guides_with_python():
-    with_python = {block.page for block in all_blocks("python")}
-    return sorted(with_python - {REFERENCE})
-
-
-@pytest.mark.parametrize("page", guides_with_python())
-def test_snippets_run_and_print_what_the_page_shows(page, workplace, monkeypatch):
-    monkeypatch.setattr(hf_dpclip, "DPTrainingArguments", two_steps)
+@pytest.mark.parametrize("page", guides())
+def test_snippets_run_and_print_what_the_page_shows(page, workplace):
     run_page(page, names(workplace))
+
+
+def test_what_is_published_is_on_the_hub(tmp_path):
+    with running_hub() as hub:
+        command, environment = [sys.executable, str(RUN_PAGE), PUBLISHING], client_of(hub, tmp_path / "home")
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert hub.repositories["model", "me/private-clip"].private
+        assert {"model.safetensors", "privacy.json", "README.md"} <= hub.model("me/private-clip", "v1.0").keys()
 
 
 def examples():
@@ -187,12 +112,12 @@ def examples():
 
 @pytest.mark.parametrize("block", examples(), ids=lambda block: str(block.line))
 def test_examples_of_the_reference_run_each_by_itself(block, workplace):
-    run(block, names_of_examples(workplace))
+    run_python(block, names_of_examples(workplace))
 
 
 def test_a_snippet_that_fails_is_found(monkeypatch):
-    block = Block("README.md", 3, "python", "train_dataset.no_such_method()", None)
-    monkeypatch.setattr("test_docs.blocks", lambda page: (block,))
+    block = Block("README.md", 3, "python", "train_dataset.no_such_method()")
+    monkeypatch.setattr("run_page.blocks", lambda page: (block,))
     with pytest.raises(AttributeError, match="no_such_method"):
         run_page("README.md", {"train_dataset": []})
 
@@ -200,14 +125,22 @@ def test_a_snippet_that_fails_is_found(monkeypatch):
 # ---- Commands ----
 
 
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    """Where the pages start scripts."""
+    folder = tmp_path_factory.mktemp("scripts")
+    furnish_with_scripts(folder)
+    return folder
+
+
 @lru_cache
-def help_of(script: str) -> str:
+def help_of(script: Path) -> str:
     """What `--help` prints."""
     printed, argv = io.StringIO(), sys.argv
-    sys.argv = [script, "--help"]
+    sys.argv = [script.name, "--help"]
     try:
         with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stop:
-            load_script(ROOT / script).main()
+            load_script(script.resolve()).main()
     finally:
         sys.argv = argv
     assert stop.value.code == 0
@@ -215,19 +148,21 @@ def help_of(script: str) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_scripts_have_the_options_that_commands_give_them(page):
+def test_scripts_have_the_options_that_commands_give_them(page, scripts):
     fenced = [command for block in all_blocks("bash") if block.page == page for command in block.commands()]
-    for command in [*fenced, *inline_commands(page)]:
-        assert command.script is None or (ROOT / command.script).is_file(), f"{page}: {command}"
-        unknown = [option for option in command.options if option not in help_of(command.script)]
+    for command in filter(lambda command: command.script, [*fenced, *inline_commands(page)]):
+        script = scripts / command.script
+        assert script.is_file(), f"{page}: {command}"
+        unknown = [option for option in command.options if option not in help_of(script)]
         assert not unknown, f"{page}: {command} has no {unknown}"
 
 
 @pytest.mark.parametrize("command", ALONE, ids=str)
-def test_trainings_run(command, workplace, monkeypatch, capsys):
+def test_trainings_run(command, workplace, monkeypatch):
     monkeypatch.setattr(sys, "argv", [command.script, *command.arguments, *QUICK[command.script]])
-    load_script(ROOT / command.script).main()
-    assert re.search(r"Privacy.*: ε = .* after 2 steps", capsys.readouterr().out)
+    load_script((workplace / command.script).resolve()).main()
+    statements = [PrivacyStatement.load(path.parent) for path in workplace.rglob("privacy.json")]
+    assert statements and all(statement.steps == 2 for statement in statements)
 
 
 @pytest.mark.slow
@@ -260,12 +195,6 @@ def finish(processes: list[subprocess.Popen]):
     assert re.search(r"Privacy.*: ε = .* after 2 steps", "\n".join(outputs))
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name.startswith("hf-dpclip")])
-def test_the_command_line_answers(name, workplace, capsys):
-    assert command_line(COMMANDS[name].words[1:]) == 0
-    assert capsys.readouterr().out
-
-
 def test_installations_name_extras_and_requirements_that_exist():
     declared = setup_arguments()
     requirements = chain(declared["install_requires"], *declared["extras_require"].values())
@@ -292,12 +221,6 @@ def test_every_other_command_is_one_that_tests_run():
 def test_every_block_says_what_it_is():
     untold = [(block.page, block.line) for page in PAGES for block in blocks(page) if block.language not in LANGUAGES]
     assert not untold
-
-
-def test_few_blocks_are_exempt():
-    reasons = [block.reason for page in PAGES for block in blocks(page) if block.reason]
-    assert set(reasons) <= REASONS
-    assert len(reasons) <= 6
 
 
 @pytest.mark.parametrize("page", PAGES)

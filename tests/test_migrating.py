@@ -4,61 +4,28 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-from factories import IMAGE_SIZE, tiny_dual_encoder, tiny_processor
-from PIL import Image
+from migrating import SCRIPT, write_inputs, write_private_script
 from scripts import ROOT, load_script
 from transformers import AutoModel
 
 from hf_dpclip import PrivacyStatement
 
 
-SCRIPT = ROOT / "tests" / "contrastive_image_text.py"
 CONFIGS = ROOT / "examples" / "accelerate"
 TRAINING = ["--do_train", "--do_eval", "--remove_unused_columns", "False", "--report_to", "none", "--use_cpu"]
 TRAINING += ["--per_device_train_batch_size", "8", "--max_steps", "2", "--save_strategy", "no"]
 PRIVACY = ["--noise_multiplier", "1", "--microbatch_size", "4", "--accountant", "rdp"]
 
 
-def documented_diff():
-    """What is taken away, and what stands in its place, with what is around it."""
-    text = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
-    lines = text.split("```diff\n")[1].split("```")[0].splitlines()
-    old = "\n".join(line[1:] for line in lines if line[0] != "+")
-    new = "\n".join(line[1:] for line in lines if line[0] != "-")
-    return old, new
-
-
 @pytest.fixture(scope="module")
 def private_script(tmp_path_factory):
-    old, new = documented_diff()
-    text = SCRIPT.read_text(encoding="utf-8")
-    assert text.count(old) == 1
-    path = tmp_path_factory.mktemp("script") / SCRIPT.name
-    path.write_text(text.replace(old, new), encoding="utf-8")
-    return path
+    return write_private_script(tmp_path_factory.mktemp("script"))
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A dual encoder with its processors, and files of pairs, as arguments of the script."""
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny_dual_encoder().save_pretrained(folder / "model")
-    tiny_processor().tokenizer.save_pretrained(folder / "model")
-    tiny_processor().image_processor.save_pretrained(folder / "model")
-    pixels = np.random.default_rng(0).integers(0, 255, (48, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    rows = []
-    for number, image in enumerate(pixels):
-        Image.fromarray(image).save(folder / f"{number}.png")
-        rows.append(json.dumps({"image_path": str(folder / f"{number}.png"), "caption": "abcdefgh"[number % 8]}))
-    (folder / "train.json").write_text("\n".join(rows[:40]))
-    (folder / "validation.json").write_text("\n".join(rows[40:]))
-    return [
-        *("--model_name_or_path", str(folder / "model")),
-        *("--train_file", str(folder / "train.json")),
-        *("--validation_file", str(folder / "validation.json")),
-    ]
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def run(launcher, script, output_dir, *arguments):

@@ -1,7 +1,6 @@
 """Pushing to a Hub, with the real client: what arrives is what was trained, with the guarantee that it has."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import TOKEN, running_hub
+from hub_server import client_of, running_hub
 from hub_state import metadata_errors
 from safetensors.torch import load_file
 from transformers import Trainer
@@ -40,11 +39,8 @@ def published(hub, tmp_path_factory):
     def publish(processes: str) -> Path:
         if processes not in folders:
             folders[processes] = folder = tmp_path_factory.mktemp(f"processes-{processes}")
-            settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(folder / "home")}
-            # This Hub stores large files by LFS.
-            switches = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
             command = [sys.executable, *LAUNCHERS[processes], str(SCRIPT), str(folder)]
-            environment = {**os.environ, **settings, **switches}
+            environment = client_of(hub, folder / "home")
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, done.stderr[-4000:]
         return folders[processes]
