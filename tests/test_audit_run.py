@@ -6,15 +6,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from checks import Given, vectors
+from checks import Given, flat_weights, vectors
 from datasets import disable_progress_bars
 from factories import arguments
 from scripts import ROOT, load_script
 from sklearn.metrics import roc_auc_score, roc_curve
+from transformers import AutoModel, AutoProcessor
 
 from hf_dpclip import DPCLIPTrainer, cli
 from hf_dpclip.audit.fine_tune import FineTune, Membership, drawn
 from hf_dpclip.audit.one_run import Canaries, WhiteBox, audit_run, best_bound, correct_guesses
+from hf_dpclip.audit.small_clip import small_clip, small_processor
 
 
 CANARIES = 64
@@ -145,12 +147,29 @@ def test_the_command_says_what_is_wrong(changes, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_the_command_audits_a_private_run(capsys):
+def test_the_command_audits_a_private_run_and_needs_no_model(capsys, monkeypatch):
+    for loader in (AutoModel, AutoProcessor):
+        monkeypatch.setattr(loader, "from_pretrained", None)
     few = ["--num_canaries", "130", "--num_members", "140", "--max_steps", "1"]
     assert cli.main(["audit", "run", *few, "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["white_box"] < values["claimed_epsilon"] <= 8
     assert values["canaries"] == 130 and 0 <= values["auc"] <= 1
+
+
+def test_the_small_model_is_the_same_each_time_and_reads_every_text():
+    first, second = flat_weights(small_clip()), flat_weights(small_clip())
+    assert torch.equal(first, second) and len(first) == 668_737
+    tokenizer = small_processor().tokenizer
+    encoded = tokenizer("sieben, 七")["input_ids"]
+    assert tokenizer.decode(encoded, skip_special_tokens=True).strip() == "sieben , 七"
+
+
+def test_the_command_audits_another_model(capsys):
+    few = ["--num_canaries", "130", "--num_members", "140", "--max_steps", "1"]
+    model = str(ROOT / "examples" / "tiny-clip")
+    assert cli.main(["audit", "run", "--model_name_or_path", model, *few, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] > 0.3
 
 
 def test_the_example_draws_and_prints_both_runs(tmp_path, monkeypatch, capsys):

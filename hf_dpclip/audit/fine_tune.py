@@ -22,6 +22,7 @@ from ..models import lora_config
 from ..presets import PRESETS
 from ..trainer import DPCLIPTrainer
 from .one_run import Canaries, RunAudit, audit_run
+from .small_clip import small_clip, small_processor
 
 
 UNCLIPPED = 1e6
@@ -94,13 +95,13 @@ class FineTune:
     """The model, the data and the training of an audited run.
 
     Args:
-        model_name_or_path (`str`): a `CLIPModel`.
+        model_name_or_path (`str`, *optional*): a `CLIPModel`; by default a small one with random weights.
         dataset_name (`str`): one of the presets.
         num_members, num_canaries (`int`): ordinary records, as many of which are held out, and canaries.
         lora_rank (`int`): 0 trains all parameters.
     """
 
-    model_name_or_path: str | Path
+    model_name_or_path: str | Path | None = None
     dataset_name: str = "mnist-5k"
     num_members: int = 600
     num_canaries: int = 300
@@ -116,11 +117,11 @@ class FineTune:
 
         Raises `ValueError` for an unknown dataset or too few records.
         """
-        processor = AutoProcessor.from_pretrained(self.model_name_or_path)
+        model, processor = self._model_and_processor()
         canaries, members, others, prompts = self.records()
         collator = ImageTextCollator(processor, text_column="caption")
         trainer = DPCLIPTrainer(
-            self._model(),
+            model,
             self._arguments(target_epsilon, max_steps),
             collator,
             concatenate_datasets([members, canaries]),
@@ -151,10 +152,12 @@ class FineTune:
         captioned = [caption_by_label(part, "label", template) for part in parts]
         return *captioned, class_prompts(names, template)
 
-    def _model(self) -> nn.Module:
-        model = AutoModel.from_pretrained(self.model_name_or_path)
+    def _model_and_processor(self) -> tuple[nn.Module, Any]:
+        path = self.model_name_or_path
+        model = small_clip() if path is None else AutoModel.from_pretrained(path)
+        processor = small_processor() if path is None else AutoProcessor.from_pretrained(path)
         model.logit_scale.requires_grad_(False)
-        return get_peft_model(model, lora_config(model, r=self.lora_rank)) if self.lora_rank else model
+        return get_peft_model(model, lora_config(model, r=self.lora_rank)) if self.lora_rank else model, processor
 
     @staticmethod
     def _arguments(target_epsilon: float | None, max_steps: int | None) -> DPTrainingArguments:

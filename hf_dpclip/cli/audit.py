@@ -7,7 +7,6 @@ import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 
@@ -18,7 +17,6 @@ SUMMARY = "attack the mechanism, and hold the lower bound on ε that comes of it
 STEP_SUMMARY = "one step: the honest mechanism passes, published mistakes are convicted"
 RUN_SUMMARY = "a whole fine-tune, with canaries and membership inference"
 WORKERS = 2
-TINY_CLIP = Path(__file__).parents[2] / "examples" / "tiny-clip"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--json", action="store_true", help="print an object, or a list of objects for all mechanisms")
     step.set_defaults(audit_command=run_step)
     whole = commands.add_parser("run", help=RUN_SUMMARY, description=RUN_SUMMARY)
-    whole.add_argument("--model_name_or_path", default=str(TINY_CLIP), help="a CLIPModel (default: %(default)s)")
+    model = "a CLIPModel (default: a small one with random weights)"
+    whole.add_argument("--model_name_or_path", metavar="MODEL", help=model)
     whole.add_argument("--dataset_name", default="mnist-5k", help="a preset (default: %(default)s)")
     whole.add_argument("--target_epsilon", type=float, default=8.0, help="ε of the run (default: %(default)s)")
     whole.add_argument("--non_private", action="store_true", help="train without privacy instead, to compare")
