@@ -45,19 +45,22 @@ def check_resumable(checkpoint: str | Path, plan: PrivacyPlan) -> PrivacyStateme
             "the checkpoint-... folders, or start a new run from these weights and account for both."
         )
     check_undamaged(Path(checkpoint))
-    if _same_calibration(plan, statement.plan):
-        plan = dataclasses.replace(plan, noise_multiplier=statement.plan.noise_multiplier)
-    saved, current = dataclasses.asdict(statement.plan), dataclasses.asdict(plan)
-    differences = [
-        f"{name} was {saved[name]!r}, is {current[name]!r}" for name in saved if saved[name] != current[name]
-    ]
-    if differences:
+    changed = differences(statement.plan, plan)
+    if changed:
         raise ValueError(
-            f"{checkpoint} was trained under another privacy plan: {'; '.join(differences)}. Restore these settings, "
-            "or start a new run with resume_from_checkpoint=None and account for both."
+            f"{checkpoint} was trained under another privacy plan: {'; '.join(changed)}. Restore these settings, or "
+            "start a new run with resume_from_checkpoint=None and account for both."
         )
     _warn_of_lost_steps(Path(checkpoint))
     return statement
+
+
+def differences(first: PrivacyPlan, second: PrivacyPlan) -> list[str]:
+    """What two plans disagree in, in words."""
+    if _same_calibration(second, first):
+        second = dataclasses.replace(second, noise_multiplier=first.noise_multiplier)
+    fields, others = dataclasses.asdict(first), dataclasses.asdict(second)
+    return [f"{name} was {fields[name]!r}, is {others[name]!r}" for name in fields if fields[name] != others[name]]
 
 
 def _same_calibration(plan: PrivacyPlan, saved: PrivacyPlan) -> bool:

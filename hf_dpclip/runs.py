@@ -5,6 +5,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import BestRun, HPSearchBackend, TrainOutput
@@ -16,7 +17,7 @@ from .privacy import PrivacyPlan, PrivacySpent, PrivacyStatement
 from .privacy.plan import Runs
 from .publishing import PublishingTrainer
 from .reporting import search_summary
-from .resuming import check_resumable, last_complete_checkpoint
+from .resuming import check_resumable, differences, last_complete_checkpoint
 from .spending import new_run, recorded
 
 
@@ -144,9 +145,21 @@ class RunningTrainer(PublishingTrainer):
 
     def _inner_training_loop(self, *args, **kwargs):
         # Not before a trial of a search has a plan of its own.
+        self._agree()
         self._draw_randomness()
         with recorded(self, self._run, self._planned_steps) as self._before_release:
             return super()._inner_training_loop(*args, **kwargs)
+
+    def _agree(self) -> None:
+        """One run on all processes. Raises `ValueError`, on all of them, if they planned different ones."""
+        (self._run,) = broadcast_object_list([self._run])
+        plans = gather_object([self.plan])
+        apart = [name for plan in plans for name in differences(plans[0], plan)]
+        if apart:
+            raise ValueError(
+                f"the processes planned different runs: {apart[0]}. Give all of them the same dataset and arguments, "
+                "and in a search an hp_space in which everything comes from the trial."
+            )
 
     # ---- A search ----
 
@@ -155,12 +168,19 @@ class RunningTrainer(PublishingTrainer):
 
         Each trial spends what its arguments say: with `target_epsilon=3`, up to ε = 3. What all of them spent together
         is printed at the end and, from then on, part of `privacy_spent` and of what is saved with any weights.
+
+        On several processes no trial is pruned, and all of them get the result.
+
+        Raises `ValueError` for settings with which trials would not see one another, or processes lose one another.
         """
         kwargs["backend"] = HPSearchBackend(kwargs.get("backend") or HPSearchBackend.OPTUNA)
-        validation.check_search(kwargs)
+        validation.check_search(kwargs, self.args.world_size)
+        if self.args.world_size > 1:
+            kwargs["pruner"] = _never()
         best = super().hyperparameter_search(*args, **kwargs)
         if self.is_world_process_zero():
             print(search_summary(self.privacy_statement()))
+        (best,) = broadcast_object_list([best])
         return best
 
     def _hp_search_setup(self, trial: Any) -> None:
@@ -168,3 +188,10 @@ class RunningTrainer(PublishingTrainer):
         if trial is not None or self._plan_is_a_trials:
             self.begin_run()
         self._plan_is_a_trials = trial is not None
+
+
+def _never() -> Any:
+    """A pruner that prunes nothing, where optuna's default would: only process 0 would know of it."""
+    from optuna.pruners import NopPruner
+
+    return NopPruner()

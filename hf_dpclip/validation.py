@@ -224,12 +224,22 @@ def check_public(train_dataset: Dataset, public_negatives: list[str] | Dataset) 
         )
 
 
-def check_search(settings: dict[str, Any]) -> None:
-    """Raises `ValueError` for a hyperparameter search whose trials this trainer would not all see."""
+def check_search(settings: dict[str, Any], num_processes: int) -> None:
+    """Raises `ValueError` for a hyperparameter search whose trials not all processes of this trainer would see."""
     if settings["backend"] == HPSearchBackend.RAY or settings.get("n_jobs", 1) != 1:
         raise ValueError(
             "trials that run side by side do not know what the others spend: use backend='optuna' (or 'wandb') with "
             "n_jobs=1, one trial after another."
+        )
+    if num_processes > 1 and settings["backend"] != HPSearchBackend.OPTUNA:
+        raise ValueError(
+            "on several processes each would have trials of its own: use backend='optuna', or one process."
+        )
+    known_to_one = [name for name in ("pruner", "timeout", "catch") if settings.get(name)]
+    if num_processes > 1 and known_to_one:
+        raise ValueError(
+            f"{known_to_one[0]} ends a trial or the search on process 0 only, and the others would wait for ever: "
+            "leave it out, or search on one process."
         )
 
 

@@ -5,9 +5,10 @@ import torch
 from factories import arguments, pairs, tiny_clip
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import HPSearchBackend
 
 from hf_dpclip import DPCLIPTrainer, ImageTextCollator
-from hf_dpclip.validation import check_model
+from hf_dpclip.validation import check_model, check_search
 
 
 class Regressor(nn.Module):
@@ -248,3 +249,18 @@ def test_a_change_of_requires_grad_during_training_is_refused(make_trainer, requ
     with pytest.raises(RuntimeError, match="requires_grad changed during training"):
         trainer.train()
     assert trainer.privacy_spent().steps == 1
+
+
+@pytest.mark.parametrize("option", ["pruner", "timeout", "catch"])
+def test_a_search_in_which_one_process_would_leave_the_others_waiting_is_refused(option):
+    settings = {"backend": HPSearchBackend.OPTUNA, option: 60}
+    check_search(settings, 1)
+    with pytest.raises(ValueError, match=f"{option} ends a trial or the search on process 0 only"):
+        check_search(settings, 2)
+
+
+def test_a_search_whose_processes_would_not_have_the_same_trials_is_refused():
+    settings = {"backend": HPSearchBackend.WANDB}
+    check_search(settings, 1)
+    with pytest.raises(ValueError, match="use backend='optuna', or one process"):
+        check_search(settings, 2)
