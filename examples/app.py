@@ -38,6 +38,8 @@ from hf_dpclip.privacy_section import privacy_section
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 # Tables of names and values have an empty head.
 CSS = ".prose thead { display: none; }"
+# The label of a gallery lies on its first pictures.
+CSS += " .grid-wrap { margin-top: 28px; }"
 
 BY_EPSILON, BY_NOISE = "target ε", "noise multiplier σ"
 # Beyond these, the accountant takes longer than a visitor waits.
@@ -314,9 +316,14 @@ def planner(page: gr.Blocks) -> None:
             curves = gr.Plot(show_label=False)
     inputs = [*numbers, given, amount]
     changes = [component.change for component in inputs]
+
+    def answer(*values) -> tuple[str, Any]:
+        text, figure = plan_and_draw(*values)
+        return text, gr.update(value=figure, visible=figure is not None)
+
     gr.on(
         [page.load, *changes],
-        plan_and_draw,
+        answer,
         inputs,
         [words, curves],
         trigger_mode="always_last",
@@ -335,11 +342,11 @@ def classification(model: PrivateModel) -> None:
 
 
 def retrieval(model: PrivateModel) -> None:
-    pictures = gr.Gallery(drawn_digits(), type="pil", label="pictures", columns=5, height=240, interactive=True)
+    pictures = gr.Gallery(drawn_digits(), type="pil", label="pictures", columns=5, height=270, interactive=True)
     text = gr.Textbox("a handwritten digit seven", label="description")
     button = gr.Button("Search", variant="primary")
     message = gr.Markdown()
-    found = gr.Gallery(label="most similar first, with the similarity", columns=5, height=240, interactive=False)
+    found = gr.Gallery(label="most similar first, with the similarity", columns=5, height=270, interactive=False)
     gr.on([button.click, text.submit], in_words(model.search), [pictures, text], [found, message])
 
 

@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator, PercentFormatter
+from matplotlib.transforms import ScaledTranslation
 from paper_table import ARMS, PRIVATE_ARMS, ROWS, load_rows
 
 
@@ -37,7 +38,12 @@ COLORS = {"per_batch": "tab:red", "microbatch": "tab:blue", "public_negatives": 
 # Arms that differ in K and in nothing else.
 BY_MICROBATCHES = ("per_batch", "microbatch")
 ERRORBARS = {"capsize": 3, "marker": "o", "markersize": 5}
-CAPTION = "bars and grey bands: standard deviation over seeds, where there are several"
+CAPTION = (
+    "bars and grey bands: standard deviation over seeds, where there are several; lines guide the eye\n"
+    "series are drawn beside one another where they share a value of the horizontal axis"
+)
+# Points of 1/72 inch between series.
+BESIDE = 7
 
 
 @dataclass(frozen=True, order=True)
@@ -214,7 +220,9 @@ class Panels:
         cells = sorted(cells, key=lambda cell: getattr(cell, self.axis))
         x, means = [getattr(cell, self.axis) for cell in cells], [self.results.mean(cell) for cell in cells]
         deviations = np.nan_to_num([self.results.deviation(cell) for cell in cells])
-        panel.errorbar(x, means, deviations, label=label, color=color, **ERRORBARS)
+        shift = ScaledTranslation(BESIDE * len(panel.containers) / 72, 0, self.figure.dpi_scale_trans)
+        settings = {"label": label, "color": color, "transform": panel.transData + shift, **ERRORBARS}
+        panel.errorbar(x, means, deviations, **settings)
 
     def _draw_levels(self, panel: Axes, dataset: str, tuning: str) -> None:
         for arm, of, style in (("non_private", tuning, "-"), ("zero_shot", "", ":")):

@@ -231,6 +231,7 @@ def test_the_planner_follows_what_is_typed(page):
     page.get_by_text(f"{SMALL.epsilon():.3g} at δ").wait_for()
     page.get_by_label("microbatches per step K").fill("600")
     page.get_by_text("at most expected_batch_size=500").wait_for()
+    page.locator("img[src*='image']").first.wait_for(state="hidden")
 
 
 @pytest.mark.slow
