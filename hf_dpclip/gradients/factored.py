@@ -10,6 +10,13 @@ from torch import Tensor
 from .layout import Layout
 
 
+# Columns (rank r of LoRA) below which CPUs multiply up to three times as fast if they are on the left, which pays for
+# turning the product round.
+THIN = 32
+# Rows of a Gram matrix that are computed at a time, up to the diagonal.
+GRAM_BLOCK = 128
+
+
 class Dense:
     """Each gradient by itself.
 
@@ -77,11 +84,12 @@ class Outer:
         a, b = self.activations, self.output_gradients
         if len(a) * a.shape[2] * b.shape[2] <= a.numel() + b.numel():
             # A product for each row of the batch is no larger than what it is made of: one multiplication for all.
-            return self.layout.sum_rows(_products(a.float(), b.float()))
+            of_rows = a.new_empty(len(a), b.shape[2], a.shape[2], dtype=torch.float32)
+            return self.layout.sum_rows(_multiply(a.float(), b.float(), of_rows))
         gradients = a.new_empty(self.layout.num_microbatches, b.shape[-1], a.shape[-1], dtype=torch.float32)
         pairs = zip(self.layout.groups, self.layout.matrices(a), self.layout.matrices(b))
         for (microbatches, _, _), group_a, group_b in pairs:
-            gradients[microbatches] = _products(group_a.float(), group_b.float())
+            _multiply(group_a.float(), group_b.float(), gradients[microbatches])
         return gradients
 
     def smallest(self) -> "Dense | Outer":
@@ -139,11 +147,11 @@ def _squared_norms(matrices: Tensor) -> Tensor:
     return torch.linalg.vector_norm(matrices, dim=-1).double().square().sum(dim=-1)
 
 
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    """bᵀa of each pair of matrices. CPUs take half the time if the thin one (rank r of LoRA) is on the left."""
-    if b.shape[2] <= a.shape[2]:
-        return b.transpose(1, 2) @ a
-    return (a.transpose(1, 2) @ b).transpose(1, 2)
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """bᵀa of each pair of matrices."""
+    if a.shape[2] < THIN:
+        return out.copy_((a.transpose(1, 2) @ b).transpose(1, 2))
+    return torch.bmm(b.transpose(1, 2), a, out=out)
 
 
 def _squared_norms_of_products(a: Tensor, b: Tensor) -> Tensor:
@@ -152,8 +160,14 @@ def _squared_norms_of_products(a: Tensor, b: Tensor) -> Tensor:
     if rows * (d + p) >= d * p:
         # One product at a time: together they could be larger than everything else.
         return torch.cat([_squared_norms(y.T @ x[None]) for x, y in zip(a, b)])
-    # ‖bᵀa‖² = Σ over pairs of rows of (aaᵀ)(bbᵀ). Where large terms cancel, what rounding may have taken away is
-    # added: a norm that is too small would leave a gradient longer than C.
-    products = (a @ a.transpose(1, 2)).mul_(b @ b.transpose(1, 2))
-    rounding = 2 * torch.finfo(torch.float32).eps * products.abs().sum(dim=2).double().sum(dim=1)
-    return products.sum(dim=2).double().sum(dim=1).clamp(min=0) + rounding
+    # ‖bᵀa‖² = Σ over pairs of rows of (aaᵀ)(bbᵀ), symmetric: pairs with rows before a block's count twice.
+    squares = magnitudes = torch.zeros(len(a), dtype=torch.float64, device=a.device)
+    for start in range(0, rows, GRAM_BLOCK):
+        end = start + GRAM_BLOCK
+        pairs = (a[:, start:end] @ a[:, :end].transpose(1, 2)).mul_(b[:, start:end] @ b[:, :end].transpose(1, 2))
+        pairs[:, :, :start] *= 2
+        squares = squares + pairs.sum(dim=2).double().sum(dim=1)
+        magnitudes = magnitudes + pairs.abs_().sum(dim=2).double().sum(dim=1)
+    # Where large terms cancel, what rounding may have taken away is added: a norm that is too small would leave a
+    # gradient longer than C.
+    return squares.clamp(min=0) + 2 * torch.finfo(torch.float32).eps * magnitudes

@@ -145,7 +145,7 @@ class _LayerNorm(Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple:
         (x, mean, inverse_deviation), recording, weight = ctx.saved_tensors, ctx.recording, ctx.weight
-        recording.record_rows(weight, _rows(gradient * ((x - mean) * inverse_deviation)))
+        recording.record_rows(weight, _rows((x - mean).mul_(inverse_deviation).mul_(gradient)))
         recording.record_rows(ctx.bias, _rows(gradient))
         of_input = torch.ops.aten.native_layer_norm_backward(
             gradient, x, weight.shape, mean, inverse_deviation, weight, ctx.bias, [True, False, False]
