@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_dpclip.gradients import ContrastiveModel, NotVectorizable, contrastive_base, microbatch_gradients, obstacle
-from hf_dpclip.gradients.factored import Dense, Outer
+from hf_dpclip.gradients.factored import Dense, Outer, SpareMemory
 from hf_dpclip.gradients.layout import Layout
 from hf_dpclip.seeding import seeded
 
@@ -115,18 +115,26 @@ def test_one_pair_each():
     assert gradients.norms.max() < 1e-5
 
 
-@pytest.mark.parametrize("smallest", [lambda self: self, lambda self: Dense(self.dense())], ids=["factored", "dense"])
-def test_every_form_of_a_weights_gradient(smallest, monkeypatch):
+@pytest.mark.parametrize("form", [lambda _, outer: outer, lambda _, outer: Dense(outer.dense())])
+def test_every_form_of_a_weights_gradient(form, monkeypatch):
     """The form is chosen by size; here each has to do for everything."""
-    monkeypatch.setattr("hf_dpclip.gradients.factored.Outer.smallest", smallest)
+    monkeypatch.setattr(SpareMemory, "cheaper", form)
     assert_same(tiny_clip(), microbatches([2, 3, 3, 5]))
     assert_same(lora_clip(), microbatches([2, 3, 3, 5]))
 
 
-@pytest.mark.parametrize("rows", [2, 50])
-def test_norms_of_products(rows):
-    """Few rows: from Gram matrices. Many: from the products."""
-    a, b = torch.randn(6, rows, 8), torch.randn(6, rows, 4)
+def test_gradients_are_multiplied_out_while_there_is_memory_for_it():
+    products = Outer(torch.randn(2, 1, 4), torch.randn(2, 1, 4), Layout([1, 1], 2, torch.device("cpu")))
+    # Two matrices of 16 elements each, from factors of 16 elements.
+    spare = SpareMemory(40)
+    assert [type(spare.cheaper(products)) for _ in range(3)] == [Dense, Dense, Outer]
+    assert spare.num_elements == 8
+
+
+@pytest.mark.parametrize("rows, width", [(2, 8), (50, 8), (300, 1024)])
+def test_norms_of_products(rows, width):
+    """Few rows: from Gram matrices, in blocks of rows. Many: from the products."""
+    a, b = torch.randn(6, rows, width), torch.randn(6, rows, width // 2)
     squared = Outer(a, b, Layout([1] * 6, 6, a.device)).squared_norms()
     assert torch.allclose(squared, (b.double().transpose(1, 2) @ a.double()).square().sum(dim=(1, 2)), rtol=1e-5)
 

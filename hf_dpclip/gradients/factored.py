@@ -92,12 +92,27 @@ class Outer:
             _multiply(group_a.float(), group_b.float(), gradients[microbatches])
         return gradients
 
-    def smallest(self) -> "Dense | Outer":
-        """The same gradients in the form that takes less memory."""
-        num_elements = self.layout.num_microbatches * self.activations.shape[-1] * self.output_gradients.shape[-1]
-        if num_elements <= self.activations.numel() + self.output_gradients.numel():
-            return Dense(self.dense())
-        return self
+
+class SpareMemory:
+    """Chooses the form of the gradients of weight matrices. Multiplied out at once, they need no second multiplication
+    for their weighted sum; where that takes more memory than the factors do, the memory is taken from here.
+
+    Args:
+        num_elements (`int`): what all gradients together may take more than their factors.
+    """
+
+    def __init__(self, num_elements: int):
+        self.num_elements = num_elements
+
+    def cheaper(self, products: Outer) -> Dense | Outer:
+        """The same gradients in the form that takes less time. Writing more than twice the factors would take more."""
+        a, b = products.activations, products.output_gradients
+        factors = a.numel() + b.numel()
+        excess = max(0, products.layout.num_microbatches * a.shape[-1] * b.shape[-1] - factors)
+        if excess > min(factors, self.num_elements):
+            return products
+        self.num_elements -= excess
+        return Dense(products.dense())
 
 
 class Sparse:

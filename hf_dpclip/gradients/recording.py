@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-from .factored import Dense, Outer, Sparse
+from .factored import Dense, Outer, SpareMemory, Sparse
 from .inputs import NotVectorizable
 from .layout import Layout
 
@@ -45,6 +45,8 @@ class Recording:
         self.layout = layout
         self.generators = generators
         self.own_shapes = own_shapes
+        # Half a copy of the gradient. As much again may be missing where layers share an input, counted for each.
+        self.spare = SpareMemory(sum(parameter.numel() for parameter in self.parameters) // 2)
         self.gradients: dict[int, list[Dense | Outer | Sparse]] = defaultdict(list)
         self._contexts = ExitStack()
 
@@ -128,7 +130,7 @@ class _Linear(Function):
         (x,), recording, weight = ctx.saved_tensors, ctx.recording, ctx.weight
         rows = _rows(gradient)
         if x is not None:
-            recording.record(weight, Outer(_rows(x), rows, recording.layout).smallest())
+            recording.record(weight, recording.spare.cheaper(Outer(_rows(x), rows, recording.layout)))
         recording.record_rows(ctx.bias, rows)
         of_input = gradient @ weight.to(gradient.dtype) if ctx.needs_input_grad[1] else None
         return None, of_input, None, None
@@ -186,7 +188,7 @@ class _Patches(Function):
         (x,), recording = ctx.saved_tensors, ctx.recording
         rows = gradient.flatten(2).transpose(1, 2)
         patches = F.unfold(x, ctx.weight.shape[2:], **ctx.settings).transpose(1, 2)
-        recording.record(ctx.weight, Outer(patches, rows, recording.layout).smallest())
+        recording.record(ctx.weight, recording.spare.cheaper(Outer(patches, rows, recording.layout)))
         recording.record_rows(ctx.bias, rows)
         return None, None, None, None, None
 
@@ -201,9 +203,7 @@ class _Expand(Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple:
-        parameter = ctx.parameter
-        rows = gradient.reshape(len(gradient), -1, *parameter.shape)
-        ctx.recording.record_rows(parameter, rows)
+        ctx.recording.record_rows(ctx.parameter, gradient.reshape(len(gradient), -1, *ctx.parameter.shape))
         return None, None, None
 
 
