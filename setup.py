@@ -52,7 +52,7 @@ setup(
         "pillow>=10",
         "rich>=13",
         "scipy>=1.11",
-        "torch>=2.6",
+        "torch>=2.7",
         "transformers>=5.3,<6",
     ],
     entry_points={"console_scripts": ["hf-dpclip = hf_dpclip.cli:main"]},
