@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +56,14 @@ def forget_replaced(checkpoint: Path) -> None:
 
 
 def seal(checkpoint: Path, step: int) -> None:
-    """Writes down what the files of a checkpoint contain, when all but the state of training are there."""
+    """Writes down what the files of a checkpoint contain, when all but the state of training are there.
+
+    Raises `OSError` for a file of torch that is not whole.
+    """
+    # Early releases of torch do not notice that the disk is full when they close a small file.
+    for path in [*checkpoint.rglob("*.pt"), *checkpoint.rglob("*.pth")]:
+        if not (path.is_file() and zipfile.is_zipfile(path)):
+            raise OSError(f"{path.name} is cut short")
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     digests = {path.relative_to(checkpoint).as_posix(): _digest(path) for path in files}
     write_whole(Path(checkpoint, SEAL_NAME), {"step": step, "sha256": digests})

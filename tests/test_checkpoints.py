@@ -7,7 +7,7 @@ import pytest
 from factories import tiny_clip
 from transformers import CLIPModel
 
-from hf_dpclip.checkpoints import SEAL_NAME, check_undamaged, fault, make_way
+from hf_dpclip.checkpoints import SEAL_NAME, check_undamaged, fault, make_way, seal
 from hf_dpclip.resuming import last_complete_checkpoint
 
 
@@ -136,3 +136,11 @@ def test_nothing_of_the_replaced_checkpoint_is_left_in_the_end(make_trainer, che
     assert not list(checkpoint.parent.glob("_replaced*"))
     for step in range(1, 5):
         check_undamaged(checkpoint.parent / f"checkpoint-{step}")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_file_that_was_cut_short_unnoticed_is_not_sealed(checkpoint, name):
+    path = checkpoint / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(OSError, match=f"{name} is cut short"):
+        seal(checkpoint, step=4)
