@@ -45,6 +45,9 @@ KEY = ("dataset", "arm", "tuning", "epsilon", "num_microbatches", "seed")
 FORWARD_BATCH = 512
 # C: most gradients of a single pair are longer, so that each of them counts about the same.
 CLIPPING_NORM = 0.1
+# Adam's second moment in private arms, which take few steps: after gradients have become short, the usual 0.999 would
+# remember the long ones of the beginning to the end.
+ADAM_BETA2 = 0.95
 # Private arms are evaluated with averages of their weights.
 AVERAGING_DECAY = 0.95
 # Bytes of images that are encoded once and kept, rather than anew in every epoch.
@@ -82,7 +85,7 @@ class Schedule:
     non_private_epochs: int
 
 
-SMALL, LARGE = Schedule(512, 10, 10), Schedule(1024, 4, 4)
+SMALL, LARGE = Schedule(512, 10, 10), Schedule(1024, 8, 4)
 # K of the arm `microbatch`: between those of the other arms, with two pairs or more in each.
 COUNTS = [2, 4, 8, 16, 32, 64, 128, 256]
 # Below 20,000 records.
@@ -249,7 +252,8 @@ class Task:
             microbatch_size=schedule.batch_size // row["num_microbatches"],
             num_train_epochs=schedule.epochs,
             learning_rate=self.args.learning_rate or arm.learning_rates[row["tuning"]],
-            lr_scheduler_type="constant",
+            lr_scheduler_type="linear",
+            adam_beta2=ADAM_BETA2,
             target_epsilon=row["epsilon"],
             max_grad_norm=CLIPPING_NORM,
         )
