@@ -36,10 +36,8 @@ from hf_dpclip.privacy_section import privacy_section
 
 # Fonts of the system, since others would come from another server.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-# Tables of names and values have an empty head.
-CSS = ".prose thead { display: none; }"
-# The label of a gallery lies on its first pictures.
-CSS += " .grid-wrap { margin-top: 28px; }"
+# Tables of names and values have an empty head; the label of a gallery lies on its first pictures.
+CSS = ".prose thead { display: none; } .grid-wrap { margin-top: 28px; }"
 
 BY_EPSILON, BY_NOISE = "target ε", "noise multiplier σ"
 # Beyond these, the accountant takes longer than a visitor waits.

@@ -40,7 +40,7 @@ BY_MICROBATCHES = ("per_batch", "microbatch")
 ERRORBARS = {"capsize": 3, "marker": "o", "markersize": 5}
 CAPTION = (
     "bars and grey bands: standard deviation over seeds, where there are several; lines guide the eye\n"
-    "series are drawn beside one another where they share a value of the horizontal axis"
+    "each series is drawn a little to the right of the one before, so that none hides another"
 )
 # Points of 1/72 inch between series.
 BESIDE = 7

@@ -60,7 +60,7 @@ def seal(checkpoint: Path, step: int) -> None:
 
     Raises `OSError` for a file of torch that is not whole.
     """
-    # Early releases of torch do not notice that the disk is full when they close a small file.
+    # Early releases of torch do not notice that the disk is full when they close a small file, which is a zip archive.
     for path in [*checkpoint.rglob("*.pt"), *checkpoint.rglob("*.pth")]:
         if not (path.is_file() and zipfile.is_zipfile(path)):
             raise OSError(f"{path.name} is cut short")

@@ -231,12 +231,14 @@ def check_search(settings: dict[str, Any], num_processes: int) -> None:
             "trials that run side by side do not know what the others spend: use backend='optuna' (or 'wandb') with "
             "n_jobs=1, one trial after another."
         )
-    if num_processes > 1 and settings["backend"] != HPSearchBackend.OPTUNA:
+    if num_processes == 1:
+        return
+    if settings["backend"] != HPSearchBackend.OPTUNA:
         raise ValueError(
             "on several processes each would have trials of its own: use backend='optuna', or one process."
         )
     known_to_one = [name for name in ("pruner", "timeout", "catch") if settings.get(name)]
-    if num_processes > 1 and known_to_one:
+    if known_to_one:
         raise ValueError(
             f"{known_to_one[0]} ends a trial or the search on process 0 only, and the others would wait for ever: "
             "leave it out, or search on one process."

@@ -115,7 +115,9 @@ def test_one_pair_each():
     assert gradients.norms.max() < 1e-5
 
 
-@pytest.mark.parametrize("form", [lambda _, outer: outer, lambda _, outer: Dense(outer.dense())])
+@pytest.mark.parametrize(
+    "form", [lambda _, outer: outer, lambda _, outer: Dense(outer.dense())], ids=["factored", "dense"]
+)
 def test_every_form_of_a_weights_gradient(form, monkeypatch):
     """The form is chosen by size; here each has to do for everything."""
     monkeypatch.setattr(SpareMemory, "cheaper", form)

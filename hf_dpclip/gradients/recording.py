@@ -45,7 +45,8 @@ class Recording:
         self.layout = layout
         self.generators = generators
         self.own_shapes = own_shapes
-        # Half a copy of the gradient. As much again may be missing where layers share an input, counted for each.
+        # Half a copy of the gradient: an input that several layers share counts as memory of each, though it is kept
+        # once, and what that hides may come to as much again.
         self.spare = SpareMemory(sum(parameter.numel() for parameter in self.parameters) // 2)
         self.gradients: dict[int, list[Dense | Outer | Sparse]] = defaultdict(list)
         self._contexts = ExitStack()
