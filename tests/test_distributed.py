@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,7 @@ def run(request, tmp_path_factory):
         "results": [dict(np.load(folder / f"process-{process}.npz")) for process in range(2)],
         "ledger": Ledger(folder / LEDGER_NAME).runs(),
         "facts": [json.loads((folder / f"facts-{process}.json").read_text()) for process in range(2)],
+        "spanning": [json.loads((folder / f"spanning-{process}.json").read_text()) for process in range(2)],
     }
 
 
@@ -65,8 +67,23 @@ def test_one_process_records_what_all_take_together(run):
 
 def test_one_reduction_of_the_trainable_parameters_per_step(run):
     for facts in run["facts"]:
-        large = [numel for numel in facts["reduced"] if numel > 100]
-        assert large == [facts["trainable"]] * facts["steps"] == [facts["trainable"]] * 3
+        size = facts["trainable"]
+        large = [call for call in facts["collectives"] if call[1] >= size]
+        assert large == [["all_reduce", size]] * facts["steps"] == [["all_reduce", size]] * 3
+
+
+def test_a_microbatch_that_spans_the_processes_takes_the_two_halves_of_one_reduction(run):
+    for calls, facts in zip(run["spanning"], run["facts"]):
+        size = 2 * ceil(facts["trainable"] / 2)
+        large = [call for call in calls if call[1] >= facts["trainable"]]
+        assert [(name.startswith("reduce_scatter"), moved) for name, moved in large] == [(True, size), (False, size)]
+        assert large[1][0] == "all_gather"
+
+
+def test_the_parts_of_a_spanning_microbatch_are_clipped_together(run):
+    expected = torch.tensor([0.3, 0, 0, 0, 0.4]) + torch.tensor([0.6, 0, 0, 0, 0.8])
+    for results in run["results"]:
+        assert torch.allclose(torch.tensor(results["spanning sums"]), expected, atol=1e-6)
 
 
 def test_noise_has_the_planned_variance_after_the_reduction(run):

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -34,12 +35,7 @@ def clip_(gradients: list[Tensor], plan: PrivacyPlan) -> bool:
         The contribution of a microbatch has L2 norm at most C = `plan.max_grad_norm` (up to float32 rounding),
         whatever the data, the loss and the model.
     """
-    factor = clip_factors(_norm(gradients), plan)
-    if factor == 0:
-        return False
-    if factor != 1:
-        torch._foreach_mul_(gradients, factor)
-    return True
+    return _scale_(gradients, clip_factors(_norm(gradients), plan))
 
 
 def clip_factors(norms: Tensor, plan: PrivacyPlan) -> Tensor:
@@ -95,6 +91,8 @@ class GaussianMechanism:
         self.process = process
         self.num_processes = num_processes
         self._sum: list[Tensor | None] = [None] * len(self.parameters)
+        # The same of microbatches that span the processes, of which each keeps its own slice.
+        self._slice_of_sum: Tensor | None = None
         self._noise_threads = ThreadPoolExecutor(len(generators))
 
     @contextmanager
@@ -125,13 +123,16 @@ class GaussianMechanism:
     @contextmanager
     def spanning_microbatch(self) -> Iterator[None]:
         """As `microbatch`, where every process computes a part of the same microbatch's gradient inside: the parts
-        are added up over the processes before the sum is clipped."""
-        with self.microbatch():
-            yield
-            self._all_reduce_gradients()
-            if self.process > 0:
-                # It counts once.
-                self._take_gradients()
+        are added up over the processes before the sum is clipped. Between two releases, all microbatches span the
+        processes, or none does."""
+        self._take_gradients()
+        yield
+        gradients = [_zeros(p) if g is None else g for p, g in zip(self.parameters, self._take_gradients())]
+        own = self._slice_of(gradients)
+        square = _norm([own]).square()
+        torch.distributed.all_reduce(square)
+        if _scale_([own], clip_factors(square.sqrt(), self.plan)):
+            self._slice_of_sum = _add(self._slice_of_sum, own)
 
     def release(self) -> None:
         """Sets every `Parameter.grad` to (sum of clipped gradients over all processes + noise) / K.
@@ -139,14 +140,19 @@ class GaussianMechanism:
         Happens once per optimizer step, also where no unit was drawn: the release of pure noise must look like any
         other.
         """
+        for parameter, total in zip(self.parameters, self._noised_sums()):
+            parameter.grad = total.div_(self.plan.num_microbatches).to(parameter.dtype)
+
+    def _noised_sums(self) -> list[Tensor]:
+        own, self._slice_of_sum = self._slice_of_sum, None
+        if own is not None:
+            return self._noised_and_gathered(own)
         sums = [_zeros(p) if total is None else total for p, total in zip(self.parameters, self._sum)]
         self._sum = [None] * len(self.parameters)
-        if self.num_processes == 1:
-            self._add_noise_(sums)
-        else:
-            sums = self._noised_and_reduced(sums)
-        for parameter, total in zip(self.parameters, sums):
-            parameter.grad = total.div_(self.plan.num_microbatches).to(parameter.dtype)
+        if self.num_processes > 1:
+            return self._noised_and_reduced(sums)
+        self._add_noise_(sums)
+        return sums
 
     def _noised_and_reduced(self, sums: list[Tensor]) -> list[Tensor]:
         """One all-reduce of one flat tensor, to which each process has added the noise of its own slice."""
@@ -155,15 +161,27 @@ class GaussianMechanism:
         torch.distributed.all_reduce(flat)
         return self._split(flat)
 
-    def _all_reduce_gradients(self) -> None:
-        gradients = [_zeros(p) if p.grad is None else p.grad.float() for p in self.parameters]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        torch.distributed.all_reduce(flat)
-        for parameter, gradient in zip(self.parameters, self._split(flat)):
-            parameter.grad = gradient.to(parameter.dtype)
+    def _slice_of(self, tensors: list[Tensor]) -> Tensor:
+        """Of the sum over all processes the slice that belongs to this one, all of one length: what an all-reduce
+        would send in its first half."""
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        flat = F.pad(flat, (0, -len(flat) % self.num_processes))
+        own = flat.new_empty(len(flat) // self.num_processes)
+        # Since torch 2.13 the older name is deprecated.
+        new_name = getattr(torch.distributed, "reduce_scatter_single", None)
+        (new_name or torch.distributed.reduce_scatter_tensor)(own, flat)
+        return own
+
+    def _noised_and_gathered(self, own: Tensor) -> list[Tensor]:
+        """The slices of all processes, to each of which its own has added noise: the second half of an all-reduce."""
+        self._add_noise_([own])
+        flat = own.new_empty(len(own) * self.num_processes)
+        torch.distributed.all_gather(list(flat.chunk(self.num_processes)), own)
+        return self._split(flat)
 
     def _split(self, flat: Tensor) -> list[Tensor]:
-        pieces = flat.split([parameter.numel() for parameter in self.parameters])
+        sizes = [parameter.numel() for parameter in self.parameters]
+        pieces = flat[: sum(sizes)].split(sizes)
         return [piece.view_as(parameter) for piece, parameter in zip(pieces, self.parameters)]
 
     def _add_noise_(self, tensors: list[Tensor]) -> None:
@@ -188,6 +206,15 @@ class GaussianMechanism:
         for parameter in self.parameters:
             parameter.grad = None
         return gradients
+
+
+def _scale_(gradients: list[Tensor], factor: Tensor) -> bool:
+    """Multiplies in place. Returns `False`, and does nothing, for the factor 0 of a gradient that is not finite."""
+    if factor == 0:
+        return False
+    if factor != 1:
+        torch._foreach_mul_(gradients, factor)
+    return True
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:

@@ -52,17 +52,9 @@ class SecureGaussianMechanism(GaussianMechanism):
         self._noise_threads = ThreadPoolExecutor(THREADS)
 
     def _noised_and_reduced(self, sums: list[Tensor]) -> list[Tensor]:
-        """Noise after the sums are added up, each process on its slice, and a second reduction to share the slices:
-        a slice rounded earlier would leave the grid when other processes' sums are added."""
-        flat = torch.cat([total.flatten() for total in sums])
-        torch.distributed.all_reduce(flat)
-        slices = torch.tensor_split(flat, self.num_processes)
-        self._add_noise_([slices[self.process]])
-        for process, others in enumerate(slices):
-            if process != self.process:
-                others.zero_()
-        torch.distributed.all_reduce(flat)
-        return self._split(flat)
+        """Noise after the sums are added up: what was rounded earlier would leave the grid when other processes' sums
+        are added."""
+        return self._noised_and_gathered(self._slice_of(sums))
 
     def _add_noise_(self, tensors: list[Tensor]) -> None:
         """Adds an independent draw from N(0, (σΔ)²) to every coordinate and rounds to the grid."""

@@ -6,11 +6,14 @@ python -m torch.distributed.run --nproc_per_node 2 two_processes.py FOLDER
 import json
 import os
 import sys
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from torch.utils._pytree import tree_leaves
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -19,7 +22,7 @@ from checks import flat_weights, one_update
 from factories import arguments, pairs, tiny_clip
 
 from hf_dpclip import DPCLIPTrainer, PrivacyPlan, WeightAveraging
-from hf_dpclip.privacy import Randomness, SecureGaussianMechanism
+from hf_dpclip.privacy import GaussianMechanism, Randomness, SecureGaussianMechanism
 from hf_dpclip.privacy.secure_noise import grid_width
 
 
@@ -27,20 +30,33 @@ LOUD = 30.0
 DRAWS = 4000
 
 
+@contextmanager
+def collectives():
+    """Names of the collective operations of the mechanism that are called inside, with the most that each moves."""
+    calls = []
+
+    def counting(name, operation):
+        def counted(*args, **kwargs):
+            sizes = [sum(leaf.numel() for leaf in tree_leaves(arg) if isinstance(leaf, torch.Tensor)) for arg in args]
+            calls.append((name, max(sizes)))
+            return operation(*args, **kwargs)
+
+        return counted
+
+    names = {"all_reduce", "all_gather", "reduce_scatter_tensor", "reduce_scatter_single"} & {*dir(torch.distributed)}
+    with ExitStack() as patches:
+        for name in names:
+            counted = counting(name, getattr(torch.distributed, name))
+            patches.enter_context(mock.patch.object(torch.distributed, name, counted))
+        yield calls
+
+
 def noisy_update(folder: Path) -> torch.Tensor:
-    """One step so loud that the released gradient is all noise; with the reductions that it took."""
-    reduced = []
-    all_reduce = torch.distributed.all_reduce
-
-    def counting(tensor, *args, **kwargs):
-        reduced.append(tensor.numel())
-        return all_reduce(tensor, *args, **kwargs)
-
-    torch.distributed.all_reduce = counting
-    update, trainer = one_update(folder, noise_multiplier=LOUD, microbatch_size=4, max_steps=3)
-    torch.distributed.all_reduce = all_reduce
+    """Steps so loud that the released gradient is all noise; with the communication that they took."""
+    with collectives() as calls:
+        update, trainer = one_update(folder, noise_multiplier=LOUD, microbatch_size=4, max_steps=3)
     facts = {
-        "reduced": reduced,
+        "collectives": calls,
         "trainable": len(update),
         "steps": trainer.privacy_spent().steps,
         "num_microbatches": trainer.plan.num_microbatches,
@@ -70,12 +86,30 @@ def exact_update(folder: Path) -> torch.Tensor:
 
 
 def spanning_update(folder: Path) -> torch.Tensor:
-    """The same with one microbatch, on which all processes work in chunks of 4."""
+    """The same with one microbatch, on which all processes work in chunks of 4; with the communication it took."""
     settings = {"non_private": True, "noise_seed": 5, "microbatch_size": 16, "optim": "sgd", "learning_rate": 1.0}
     passes = 4 // int(os.environ["WORLD_SIZE"])
-    update, trainer = one_update(folder, per_device_train_batch_size=4, gradient_accumulation_steps=passes, **settings)
+    with collectives() as calls:
+        update, trainer = one_update(
+            folder, per_device_train_batch_size=4, gradient_accumulation_steps=passes, **settings
+        )
     assert trainer.args.microbatch_spans_processes
+    (folder / f"spanning-{trainer.args.process_index}.json").write_text(json.dumps(calls))
     return update
+
+
+def spanning_sums() -> torch.Tensor:
+    """K times a release of what the processes computed of three microbatches: [3, 4] in two halves; [3, 4] hundred
+    times, which is clipped to norm 1; and one that is infinite on the last process, which does not count."""
+    plan = PrivacyPlan(1000, 15, 3, num_steps=1, noise_multiplier=0, non_private=True)
+    process = PartialState().process_index
+    weight = torch.nn.Parameter(torch.zeros(5))
+    mechanism = GaussianMechanism(plan, [weight], Randomness().noise(), process, 2)
+    for scale in (0.1, 100.0, torch.inf if process else 1.0):
+        with mechanism.spanning_microbatch():
+            weight.grad = scale / 2 * torch.tensor([3.0, 0.0, 0.0, 0.0, 4.0])
+    mechanism.release()
+    return weight.grad * 3
 
 
 def averaged_update(folder: Path) -> torch.Tensor:
@@ -126,6 +160,7 @@ def main():
         "noisy": noisy_update(folder).numpy(),
         "exact": exact_update(folder).numpy(),
         "spanning": spanning_update(folder).numpy(),
+        "spanning sums": spanning_sums().numpy(),
         "averaged": averaged_update(folder / "averaged").numpy(),
         "empty": mostly_empty(folder).numpy(),
         "secure": secure_release().numpy(),
