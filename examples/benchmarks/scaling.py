@@ -6,8 +6,9 @@ sees the whole batch, of which each process has its share.
 
     python examples/benchmarks/scaling.py --processes 2 --model vit-b-32 --batch_size 16 --num_microbatches 1 2 8
 
-Bytes are those of all tensors that one process hands to collective operations from the first forward pass of a step to
-the end of it, whoever calls them. They are counted in a step of their own, since counting takes time.
+Bytes are those of all tensors that go through collective operations from the first forward pass of a step to the end of
+it, whoever calls them, on one process: once for a reduction, and half for its halves, the scatter of sums and the gather
+of slices. They are counted in a step of their own, since counting takes time.
 """
 
 import argparse
@@ -83,7 +84,7 @@ def print_comparison(args: argparse.Namespace, workload: Workload, folder: str) 
 
 
 def bytes_sent(step: TrainerStep) -> int:
-    """Bytes that this process hands to collective operations in one more step."""
+    """Bytes that go through this process's collective operations in one more step."""
     counter = CollectiveCounter()
     step.trainer.add_callback(counter)
     step()
@@ -109,8 +110,14 @@ class CollectiveCounter(TorchDispatchMode, TrainerCallback):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
-            self.bytes += sum(leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
+            share = 1 if "allreduce" in function.__name__ else 0.5
+            self.bytes += share * max(_nbytes(arg) for arg in args)
         return function(*args, **(kwargs or {}))
+
+
+def _nbytes(argument) -> int:
+    """Of all tensors in it."""
+    return sum(leaf.nbytes for leaf in tree_leaves(argument) if isinstance(leaf, torch.Tensor))
 
 
 if __name__ == "__main__":
