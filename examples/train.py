@@ -64,6 +64,12 @@ class ExampleArguments:
 
     model_name_or_path: str = field(default=str(TINY_CLIP), metadata={"help": "Dual encoder: Hub name or folder."})
     lora_rank: int = field(default=8, metadata={"help": "Rank of the LoRA adapters; 0 trains all parameters."})
+    text_tower: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the text tower has adapters too. Where captions are class prompts, it hardly needs them."
+        },
+    )
     dataset_name: str = field(
         default="mnist-5k",
         metadata={
@@ -97,6 +103,8 @@ class ExampleArguments:
     def __post_init__(self):
         if self.lora_rank < 0:
             raise ValueError(f"--lora_rank {self.lora_rank} is not possible: give 1 or more, or 0 for all parameters.")
+        if not (self.lora_rank or self.text_tower):
+            raise ValueError("--text_tower False is about adapters: give --lora_rank 1 or more with it.")
         check_limits(self)
 
 
@@ -182,7 +190,7 @@ def load_model(arguments: ExampleArguments):
     """The model to fine-tune: adapters with everything else frozen, or all parameters but the temperature."""
     model = AutoModel.from_pretrained(arguments.model_name_or_path)
     if arguments.lora_rank:
-        return get_peft_model(model, lora_config(model, r=arguments.lora_rank))
+        return get_peft_model(model, lora_config(model, r=arguments.lora_rank, text_tower=arguments.text_tower))
     # One scalar whose gradient can take up most of the clipping norm, and which noise would move at random.
     model.logit_scale.requires_grad_(False)
     return model

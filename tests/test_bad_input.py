@@ -310,6 +310,7 @@ def test_wrong_commands(capsys, command):
 TRAIN = load_script(ROOT / "examples" / "train.py")
 TRAINING = [
     ("--lora_rank -1", "--lora_rank -1 is not possible", "0 for all parameters"),
+    ("--lora_rank 0 --text_tower False", "--text_tower False is about adapters", "--lora_rank 1 or more"),
     ("--max_train_samples 0", "--max_train_samples 0 is not possible", "give 1 or more"),
     ("--max_eval_samples -5", "--max_eval_samples -5 is not possible", "give 1 or more"),
     ("--epsilon 3", "--epsilon 3: no such option", "--help lists all of them"),

@@ -115,14 +115,16 @@ def test_two_private_steps_save_and_load_again(make_trainer, tmp_path, name, tra
     assert torch.equal(embeddings(loaded, name), embeddings(model, name))
 
 
+@pytest.mark.parametrize("text_tower", [True, False])
 @EACH_ENCODER
-def test_adapters_are_in_both_towers(name):
+def test_adapters_are_in_the_towers(name, text_tower):
     model = make(name)
-    parameters = dict(get_peft_model(model, lora_config(model)).named_parameters())
-    adapted = {path.split(".")[2] for path in parameters if ".lora_" in path}
-    towers = {"text_model", "audio_model" if name == "ClapModel" else "vision_model"}
     projections = {path for path, _ in model.named_children() if path.endswith("_projection")}
-    assert adapted == towers | projections
+    parameters = dict(get_peft_model(model, lora_config(model, text_tower=text_tower)).named_parameters())
+    adapted = {path.split(".")[2] for path in parameters if ".lora_" in path}
+    of_text = {"text_model", *(path for path in projections if path.startswith("text"))}
+    of_other = {"audio_model" if name == "ClapModel" else "vision_model", *(projections - of_text)}
+    assert adapted == (of_text | of_other if text_tower else of_other)
 
 
 # ---- The gradient of a microbatch is that of the microbatch alone ----

@@ -8,14 +8,18 @@ from torch import nn
 from .clip_vqa import CLIPForVisualQuestionAnswering
 
 
-# Attention inputs of both towers, by the names that the dual encoders of `transformers` give them, and the projections
+# Attention inputs of the towers, by the names that the dual encoders of `transformers` give them, and the projections
 # into the shared space, which have two layers in CLAP.
 _ADAPTED = re.compile(
     r"(.*\.)?(q_proj|v_proj|query|value|visual_projection|text_projection|(audio|text)_projection\.linear[12])"
 )
+# What is inside the text tower or projects from it.
+_TEXT = re.compile(r"(.*\.)?text_(model|projection)(\..*)?")
 
 
-def lora_config(model: nn.Module, r: int = 8, lora_alpha: int | None = None, **kwargs) -> LoraConfig:
+def lora_config(
+    model: nn.Module, r: int = 8, lora_alpha: int | None = None, text_tower: bool = True, **kwargs
+) -> LoraConfig:
     """LoRA on the query, value and projection layers of both towers.
 
     The noise of a step grows with the root of the number of trainable parameters, so few is better. The projections
@@ -27,6 +31,9 @@ def lora_config(model: nn.Module, r: int = 8, lora_alpha: int | None = None, **k
         model (`nn.Module`): a `CLIPModel` or another dual encoder, or a [`CLIPForVisualQuestionAnswering`].
         r (`int`, *optional*, defaults to 8): rank.
         lora_alpha (`int`, *optional*, defaults to `2 * r`): scale.
+        text_tower (`bool`, *optional*, defaults to `True`): whether the text tower is adapted too. `False` where the
+            captions are a few class prompts: what the tower would learn of them takes up more of the clipping norm
+            than it is worth.
         kwargs: further fields of [`peft.LoraConfig`].
 
     Raises `ValueError` if the model has none of these layers.
@@ -37,16 +44,20 @@ def lora_config(model: nn.Module, r: int = 8, lora_alpha: int | None = None, **k
         ```
     """
     matching = {name: module for name, module in model.named_modules() if _ADAPTED.fullmatch(name)}
-    containers = [name for name, module in matching.items() if not isinstance(module, nn.Linear)]
-    if len(containers) == len(matching):
+    excluded = [
+        name
+        for name, module in matching.items()
+        if not isinstance(module, nn.Linear) or (_TEXT.fullmatch(name) and not text_tower)
+    ]
+    if len(excluded) == len(matching):
         raise ValueError(
             f"{type(model).__name__} has no query, value or projection layers that are known by name: pass a "
             "peft.LoraConfig with target_modules of your own to peft.get_peft_model."
         )
     if isinstance(model, CLIPForVisualQuestionAnswering):
         kwargs = {"modules_to_save": ["head"], **kwargs}
-    if containers:
-        kwargs = {"exclude_modules": containers, **kwargs}
+    if excluded:
+        kwargs = {"exclude_modules": excluded, **kwargs}
     return LoraConfig(r=r, lora_alpha=lora_alpha or 2 * r, target_modules=_ADAPTED.pattern, **kwargs)
 
 
