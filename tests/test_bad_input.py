@@ -206,6 +206,16 @@ MODELS = {
         "Sequential has no query, value or projection layers",
         "target_modules of your own",
     ),
+    "a text tower left out in two ways": (
+        lambda f: lora_config(tiny_clip(), text_tower=False, exclude_modules=["visual_projection"]),
+        "text_tower=False leaves out the layers of CLIPModel",
+        "in exclude_modules alone",
+    ),
+    "no text tower to leave out": (
+        lambda f: lora_config(tiny_clip().vision_model, text_tower=False),
+        "text_tower=False leaves out the layers of CLIPVision",
+        "called text_model or text_projection",
+    ),
     "the same answer twice": (
         lambda f: CLIPForVisualQuestionAnswering.from_clip(tiny_clip(), ["yes", "yes"]),
         "answers must be at least one and differ",

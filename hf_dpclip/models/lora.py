@@ -36,7 +36,7 @@ def lora_config(
             than it is worth.
         kwargs: further fields of [`peft.LoraConfig`].
 
-    Raises `ValueError` if the model has none of these layers.
+    Raises `ValueError` if the model has none of these layers, or no text tower to leave out.
 
     Example:
         ```python
@@ -53,6 +53,11 @@ def lora_config(
         raise ValueError(
             f"{type(model).__name__} has no query, value or projection layers that are known by name: pass a "
             "peft.LoraConfig with target_modules of your own to peft.get_peft_model."
+        )
+    if not text_tower and ("exclude_modules" in kwargs or not any(map(_TEXT.fullmatch, matching))):
+        raise ValueError(
+            f"text_tower=False leaves out the layers of {type(model).__name__} that are called text_model or "
+            "text_projection: name those to leave out in exclude_modules alone, without text_tower=False."
         )
     if isinstance(model, CLIPForVisualQuestionAnswering):
         kwargs = {"modules_to_save": ["head"], **kwargs}

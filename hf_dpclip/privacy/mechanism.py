@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -131,14 +130,17 @@ class GaussianMechanism:
         own = self._slice_of(gradients)
         square = _norm([own]).square()
         torch.distributed.all_reduce(square)
-        if _scale_([own], clip_factors(square.sqrt(), self.plan)):
-            self._slice_of_sum = _add(self._slice_of_sum, own)
+        if not _scale_([own], clip_factors(square.sqrt(), self.plan)):
+            own.zero_()
+        self._slice_of_sum = _add(self._slice_of_sum, own)
 
     def release(self) -> None:
         """Sets every `Parameter.grad` to (sum of clipped gradients over all processes + noise) / K.
 
         Happens once per optimizer step, also where no unit was drawn: the release of pure noise must look like any
         other.
+
+        Raises `RuntimeError` if some microbatches spanned the processes and others did not.
         """
         for parameter, total in zip(self.parameters, self._noised_sums()):
             parameter.grad = total.div_(self.plan.num_microbatches).to(parameter.dtype)
@@ -146,6 +148,8 @@ class GaussianMechanism:
     def _noised_sums(self) -> list[Tensor]:
         own, self._slice_of_sum = self._slice_of_sum, None
         if own is not None:
+            if any(total is not None for total in self._sum):
+                raise RuntimeError("a release cannot hold both microbatches that span the processes and others")
             return self._noised_and_gathered(own)
         sums = [_zeros(p) if total is None else total for p, total in zip(self.parameters, self._sum)]
         self._sum = [None] * len(self.parameters)
@@ -164,8 +168,8 @@ class GaussianMechanism:
     def _slice_of(self, tensors: list[Tensor]) -> Tensor:
         """Of the sum over all processes the slice that belongs to this one, all of one length: what an all-reduce
         would send in its first half."""
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        flat = F.pad(flat, (0, -len(flat) % self.num_processes))
+        missing = -sum(map(torch.numel, tensors)) % self.num_processes
+        flat = torch.cat([*(tensor.flatten() for tensor in tensors), tensors[0].new_zeros(missing)])
         own = flat.new_empty(len(flat) // self.num_processes)
         # Since torch 2.13 the older name is deprecated.
         new_name = getattr(torch.distributed, "reduce_scatter_single", None)

@@ -77,6 +77,32 @@ def secure_release() -> torch.Tensor:
     return weight.grad * 4
 
 
+def spanning_noise(kind: type[GaussianMechanism]) -> torch.Tensor:
+    """K times a release of one microbatch that spans the processes and is dropped, as its gradient is not finite."""
+    plan = PrivacyPlan(1000, 16, 4, num_steps=1, noise_multiplier=1.0)
+    weight = torch.nn.Parameter(torch.zeros(20_001))
+    mechanism = kind(plan, [weight], Randomness().noise(), PartialState().process_index, 2)
+    with mechanism.spanning_microbatch():
+        weight.grad = torch.full_like(weight, torch.nan)
+    mechanism.release()
+    return weight.grad * 4
+
+
+def refuses_a_mixture() -> bool:
+    """Whether a release is refused where only some of its microbatches span the processes."""
+    plan = PrivacyPlan(1000, 16, 4, num_steps=1, noise_multiplier=1.0)
+    weight = torch.nn.Parameter(torch.zeros(5))
+    mechanism = GaussianMechanism(plan, [weight], Randomness().noise(), PartialState().process_index, 2)
+    for microbatch in (mechanism.microbatch, mechanism.spanning_microbatch):
+        with microbatch():
+            weight.grad = torch.ones_like(weight)
+    try:
+        mechanism.release()
+    except RuntimeError:
+        return True
+    return False
+
+
 def exact_update(folder: Path) -> torch.Tensor:
     """One step without noise whose draws are reproducible: the same as that of one process."""
     settings = {"non_private": True, "noise_seed": 5, "microbatch_size": 2, "optim": "sgd", "learning_rate": 1.0}
@@ -161,9 +187,12 @@ def main():
         "exact": exact_update(folder).numpy(),
         "spanning": spanning_update(folder).numpy(),
         "spanning sums": spanning_sums().numpy(),
+        "spanning noise": spanning_noise(GaussianMechanism).numpy(),
+        "spanning secure noise": spanning_noise(SecureGaussianMechanism).numpy(),
         "averaged": averaged_update(folder / "averaged").numpy(),
         "empty": mostly_empty(folder).numpy(),
         "secure": secure_release().numpy(),
+        "refuses a mixture": refuses_a_mixture(),
         "draws": draws(folder),
     }
     np.savez(folder / f"process-{process}.npz", **results)
