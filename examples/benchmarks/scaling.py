@@ -84,7 +84,7 @@ def print_comparison(args: argparse.Namespace, workload: Workload, folder: str) 
         print_row(workload.tuning, *entrant, *time, f"{size / 1e6:.2f}", f"{size / sent[0]:.3f}")
 
 
-def bytes_sent(step: TrainerStep) -> int:
+def bytes_sent(step: TrainerStep) -> float:
     """Bytes that go through this process's collective operations in one more step."""
     counter = CollectiveCounter()
     step.trainer.add_callback(counter)
@@ -101,7 +101,7 @@ class CollectiveCounter(TorchDispatchMode, TrainerCallback):
 
     def __init__(self):
         super().__init__()
-        self.bytes = 0
+        self.bytes = 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.__enter__()

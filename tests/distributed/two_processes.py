@@ -66,22 +66,25 @@ def noisy_update(folder: Path) -> torch.Tensor:
     return update
 
 
+def mechanism_of_one(kind: type[GaussianMechanism], size: int) -> tuple[GaussianMechanism, torch.nn.Parameter]:
+    """For one parameter, zero, with K = 4."""
+    plan = PrivacyPlan(1000, 16, 4, num_steps=1, noise_multiplier=1.0)
+    weight = torch.nn.Parameter(torch.zeros(size))
+    return kind(plan, [weight], Randomness().noise(), PartialState().process_index, 2), weight
+
+
 def secure_release() -> torch.Tensor:
     """K times a release on a grid, of a sum of 0.3 of its widths from each process."""
-    plan = PrivacyPlan(1000, 16, 4, num_steps=1, noise_multiplier=1.0)
-    weight = torch.nn.Parameter(torch.zeros(20_000))
-    mechanism = SecureGaussianMechanism(plan, [weight], Randomness().noise(), PartialState().process_index, 2)
+    mechanism, weight = mechanism_of_one(SecureGaussianMechanism, 20_000)
     with mechanism.microbatch():
-        weight.grad = torch.full_like(weight, 0.3 * grid_width(plan))
+        weight.grad = torch.full_like(weight, 0.3 * grid_width(mechanism.plan))
     mechanism.release()
     return weight.grad * 4
 
 
 def spanning_noise(kind: type[GaussianMechanism]) -> torch.Tensor:
     """K times a release of one microbatch that spans the processes and is dropped, as its gradient is not finite."""
-    plan = PrivacyPlan(1000, 16, 4, num_steps=1, noise_multiplier=1.0)
-    weight = torch.nn.Parameter(torch.zeros(20_001))
-    mechanism = kind(plan, [weight], Randomness().noise(), PartialState().process_index, 2)
+    mechanism, weight = mechanism_of_one(kind, 20_001)
     with mechanism.spanning_microbatch():
         weight.grad = torch.full_like(weight, torch.nan)
     mechanism.release()
@@ -90,9 +93,7 @@ def spanning_noise(kind: type[GaussianMechanism]) -> torch.Tensor:
 
 def refuses_a_mixture() -> bool:
     """Whether a release is refused where only some of its microbatches span the processes."""
-    plan = PrivacyPlan(1000, 16, 4, num_steps=1, noise_multiplier=1.0)
-    weight = torch.nn.Parameter(torch.zeros(5))
-    mechanism = GaussianMechanism(plan, [weight], Randomness().noise(), PartialState().process_index, 2)
+    mechanism, weight = mechanism_of_one(GaussianMechanism, 5)
     for microbatch in (mechanism.microbatch, mechanism.spanning_microbatch):
         with microbatch():
             weight.grad = torch.ones_like(weight)
