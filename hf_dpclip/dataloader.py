@@ -6,6 +6,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .arguments import DPTrainingArguments
@@ -191,11 +193,24 @@ class Chunks:
             yield from forward_batch
 
 
+class _DeviceLoader(DataLoader[ForwardBatch]):
+    """Moves what it loads to the device at once, as Accelerate's loaders do, and does not wait for it to arrive."""
+
+    def __init__(self, device: torch.device, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.device = device
+
+    def __iter__(self) -> Iterator[ForwardBatch]:
+        for forward_batch in super().__iter__():
+            yield send_to_device(forward_batch, self.device, non_blocking=True)
+
+
 def make_dataloader(
     dataset: MicrobatchDataset | RecordNumbers, sampler: Iterable[ForwardBatch], args: DPTrainingArguments
 ) -> DataLoader[ForwardBatch]:
-    """A loader with the workers and the pinning that `args` ask for. One item is one forward batch."""
-    return DataLoader(
+    """A loader with the workers and the pinning that `args` ask for. One item is one forward batch, on the device."""
+    return _DeviceLoader(
+        args.device,
         dataset,
         sampler=sampler,
         batch_size=None,

@@ -103,8 +103,12 @@ class _Blocks:
 
     def __init__(self, image_embeds: Tensor, text_embeds: Tensor, sizes: list[int], captions: Tensor | None):
         self.num_rows = sum(sizes)
-        self.counts = torch.tensor(sizes, device=image_embeds.device)
-        self.present = torch.arange(max(sizes), device=self.counts.device) < self.counts[:, None]
+        counts = torch.tensor(sizes)
+        present = torch.arange(max(sizes)) < counts[:, None]
+        # Which places are taken is worked out on the CPU: how many there are would have to be asked of an accelerator.
+        device = image_embeds.device
+        self.counts, self.present = counts.to(device), present.to(device)
+        self._places = tuple(numbers.to(device) for numbers in present.nonzero(as_tuple=True))
         self.images, self.texts = self._block(image_embeds.float()), self._block(text_embeds.float())
         if captions is None:
             captions = torch.arange(self.num_rows, device=self.counts.device)
@@ -112,7 +116,7 @@ class _Blocks:
 
     def _block(self, rows: Tensor) -> Tensor:
         blocks = rows.new_zeros(*self.present.shape, *rows.shape[1:])
-        return blocks.index_put(self.present.nonzero(as_tuple=True), rows[: self.num_rows])
+        return blocks.index_put(self._places, rows[: self.num_rows])
 
     def similarities(self) -> Tensor:
         """`[K, M, M]`, texts by images."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.utils import get_total_norm
 
 from .plan import PrivacyPlan
 
@@ -18,9 +19,11 @@ AUTOMATIC_CLIPPING_GAMMA = 0.01
 # torch's float32 normals never exceed 5.77 standard deviations; the sum of two reaches 8.16, beyond which a Gaussian
 # goes once in 10^15 draws.
 DRAWS_PER_COORDINATE = 2
-# Coordinates that are noised at a time: few enough for the processor's cache, and for torch not to start threads of
-# its own below each of ours, which would slow down all that comes after.
+# Coordinates that are noised at a time on a CPU: few enough for its cache, and for torch not to start threads of its
+# own below each of ours, which would slow down all that comes after.
 NOISE_CHUNK = 2**14
+# The same on an accelerator, where every chunk costs the start of a kernel, and memory.
+ACCELERATOR_NOISE_CHUNK = 2**24
 # Coordinates whose squares are added up in float32 before the sum goes on in float64.
 NORM_ROW = 2**12
 
@@ -142,8 +145,10 @@ class GaussianMechanism:
 
         Raises `RuntimeError` if some microbatches spanned the processes and others did not.
         """
-        for parameter, total in zip(self.parameters, self._noised_sums()):
-            parameter.grad = total.div_(self.plan.num_microbatches).to(parameter.dtype)
+        sums = self._noised_sums()
+        torch._foreach_div_(sums, self.plan.num_microbatches)
+        for parameter, total in zip(self.parameters, sums):
+            parameter.grad = total.to(parameter.dtype)
 
     def _noised_sums(self) -> list[Tensor]:
         own, self._slice_of_sum = self._slice_of_sum, None
@@ -190,19 +195,20 @@ class GaussianMechanism:
 
     def _add_noise_(self, tensors: list[Tensor]) -> None:
         """Adds an independent draw from N(0, (σΔ)²) to every coordinate, each stream to its share of them."""
-        pieces = [piece for tensor in tensors for piece in tensor.view(-1).split(NOISE_CHUNK)]
-        if sum(map(len, pieces)) <= NOISE_CHUNK * len(self.generators):
-            # Handing it out would take longer.
-            return self._add_share_of_noise_(pieces, self.generators[0])
-        shares = [pieces[stream :: len(self.generators)] for stream in range(len(self.generators))]
+        chunks = _chunks(tensors, NOISE_CHUNK if tensors[0].device.type == "cpu" else ACCELERATOR_NOISE_CHUNK)
+        if len(chunks) <= len(self.generators):
+            # Handing them out would take longer.
+            return self._add_share_of_noise_(chunks, self.generators[0])
+        shares = [chunks[stream :: len(self.generators)] for stream in range(len(self.generators))]
         list(self._noise_threads.map(self._add_share_of_noise_, shares, self.generators))
 
-    def _add_share_of_noise_(self, pieces: list[Tensor], generator: torch.Generator) -> None:
+    def _add_share_of_noise_(self, chunks: list[list[Tensor]], generator: torch.Generator) -> None:
         std = self.plan.noise_std / math.sqrt(DRAWS_PER_COORDINATE)
-        draws = torch.empty(max(map(len, pieces), default=0), dtype=torch.float32, device=generator.device)
-        for piece in pieces:
+        for pieces in chunks:
+            sizes = [len(piece) for piece in pieces]
+            draws = torch.empty(sum(sizes), dtype=torch.float32, device=generator.device)
             for _ in range(DRAWS_PER_COORDINATE):
-                piece.add_(draws[: len(piece)].normal_(0, std, generator=generator))
+                torch._foreach_add_(pieces, draws.normal_(0, std, generator=generator).split(sizes))
 
     def _take_gradients(self) -> list[Tensor | None]:
         """Detaches the gradients from their parameters, in float32 whatever the parameters' dtype."""
@@ -212,12 +218,28 @@ class GaussianMechanism:
         return gradients
 
 
+def _chunks(tensors: list[Tensor], size: int) -> list[list[Tensor]]:
+    """Flat views of all tensors, in lists of at most `size` coordinates, so that small tensors share one."""
+    chunks: list[list[Tensor]] = []
+    room = 0
+    flat = [tensor.view(-1) for tensor in tensors]
+    for piece in (piece for each in flat for piece in (each.split(size) if len(each) > size else [each])):
+        if not chunks or len(piece) > room:
+            chunks.append([])
+            room = size
+        chunks[-1].append(piece)
+        room -= len(piece)
+    return chunks
+
+
 def _scale_(gradients: list[Tensor], factor: Tensor) -> bool:
     """Multiplies in place. Returns `False`, and does nothing, for the factor 0 of a gradient that is not finite."""
-    if factor == 0:
+    # One question to the device, for which it has to finish what it is at.
+    number = factor.item()
+    if number == 0:
         return False
-    if factor != 1:
-        torch._foreach_mul_(gradients, factor)
+    if number != 1:
+        torch._foreach_mul_(gradients, number)
     return True
 
 
@@ -226,6 +248,9 @@ def _norm(gradients: list[Tensor]) -> Tensor:
 
     Float32 sums of millions of squares fall short: clipped to such a norm, a gradient could exceed C by percents.
     """
+    if gradients[0].device.type != "cpu":
+        # Accelerators add up in trees, in which errors stay small.
+        return get_total_norm(gradients).double()
     norms = []
     for gradient in gradients:
         flat = gradient.flatten()
