@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hf_dpclip.gradients import ContrastiveModel, NotVectorizable, contrastive_base, microbatch_gradients, obstacle
+from hf_dpclip.gradients import (
+    ContrastiveModel,
+    NotVectorizable,
+    contrastive_base,
+    factored,
+    microbatch_gradients,
+    obstacle,
+)
 from hf_dpclip.gradients.factored import Dense, Outer, SpareMemory
 from hf_dpclip.gradients.layout import Layout
 from hf_dpclip.seeding import seeded
@@ -123,6 +130,26 @@ def test_every_form_of_a_weights_gradient(form, monkeypatch):
     monkeypatch.setattr(SpareMemory, "cheaper", form)
     assert_same(tiny_clip(), microbatches([2, 3, 3, 5]))
     assert_same(lora_clip(), microbatches([2, 3, 3, 5]))
+
+
+def test_the_ways_of_an_accelerator(monkeypatch):
+    """Microbatches filled up with zeros, several products at a time, sums of products."""
+    monkeypatch.setattr(Layout, "fills_up", True)
+    monkeypatch.setattr(factored, "_at_once", lambda a, b: 2)
+    monkeypatch.setattr(Outer, "weighted_sum", Outer._weighted_sum_of_products)
+    monkeypatch.setattr(SpareMemory, "cheaper", lambda _, outer: outer)
+    sizes = [1, 2, 3, 4, 4, 5, 7, 8, 9]
+    for model in (tiny_clip(), lora_clip()):
+        assert_same(model, microbatches(sizes))
+        assert_same(model, microbatches(sizes), factors=torch.tensor([1, 0, 1, 2, 3, 0, 0, 1, 2.0]))
+
+
+def test_microbatches_are_filled_up_to_less_than_twice_their_size(monkeypatch):
+    monkeypatch.setattr(Layout, "fills_up", True)
+    groups = Layout([1, 2, 3, 4, 4, 5, 7, 8, 9], 43, torch.device("cpu")).groups
+    assert [group.sizes for group in groups] == [[1], [2], [3, 4, 4], [5, 7, 8], [9]]
+    filled = groups[2].matrices(torch.arange(43.0)[:, None, None])
+    assert filled.squeeze(2).tolist() == [[3, 4, 5, 0], [6, 7, 8, 9], [10, 11, 12, 13]]
 
 
 def test_gradients_are_multiplied_out_while_there_is_memory_for_it():

@@ -4,6 +4,8 @@
 its gradient is not finite. Whether there is one is asked once for all parameters: the answer comes from the device.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,12 @@ from .layout import Layout
 THIN = 32
 # Rows of a Gram matrix that are computed at a time, up to the diagonal.
 GRAM_BLOCK = 128
+# Elements of one weight matrix's gradients that an accelerator holds at a time to measure or add them up: 256 MiB.
+PRODUCT_ELEMENTS = 2**26
+# Elements of a gradient up to which it shares a tensor with others: copying it costs less than starting on it.
+SMALL = 2**16
+# Elements whose squares are added up in float32.
+NORM_ROW = 2**12
 
 
 class Dense:
@@ -44,6 +52,29 @@ class Dense:
         return self.gradients
 
 
+class Joined:
+    """Small gradients of many parameters side by side, measured and added up in one go.
+
+    Args:
+        gradients (`list[Dense]`): at least one.
+    """
+
+    def __init__(self, gradients: list[Dense]):
+        rows = [each.gradients.reshape(len(each.gradients), -1) for each in gradients]
+        self._sizes = [each.shape[1] for each in rows]
+        filler = rows[0].new_zeros(len(rows[0]), -sum(self._sizes) % NORM_ROW)
+        self._rows = Dense(torch.cat([*rows, filler], dim=1).unflatten(1, (-1, NORM_ROW)))
+
+    def squared_norms(self) -> Tensor:
+        """`[K]`, float64, over all these parameters together."""
+        return self._rows.squared_norms()
+
+    def weighted_sums(self, factors: Tensor, some_are_zero: bool) -> tuple[Tensor, ...]:
+        """One for each parameter, flat."""
+        total = self._rows.weighted_sum(factors, some_are_zero).flatten()
+        return total[: sum(self._sizes)].split(self._sizes)
+
+
 class Outer:
     """The gradients of a weight matrix as what they are products of: gradient k = Σ over its rows of b aᵀ.
 
@@ -65,10 +96,12 @@ class Outer:
     def squared_norms(self) -> Tensor:
         """`[K]`, float64, by the way that takes fewer multiplications in each group of microbatches."""
         groups = zip(self.layout.matrices(self.activations), self.layout.matrices(self.output_gradients))
-        return torch.cat([_squared_norms_of_products(a.float(), b.float()) for a, b in groups])
+        return torch.cat([_squared_norms_of_products(a, b) for a, b in groups])
 
     def weighted_sum(self, factors: Tensor, some_are_zero: bool) -> Tensor:
-        """`[p, d]`: one product over all rows."""
+        """`[p, d]`: one product over all rows; or of products, where rows are too narrow for a factor to be put in."""
+        if _in_tensor_cores(self.activations, self.output_gradients):
+            return self._weighted_sum_of_products(factors, some_are_zero)
         of_row = factors[self.layout.microbatch_of_row]
         a, b = self.activations[: len(of_row)], self.output_gradients[: len(of_row)]
         if some_are_zero:
@@ -79,17 +112,25 @@ class Outer:
         a, b = (a, b * of_row) if b.shape[-1] <= a.shape[-1] else (a * of_row, b)
         return b.flatten(0, 1).T @ a.flatten(0, 1)
 
+    def _weighted_sum_of_products(self, factors: Tensor, some_are_zero: bool) -> Tensor:
+        a, b = self.activations, self.output_gradients
+        total = torch.zeros(b.shape[-1], a.shape[-1], device=a.device)
+        for group, group_a, group_b in zip(self.layout.groups, self.layout.matrices(a), self.layout.matrices(b)):
+            blocks = _products(group_a, group_b)
+            for products, of_each in zip(blocks, factors[group.microbatches].split(_at_once(group_a, group_b))):
+                total += Dense(products).weighted_sum(of_each, some_are_zero)
+        return total
+
     def dense(self) -> Tensor:
         """`[K, p, d]`."""
         a, b = self.activations, self.output_gradients
         if len(a) * a.shape[2] * b.shape[2] <= a.numel() + b.numel():
             # A product for each row of the batch is no larger than what it is made of: one multiplication for all.
-            of_rows = a.new_empty(len(a), b.shape[2], a.shape[2], dtype=torch.float32)
-            return self.layout.sum_rows(_multiply(a.float(), b.float(), of_rows))
+            return self.layout.sum_rows(_product(a, b))
         gradients = a.new_empty(self.layout.num_microbatches, b.shape[-1], a.shape[-1], dtype=torch.float32)
         pairs = zip(self.layout.groups, self.layout.matrices(a), self.layout.matrices(b))
-        for (microbatches, _, _), group_a, group_b in pairs:
-            _multiply(group_a.float(), group_b.float(), gradients[microbatches])
+        for group, group_a, group_b in pairs:
+            _multiply_into(gradients[group.microbatches], group_a, group_b)
         return gradients
 
 
@@ -162,24 +203,61 @@ def _squared_norms(matrices: Tensor) -> Tensor:
     return torch.linalg.vector_norm(matrices, dim=-1).double().square().sum(dim=-1)
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """bᵀa of each pair of matrices."""
-    if a.shape[2] < THIN:
-        return out.copy_((a.transpose(1, 2) @ b).transpose(1, 2))
-    return torch.bmm(b.transpose(1, 2), a, out=out)
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """bᵀa of each pair of matrices `[K, rows, d]` and `[K, rows, p]`, float32."""
+    if _is_thin(a):
+        return _matmul(a.transpose(1, 2), b).transpose(1, 2)
+    return _matmul(b.transpose(1, 2), a)
+
+
+def _multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """The same in memory that is there already."""
+    if _is_thin(a) or _in_tensor_cores(a, b):
+        out.copy_(_product(a, b))
+    else:
+        torch.bmm(b.float().transpose(1, 2), a.float(), out=out)
+
+
+def _is_thin(a: Tensor) -> bool:
+    return a.device.type == "cpu" and a.shape[2] < THIN
+
+
+def _products(a: Tensor, b: Tensor) -> Iterator[Tensor]:
+    """The same, a few at a time."""
+    size = _at_once(a, b)
+    if size == 1:
+        return ((y.float().T @ x.float())[None] for x, y in zip(a, b))
+    return (_product(x, y) for x, y in zip(a.split(size), b.split(size)))
+
+
+def _at_once(a: Tensor, b: Tensor) -> int:
+    """How many products are made at a time: all together could be larger than everything else."""
+    return 1 if a.device.type == "cpu" else max(1, PRODUCT_ELEMENTS // (a.shape[2] * b.shape[2]))
+
+
+def _matmul(x: Tensor, y: Tensor) -> Tensor:
+    """Of each pair of matrices, float32 as if the factors were, which a product of two narrow numbers fits into."""
+    return torch.bmm(x, y, out_dtype=torch.float32) if _in_tensor_cores(x, y) else torch.bmm(x.float(), y.float())
+
+
+def _in_tensor_cores(x: Tensor, y: Tensor) -> bool:
+    """Whether a GPU can multiply the two as they are and add up in float32, ten times as fast as float32."""
+    narrow = x.dtype == y.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    # Since torch 2.8.
+    return x.device.type == "cuda" and narrow and "dtype" in torch.ops.aten.bmm.overloads()
 
 
 def _squared_norms_of_products(a: Tensor, b: Tensor) -> Tensor:
     """‖bᵀa‖² of each pair of matrices `[K, rows, d]` and `[K, rows, p]`, in float64."""
     rows, d, p = a.shape[1], a.shape[2], b.shape[2]
     if rows * (d + p) >= d * p:
-        # One product at a time: together they could be larger than everything else.
-        return torch.cat([_squared_norms(y.T @ x[None]) for x, y in zip(a, b)])
+        return torch.cat([_squared_norms(products) for products in _products(a, b)])
     # ‖bᵀa‖² = Σ over pairs of rows of (aaᵀ)(bbᵀ), symmetric: pairs with rows before a block's count twice.
     squares = magnitudes = torch.zeros(len(a), dtype=torch.float64, device=a.device)
     for start in range(0, rows, GRAM_BLOCK):
         end = start + GRAM_BLOCK
-        pairs = (a[:, start:end] @ a[:, :end].transpose(1, 2)).mul_(b[:, start:end] @ b[:, :end].transpose(1, 2))
+        of_a, of_b = (_matmul(each[:, start:end], each[:, :end].transpose(1, 2)) for each in (a, b))
+        pairs = of_a.mul_(of_b)
         pairs[:, :, :start] *= 2
         squares = squares + pairs.sum(dim=2).double().sum(dim=1)
         magnitudes = magnitudes + pairs.abs_().sum(dim=2).double().sum(dim=1)

@@ -72,6 +72,8 @@ def filled_up(inputs: dict[str, Any], rows: int, length: int, pad_token_id: int)
 
 def _lengthened(inputs: dict[str, Any], length: int, pad_token_id: int) -> dict[str, Any]:
     missing = length - text_length(inputs)
+    if missing == 0:
+        return inputs
     fillers = {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0}
     return {
         name: F.pad(value, (0, missing), value=fillers[name]) if name in fillers else value

@@ -26,30 +26,75 @@ class Layout:
     def num_microbatches(self) -> int:
         return len(self.sizes)
 
+    @property
+    def fills_up(self) -> bool:
+        """Whether microbatches of similar sizes are filled up with zeros to be multiplied together: on an accelerator
+        many small products would take longer than a few large ones."""
+        return self.device.type != "cpu"
+
     @cached_property
     def microbatch_of_row(self) -> Tensor:
         """The microbatch of each row that belongs to one."""
-        numbers = torch.arange(self.num_microbatches, device=self.device)
-        return numbers.repeat_interleave(torch.tensor(self.sizes, device=self.device))
+        # Made on the CPU: how long it gets would have to be asked of an accelerator.
+        numbers = torch.arange(self.num_microbatches).repeat_interleave(torch.tensor(self.sizes))
+        return numbers.to(self.device)
 
     @cached_property
-    def groups(self) -> list[tuple[slice, slice, int]]:
-        """Of each run of equally large microbatches: which they are, their rows, and the size of one."""
-        groups, first_row = [], 0
-        for size in sorted(set(self.sizes)):
-            first, count = self.sizes.index(size), self.sizes.count(size)
-            groups.append((slice(first, first + count), slice(first_row, first_row + count * size), size))
-            first_row += count * size
+    def groups(self) -> list["Group"]:
+        """Runs of microbatches that are multiplied as one batch of matrices."""
+        largest: dict[int, list[int]] = {}
+        for size in self.sizes:
+            largest.setdefault(_size_class(size) if self.fills_up else size, []).append(size)
+        groups, first, first_row = [], 0, 0
+        for sizes in largest.values():
+            groups.append(Group(sizes, first, first_row, self.device))
+            first += len(sizes)
+            first_row += sum(sizes)
         return groups
 
     def matrices(self, rows: Tensor) -> Iterator[Tensor]:
         """`[N, T, d]` as one batch of matrices `[microbatches, size * T, d]` per group."""
-        for microbatches, of_group, size in self.groups:
-            count = microbatches.stop - microbatches.start
-            yield rows[of_group].reshape(count, size * rows.shape[1], rows.shape[2])
+        return (group.matrices(rows) for group in self.groups)
 
     def sum_rows(self, rows: Tensor) -> Tensor:
         """`[N, ...]` to `[K, ...]`, the float32 sum over the rows of each microbatch."""
         owned = rows[: len(self.microbatch_of_row)].float()
         sums = owned.new_zeros(self.num_microbatches, *owned.shape[1:])
         return sums.index_add_(0, self.microbatch_of_row, owned)
+
+
+class Group:
+    """A run of microbatches, the smaller of which are filled up with rows of zeros to the size of the largest.
+
+    Args:
+        sizes (`list[int]`): rows of each, in ascending order.
+        first, first_row (`int`): the first of these microbatches and the first of their rows.
+        device (`torch.device`): where the rows are.
+
+    Attributes:
+        microbatches (`slice`): which they are.
+    """
+
+    def __init__(self, sizes: list[int], first: int, first_row: int, device: torch.device):
+        self.sizes = sizes
+        self.microbatches = slice(first, first + len(sizes))
+        self.rows = slice(first_row, first_row + sum(sizes))
+        self.device = device
+
+    def matrices(self, rows: Tensor) -> Tensor:
+        """`[N, T, d]` to `[microbatches, size * T, d]`."""
+        own, count, size = rows[self.rows], len(self.sizes), self.sizes[-1]
+        if self.sizes[0] < size:
+            own = own.new_zeros(count * size, *own.shape[1:]).index_copy_(0, self._places, own)
+        return own.reshape(count, size * rows.shape[1], rows.shape[2])
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """Where each row goes."""
+        taken = torch.arange(self.sizes[-1]) < torch.tensor(self.sizes)[:, None]
+        return taken.flatten().nonzero().squeeze(1).to(self.device)
+
+
+def _size_class(size: int) -> int:
+    """Equal for sizes between two powers of two, so that filling up at most doubles them."""
+    return (size - 1).bit_length()

@@ -122,18 +122,19 @@ class _Linear(Function):
     @staticmethod
     def forward(ctx, recording: Recording, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.recording, ctx.weight, ctx.bias = recording, weight, bias
+        narrow = weight.to(x.dtype)
         # The input is kept for the weight's gradient alone.
-        ctx.save_for_backward(x if _trainable(weight) else None)
-        return F.linear(x, weight, bias)
+        ctx.save_for_backward(x if _trainable(weight) else None, narrow)
+        return F.linear(x, narrow, bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple:
-        (x,), recording, weight = ctx.saved_tensors, ctx.recording, ctx.weight
+        (x, narrow), recording = ctx.saved_tensors, ctx.recording
         rows = _rows(gradient)
         if x is not None:
-            recording.record(weight, recording.spare.cheaper(Outer(_rows(x), rows, recording.layout)))
+            recording.record(ctx.weight, recording.spare.cheaper(Outer(_rows(x), rows, recording.layout)))
         recording.record_rows(ctx.bias, rows)
-        of_input = gradient @ weight.to(gradient.dtype) if ctx.needs_input_grad[1] else None
+        of_input = gradient @ narrow if ctx.needs_input_grad[1] else None
         return None, of_input, None, None
 
 

@@ -36,6 +36,11 @@ class VectorizableModel:
         self.static_shapes = static_shapes
 
     @cached_property
+    def trainable(self) -> list[nn.Parameter]:
+        """All trainable parameters. Which they are must not change in training."""
+        return [parameter for parameter in self.base.parameters() if parameter.requires_grad]
+
+    @cached_property
     def has_dropout(self) -> bool:
         """Whether any layer draws random numbers in training."""
         return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())

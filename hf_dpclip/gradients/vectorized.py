@@ -9,7 +9,7 @@ from torch.nn.modules import activation
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..seeding import seeded
-from .factored import Dense, Outer, Sparse
+from .factored import SMALL, Dense, Joined, Outer, Sparse
 from .inputs import NotVectorizable, concatenated, num_rows, pairs_only, text_length
 from .layout import Layout
 from .recording import Recording
@@ -53,8 +53,10 @@ class MicrobatchGradients:
     def __init__(self, parameters: list[nn.Parameter], recording: Recording):
         self.parameters = parameters
         self._gradients = {parameter: _merged(uses) for parameter, uses in recording.gradients.items()}
-        squares = [gradients.squared_norms() for gradients in self._gradients.values()]
-        self.norms = torch.stack(squares).sum(dim=0).sqrt()
+        self._small = [parameter for parameter, gradients in self._gradients.items() if _is_small(gradients)]
+        self._joined = Joined([self._gradients.pop(parameter) for parameter in self._small]) if self._small else None
+        together = [*self._gradients.values(), *filter(None, [self._joined])]
+        self.norms = torch.stack([gradients.squared_norms() for gradients in together]).sum(dim=0).sqrt()
 
     def weighted_sum(self, factors: Tensor) -> Iterator[Tensor | None]:
         """Σ_k factors[k] · gradient k of each parameter in turn, float32; `None` where no gradient arrived.
@@ -64,9 +66,12 @@ class MicrobatchGradients:
         """
         factors = factors.float()
         some_are_zero = bool((factors == 0).any())
+        small = self._joined.weighted_sums(factors, some_are_zero) if self._joined else ()
+        sums = dict(zip(self._small, small))
         for parameter in self.parameters:
             gradients = self._gradients.pop(id(parameter), None)
-            yield None if gradients is None else gradients.weighted_sum(factors, some_are_zero).view_as(parameter)
+            total = sums.get(id(parameter)) if gradients is None else gradients.weighted_sum(factors, some_are_zero)
+            yield None if total is None else total.view_as(parameter)
 
 
 def microbatch_gradients(
@@ -91,7 +96,7 @@ def microbatch_gradients(
     sizes = [num_rows(inputs) for _, inputs in microbatches]
     unfilled = _put_together(model, [pairs_only(inputs) for _, inputs in microbatches])
     inputs = model.prepared(unfilled)
-    parameters = [parameter for parameter in model.base.parameters() if parameter.requires_grad]
+    parameters = model.trainable
     for parameter in parameters:
         parameter.grad = None
     device = parameters[0].device
@@ -106,7 +111,7 @@ def microbatch_gradients(
     for parameter, of_each in zip(model.scalars, scalars):
         if of_each.grad is not None:
             recording.record(parameter, Dense(of_each.grad))
-    _check_no_gradient_arrived(model.base)
+    _check_no_gradient_arrived(model.base, parameters)
     return losses.detach(), MicrobatchGradients(parameters, recording)
 
 
@@ -159,13 +164,18 @@ def _generator_states(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
-def _check_no_gradient_arrived(model: nn.Module) -> None:
+def _check_no_gradient_arrived(model: nn.Module, parameters: list[nn.Parameter]) -> None:
     """Raises `NotVectorizable` if a parameter was used in a way that is not known."""
-    arrived = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
-    for parameter in model.parameters():
+    arrived = {parameter for parameter in parameters if parameter.grad is not None}
+    for parameter in arrived:
         parameter.grad = None
     if arrived:
-        raise NotVectorizable(f"it uses {arrived[0]} in a way that is not known")
+        name = next(name for name, parameter in model.named_parameters() if parameter in arrived)
+        raise NotVectorizable(f"it uses {name} in a way that is not known")
+
+
+def _is_small(gradients: Dense | Outer | Sparse) -> bool:
+    return isinstance(gradients, Dense) and gradients.gradients[0].numel() <= SMALL
 
 
 def _merged(uses: list[Dense | Outer | Sparse]) -> Dense | Outer | Sparse:
