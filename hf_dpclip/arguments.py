@@ -43,8 +43,9 @@ class DPTrainingArguments(TrainingArguments):
             `public_negatives`.
         clipping (`str`, *optional*, defaults to `"flat"`): `"flat"` or `"automatic"`.
         accountant (`str`, *optional*, defaults to `"pld"`): `"pld"` or `"rdp"`.
-        static_shapes (`bool`, *optional*, defaults to `False`): fills batches up to a few fixed sizes, for
-            `torch_compile` and CUDA graphs. The result does not change.
+        static_shapes (`bool`, *optional*): fills batches up to a few fixed sizes, for `torch_compile`, and because
+            cuDNN plans attention anew for every size of a batch. The result does not change. Defaults to `True` on
+            CUDA devices for `CLIPModel` and `MetaClip2Model` without dropout, and else to `False`.
         public_negatives_steps (`int`, *optional*, defaults to 1): optimizer steps for which the embeddings of public
             negatives are kept before they are encoded anew.
         public_negatives_gradient (`bool`, *optional*, defaults to `False`): lets the loss reach the encoders through
@@ -92,9 +93,9 @@ class DPTrainingArguments(TrainingArguments):
     accountant: str = field(
         default="pld", metadata={"help": "How epsilon is computed: pld (tight) or rdp.", "choices": list(ACCOUNTANTS)}
     )
-    static_shapes: bool = field(
-        default=False,
-        metadata={"help": "Fill batches up to a few fixed sizes, for torch_compile. The result does not change."},
+    static_shapes: bool | None = field(
+        default=None,
+        metadata={"help": "Fill batches up to a few fixed sizes: the default on CUDA. The result does not change."},
     )
     public_negatives_steps: int = field(
         default=1, metadata={"help": "Steps for which the embeddings of public negatives are kept."}

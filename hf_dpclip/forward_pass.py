@@ -21,6 +21,7 @@ from .gradients import (
     microbatch_gradients,
     obstacle,
 )
+from .gradients.contrastive import WITH_CAUSAL_TEXTS
 from .privacy import GaussianMechanism
 from .seeding import seeded
 
@@ -135,12 +136,19 @@ class ChunkByChunk:
 
 def make_contrastive_model(trainer: "DPCLIPTrainer", prepare_inputs: Callable) -> ContrastiveModel | None:
     """What is known of the model in training, if its loss is CLIP's or SigLIP's."""
-    base = trainer.contrastive_base
+    base, static_shapes = trainer.contrastive_base, trainer.args.static_shapes
     if base is None:
         return None
-    return ContrastiveModel(
-        _own_model(trainer), base, prepare_inputs, trainer.args.static_shapes, trainer.public_negatives
-    )
+    model = ContrastiveModel(_own_model(trainer), base, prepare_inputs, bool(static_shapes), trainer.public_negatives)
+    if static_shapes is None:
+        model.static_shapes = static_by_default(model, trainer.args.device)
+    return model
+
+
+def static_by_default(model: ContrastiveModel, device: torch.device) -> bool:
+    """Whether a batch of a new size costs more than filling up, which must be possible: cuDNN takes a quarter of a
+    second to plan the attention layers for each size, and every Poisson sample has another one."""
+    return device.type == "cuda" and isinstance(model.base, WITH_CAUSAL_TEXTS) and not model.has_dropout
 
 
 def choose_forward_pass(

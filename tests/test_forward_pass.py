@@ -3,11 +3,12 @@
 import pytest
 import torch
 from checks import one_update
-from factories import arguments, pairs, tiny_clip
+from factories import arguments, pairs, tiny_clip, tiny_siglip
 from test_vectorized import Mixing, lora_clip
 
 from hf_dpclip import DPCLIPTrainer
-from hf_dpclip.forward_pass import AllAtOnce, ChunkByChunk, OneByOne
+from hf_dpclip.forward_pass import AllAtOnce, ChunkByChunk, OneByOne, static_by_default
+from hf_dpclip.gradients import ContrastiveModel, contrastive_base
 
 
 REPRODUCIBLE = {"non_private": True, "noise_seed": 3, "max_grad_norm": 0.5, "per_device_train_batch_size": 16}
@@ -113,6 +114,22 @@ def test_a_loss_of_the_users_own_is_not_replaced(tmp_path):
     doubled, trainer = one_update(tmp_path, trainer_class=Doubled, **settings)
     assert way(trainer) is OneByOne
     assert_close(doubled, 2 * single)
+
+
+@pytest.mark.parametrize(
+    "device, model, expected",
+    [
+        ("cuda", tiny_clip, True),
+        ("cuda", lora_clip, True),
+        ("cuda", lambda: lora_clip(lora_dropout=0.4), False),
+        ("cuda", tiny_siglip, False),
+        ("cpu", tiny_clip, False),
+    ],
+)
+def test_shapes_are_static_by_default_where_a_new_one_is_expensive(device, model, expected):
+    model = model()
+    contrastive = ContrastiveModel(model, contrastive_base(model), dict)
+    assert static_by_default(contrastive, torch.device(device)) is expected
 
 
 def test_static_shapes_do_not_recompile(tmp_path):
