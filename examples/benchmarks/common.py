@@ -47,7 +47,8 @@ CONFIGS = {
     ),
 }
 TEXT_LENGTH = 16
-WARM_UP_TURNS = 2
+NUM_IMAGES = 64
+WARM_UP_STEPS = 2
 
 # Takes one optimizer step and returns its seconds.
 Step = Callable[[], float]
@@ -65,6 +66,8 @@ class Workload:
         batch_size (`int`): B, the pairs of one optimizer step, over all processes.
         bf16 (`bool`, *optional*): mixed precision.
         forward_batch_size (`int`, *optional*): pairs in one forward pass of one process; by default all of its share.
+        steps (`int`): optimizer steps in one run of a trainer, the last of which is measured. A run begins with an
+            empty cache of GPU memory, which the first step fills.
     """
 
     architecture: str
@@ -72,6 +75,7 @@ class Workload:
     batch_size: int
     bf16: bool = False
     forward_batch_size: int | None = None
+    steps: int = 1
 
     @property
     def config(self) -> CLIPConfig:
@@ -87,14 +91,14 @@ class Workload:
         return RandomPairs(self.config, self.batch_size)
 
     def arguments(self, folder: str) -> dict:
-        """Fields of `TrainingArguments`: one step, no output."""
+        """Fields of `TrainingArguments`: one run, no output."""
         share = self.batch_size // int(os.environ.get("WORLD_SIZE", "1"))
-        forward_batch_size = self.forward_batch_size or share
+        forward_batch_size = min(self.forward_batch_size or share, share)
         return {
             "output_dir": folder,
             "per_device_train_batch_size": forward_batch_size,
             "gradient_accumulation_steps": share // forward_batch_size,
-            "max_steps": 1,
+            "max_steps": self.steps,
             "bf16": self.bf16,
             "use_cpu": not torch.cuda.is_available(),  # bf16 asks for it
             "logging_strategy": "no",
@@ -119,11 +123,13 @@ class Workload:
 
 
 class RandomPairs(Dataset):
-    """Noise in the shape of encoded pairs. Records are made when they are asked for, so that none takes up memory."""
+    """Noise in the shape of encoded pairs: few images, which come again and again, so that they take up neither memory
+    nor time, and for each pair a text of its own."""
 
     def __init__(self, config: CLIPConfig, size: int):
         side = config.vision_config.image_size
-        self.pixel_shape = (config.vision_config.num_channels, side, side)
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.rand(NUM_IMAGES, config.vision_config.num_channels, side, side, generator=generator)
         self.end_of_text = config.text_config.eos_token_id
         self.size = size
 
@@ -134,7 +140,7 @@ class RandomPairs(Dataset):
         generator = torch.Generator().manual_seed(index)
         input_ids = torch.randint(1, 1000, (TEXT_LENGTH,), generator=generator)
         input_ids[-1] = self.end_of_text
-        return {"pixel_values": torch.rand(self.pixel_shape, generator=generator), "input_ids": input_ids}
+        return {"pixel_values": self.images[index % NUM_IMAGES], "input_ids": input_ids}
 
 
 def collate_with_loss(records: list[dict]) -> dict:
@@ -144,7 +150,7 @@ def collate_with_loss(records: list[dict]) -> dict:
 
 
 class TrainerStep(TrainerCallback):
-    """One optimizer step of a `Trainer`, from the first forward pass to the zeroed gradients.
+    """The last optimizer step of a run of a `Trainer`, from the first forward pass to the zeroed gradients.
 
     Loading the batch comes before and is not counted.
     """
@@ -180,13 +186,19 @@ def timed(action: Callable[[], None]) -> float:
     return now() - start
 
 
-def take_turns(steps: list[Step], turns: int) -> list[list[float]]:
+def take_turns(steps: list[Step], turns: int, warm: bool = False) -> list[list[float]]:
     """Seconds of each step, one of each after another, so that whatever else the machine does hits all of them.
 
-    The first turns allocate memory and are left out.
+    The first steps of each allocate memory and are left out, unless they are `warm` already.
     """
-    seconds = [[step() for step in steps] for _ in range(WARM_UP_TURNS + turns)]
-    return [list(each) for each in zip(*seconds[WARM_UP_TURNS:])]
+    for step in [] if warm else steps:
+        warm_up(step)
+    return [list(each) for each in zip(*([step() for step in steps] for _ in range(turns)))]
+
+
+def warm_up(step: Step, runs: int = WARM_UP_STEPS) -> None:
+    for _ in range(runs):
+        step()
 
 
 def median_ratio(seconds: list[float], baseline: list[float]) -> float:

@@ -30,6 +30,7 @@ class PeerStep:
     def __init__(self, workload: Workload, folder: str):
         trainer = workload.plain_trainer(folder)
         self.args = trainer.args
+        self.steps = workload.steps
         self.model = trainer.model.train()
         self.optimizer = trainer.create_optimizer()
         self.loader = trainer.get_train_dataloader()
@@ -37,7 +38,7 @@ class PeerStep:
         del self.batch["return_loss"]
 
     def __call__(self) -> float:
-        return timed(self.step)
+        return [timed(self.step) for _ in range(self.steps)][-1]
 
     def step(self) -> None:
         self.optimizer.zero_grad()

@@ -12,13 +12,24 @@ the hooks take the gradient apart as if each belonged to one pair. Only its cost
 microbatches as its examples, if all are equally large. A peer that refuses the model has its reason in the table.
 
     python examples/benchmarks/step_time.py --peers opacus-hooks opacus-ghost opake
+
+On a GPU its memory is measured too. `--forward_batch_size` is what fits into it: the `Trainer` accumulates gradients
+over forward batches, each contrasted in itself, while a private microbatch is contrasted whole, however large.
+
+    python examples/benchmarks/step_time.py --bf16 --batch_size 4096 --forward_batch_size 1024 --num_microbatches 1 64
 """
 
 import argparse
+import math
 import statistics
 import tempfile
+from collections.abc import Callable
+from functools import partial
 
+import torch
 from common import (
+    WARM_UP_STEPS,
+    Step,
     Workload,
     add_workload_arguments,
     make_parser,
@@ -28,26 +39,33 @@ from common import (
     quieten,
     setting,
     take_turns,
+    warm_up,
 )
 from peers import add_peers_argument, check_installed, entrants, make_step
+
+
+MIB = 2**20
 
 
 def main():
     args = parse_arguments()
     quieten()
-    print_header(
-        f"{setting(args)}, {args.turns} turns",
-        *("parameters trained", "trainer", "microbatches K", "step (s)", "ratio to plain"),
-    )
+    columns = ["parameters trained", "trainer", "microbatches K", "step (s)", "ratio to plain"]
+    if torch.cuda.is_available():
+        columns += ["peak (MiB)", "ratio to plain"]
+    print_header(f"{setting(args)}, {args.turns} turns", *columns)
     for tuning in args.tuning:
         with tempfile.TemporaryDirectory() as folder:
-            print_comparison(args, Workload(args.model, tuning, args.batch_size, args.bf16), folder)
+            workload = Workload(args.model, tuning, args.batch_size, args.bf16, args.forward_batch_size, args.steps)
+            print_comparison(args, workload, folder)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_workload_arguments(parser, num_microbatches=[1])
     add_peers_argument(parser)
+    parser.add_argument("--forward_batch_size", type=int, help="pairs in one forward pass (default: the batch)")
+    parser.add_argument("--steps", type=int, default=1, help="in each run, of which the last is measured; 3 on a GPU")
     parser.add_argument("--turns", type=int, default=12, help="measured steps of each trainer (default: %(default)s)")
     args = parser.parse_args()
     check_installed(parser, args.peers)
@@ -56,16 +74,52 @@ def parse_arguments() -> argparse.Namespace:
 
 def print_comparison(args: argparse.Namespace, workload: Workload, folder: str) -> None:
     """One row for each trainer, from one run of them all."""
-    steps = {entrant: make_step(*entrant, workload, folder) for entrant in entrants(args)}
+    steps = {
+        entrant: warm_step(partial(make_step, *entrant, workload, folder), args.steps) for entrant in entrants(args)
+    }
     running = {entrant: step for entrant, step in steps.items() if not isinstance(step, str)}
-    seconds = dict(zip(running, take_turns(list(running.values()), args.turns)))
-    plain = next(iter(seconds.values()))
-    for entrant, refusal in steps.items():
-        cells = "—", refusal
-        if entrant in seconds:
-            each = seconds[entrant]
-            cells = f"{statistics.median(each):.3f}", f"{median_ratio(each, plain):.3f}"
+    seconds = dict(zip(running, take_turns(list(running.values()), args.turns, warm=True)))
+    plain = next(iter(running))
+    for entrant, step in steps.items():
+        if isinstance(step, str):
+            print_row(workload.tuning, *entrant, "—", step)
+            continue
+        each = seconds[entrant]
+        cells = [f"{statistics.median(each):.3f}", f"{median_ratio(each, seconds[plain]):.3f}"]
+        if isinstance(step, MeteredStep):
+            cells += [f"{step.peak / MIB:.0f}", f"{step.peak / running[plain].peak:.3f}"]
         print_row(workload.tuning, *entrant, *cells)
+
+
+def warm_step(make: Callable[[], Step | str], steps: int) -> Step | str:
+    """The step that is made, on a GPU one that knows its memory; or why there is none."""
+    before = torch.cuda.memory_allocated()
+    step = make()
+    if isinstance(step, str):
+        return step
+    warm_up(step, math.ceil(WARM_UP_STEPS / steps))
+    return MeteredStep(step, torch.cuda.memory_allocated() - before) if torch.cuda.is_available() else step
+
+
+class MeteredStep:
+    """A step that keeps the most GPU memory which it and its trainer took up, in bytes, whatever other trainers hold.
+
+    Args:
+        step (callable): takes one optimizer step.
+        held (`int`): bytes that its trainer holds between steps.
+    """
+
+    def __init__(self, step: Step, held: int):
+        self.step = step
+        self.held = held
+        self.peak = 0
+
+    def __call__(self) -> float:
+        others = torch.cuda.memory_allocated() - self.held
+        torch.cuda.reset_peak_memory_stats()
+        seconds = self.step()
+        self.peak = max(self.peak, torch.cuda.max_memory_allocated() - others)
+        return seconds
 
 
 if __name__ == "__main__":
