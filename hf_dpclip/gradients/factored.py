@@ -90,7 +90,7 @@ class Outer:
 
     def __init__(self, activations: Tensor, output_gradients: Tensor, layout: Layout):
         self.activations = activations.detach()
-        self.output_gradients = output_gradients.detach()
+        self.output_gradients = output_gradients
         self.layout = layout
 
     def squared_norms(self) -> Tensor:
@@ -124,7 +124,7 @@ class Outer:
     def dense(self) -> Tensor:
         """`[K, p, d]`."""
         a, b = self.activations, self.output_gradients
-        if len(a) * a.shape[2] * b.shape[2] <= a.numel() + b.numel():
+        if a.shape[0] * a.shape[2] * b.shape[2] <= a.numel() + b.numel():
             # A product for each row of the batch is no larger than what it is made of: one multiplication for all.
             return self.layout.sum_rows(_product(a, b))
         gradients = a.new_empty(self.layout.num_microbatches, b.shape[-1], a.shape[-1], dtype=torch.float32)

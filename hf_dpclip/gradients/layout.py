@@ -15,16 +15,17 @@ class Layout:
             microbatches of one size are neighbours and can be multiplied as one batch of matrices without a copy.
         num_rows (`int`): N, rows of the batch. Those beyond the last microbatch belong to none.
         device (`torch.device`): where the batch is.
+
+    Attributes:
+        num_owned (`int`): rows that belong to a microbatch, the first ones.
     """
 
     def __init__(self, sizes: list[int], num_rows: int, device: torch.device):
         self.sizes = sizes
+        self.num_microbatches = len(sizes)
+        self.num_owned = sum(sizes)
         self.num_rows = num_rows
         self.device = device
-
-    @property
-    def num_microbatches(self) -> int:
-        return len(self.sizes)
 
     @property
     def fills_up(self) -> bool:
@@ -58,7 +59,7 @@ class Layout:
 
     def sum_rows(self, rows: Tensor) -> Tensor:
         """`[N, ...]` to `[K, ...]`, the float32 sum over the rows of each microbatch."""
-        owned = rows[: len(self.microbatch_of_row)].float()
+        owned = rows.float() if self.num_owned == self.num_rows else rows[: self.num_owned].float()
         sums = owned.new_zeros(self.num_microbatches, *owned.shape[1:])
         return sums.index_add_(0, self.microbatch_of_row, owned)
 

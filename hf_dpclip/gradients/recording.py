@@ -133,7 +133,8 @@ class _Linear(Function):
         rows = _rows(gradient)
         if x is not None:
             recording.record(ctx.weight, recording.spare.cheaper(Outer(_rows(x), rows, recording.layout)))
-        recording.record_rows(ctx.bias, rows)
+        if ctx.bias is not None:
+            recording.record_rows(ctx.bias, rows)
         of_input = gradient @ narrow if ctx.needs_input_grad[1] else None
         return None, of_input, None, None
 
@@ -292,7 +293,7 @@ def _trainable(tensor: Tensor | None) -> bool:
 
 def _rows(tensor: Tensor) -> Tensor:
     """`[N, ..., d]` to `[N, T, d]`."""
-    return tensor.reshape(len(tensor), -1, tensor.shape[-1])
+    return tensor if tensor.dim() == 3 else tensor.reshape(len(tensor), -1, tensor.shape[-1])
 
 
 def _autocast(tensor: Tensor) -> Tensor:
