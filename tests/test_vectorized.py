@@ -125,9 +125,11 @@ def test_one_pair_each():
 @pytest.mark.parametrize(
     "form", [lambda _, outer: outer, lambda _, outer: Dense(outer.dense())], ids=["factored", "dense"]
 )
-def test_every_form_of_a_weights_gradient(form, monkeypatch):
+@pytest.mark.parametrize("joined", [True, False])
+def test_every_form_of_a_weights_gradient(form, joined, monkeypatch):
     """The form is chosen by size; here each has to do for everything."""
     monkeypatch.setattr(SpareMemory, "cheaper", form)
+    monkeypatch.setattr(Dense, "is_small", joined)
     assert_same(tiny_clip(), microbatches([2, 3, 3, 5]))
     assert_same(lora_clip(), microbatches([2, 3, 3, 5]))
 

@@ -19,8 +19,10 @@ THIN = 32
 GRAM_BLOCK = 128
 # Elements of one weight matrix's gradients that an accelerator holds at a time to measure or add them up: 256 MiB.
 PRODUCT_ELEMENTS = 2**26
-# Elements of a gradient up to which it shares a tensor with others: copying it costs less than starting on it.
+# Elements of the gradients of one parameter up to which they share a tensor with others: copying them costs less than
+# starting on them, which takes longer on an accelerator.
 SMALL = 2**16
+ACCELERATOR_SMALL = 2**22
 # Elements whose squares are added up in float32.
 NORM_ROW = 2**12
 
@@ -34,6 +36,12 @@ class Dense:
 
     def __init__(self, gradients: Tensor):
         self.gradients = gradients
+
+    @property
+    def is_small(self) -> bool:
+        """Whether they are better [`Joined`]."""
+        limit = SMALL if self.gradients.device.type == "cpu" else ACCELERATOR_SMALL
+        return self.gradients.numel() <= limit
 
     def squared_norms(self) -> Tensor:
         """`[K]`, float64. Float32 adds up no more than one row: sums of millions of squares would fall short."""

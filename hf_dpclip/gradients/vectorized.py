@@ -9,7 +9,7 @@ from torch.nn.modules import activation
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..seeding import seeded
-from .factored import SMALL, Dense, Joined, Outer, Sparse
+from .factored import Dense, Joined, Outer, Sparse
 from .inputs import NotVectorizable, concatenated, num_rows, pairs_only, text_length
 from .layout import Layout
 from .recording import Recording
@@ -53,7 +53,8 @@ class MicrobatchGradients:
     def __init__(self, parameters: list[nn.Parameter], recording: Recording):
         self.parameters = parameters
         self._gradients = {parameter: _merged(uses) for parameter, uses in recording.gradients.items()}
-        self._small = [parameter for parameter, gradients in self._gradients.items() if _is_small(gradients)]
+        dense = [(parameter, each) for parameter, each in self._gradients.items() if isinstance(each, Dense)]
+        self._small = [parameter for parameter, each in dense if each.is_small]
         self._joined = Joined([self._gradients.pop(parameter) for parameter in self._small]) if self._small else None
         together = [*self._gradients.values(), *filter(None, [self._joined])]
         self.norms = torch.stack([gradients.squared_norms() for gradients in together]).sum(dim=0).sqrt()
@@ -172,10 +173,6 @@ def _check_no_gradient_arrived(model: nn.Module, parameters: list[nn.Parameter])
     if arrived:
         name = next(name for name, parameter in model.named_parameters() if parameter in arrived)
         raise NotVectorizable(f"it uses {name} in a way that is not known")
-
-
-def _is_small(gradients: Dense | Outer | Sparse) -> bool:
-    return isinstance(gradients, Dense) and gradients.gradients[0].numel() <= SMALL
 
 
 def _merged(uses: list[Dense | Outer | Sparse]) -> Dense | Outer | Sparse:
