@@ -146,8 +146,8 @@ def make_contrastive_model(trainer: "DPCLIPTrainer", prepare_inputs: Callable) -
 
 
 def static_by_default(model: ContrastiveModel, device: torch.device) -> bool:
-    """Whether a batch of a new size costs more than filling up, which must be possible: cuDNN takes a quarter of a
-    second to plan the attention layers for each size, and every Poisson sample has another one."""
+    """Whether a batch of a new size costs more than filling up, which must be possible: cuDNN plans attention for each
+    size, which takes as long as a few steps, and every Poisson sample has another one."""
     return device.type == "cuda" and isinstance(model.base, WITH_CAUSAL_TEXTS) and not model.has_dropout
 
 
