@@ -11,7 +11,7 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ ARM_NAMES = {
 }
 TUNING_NAMES = {"full": "all parameters", "lora": "LoRA"}
 COLORS = {"per_batch": "tab:red", "microbatch": "tab:blue", "public_negatives": "tab:green"}
-# Arms that differ in K and in nothing else.
-BY_MICROBATCHES = ("per_batch", "microbatch")
+# The arms in each figure; those by K differ in nothing else.
+ARMS_OF = {"privacy_utility": list(PRIVATE_ARMS), "accuracy_by_microbatches": ["per_batch", "microbatch"]}
 ERRORBARS = {"capsize": 3, "marker": "o", "markersize": 5}
 CAPTION = (
     "bars and grey bands: standard deviation over seeds, where there are several; lines guide the eye\n"
@@ -111,7 +111,7 @@ def measured(results: Results) -> str:
     """The part of the documentation that is made from rows: nothing until there are some."""
     if not results.accuracies:
         return ""
-    figures = [f"![{' '.join(name.split('_'))}]({FIGURES.name}/{name}.png)" for name in FIGURE_OF]
+    figures = [f"![{' '.join(name.split('_'))}]({FIGURES.name}/{name}.png)" for name in drawable(results)]
     return "\n\n".join([*figures, tables(results)])
 
 
@@ -160,7 +160,7 @@ def write_between(document: Path, name: str, text: str) -> None:
 
 def draw_privacy_utility(results: Results, path: Path) -> None:
     """Accuracy against ε, a line for each private arm."""
-    panels = Panels(results, "epsilon", "ε")
+    panels = Panels(results, ARMS_OF["privacy_utility"], "epsilon", "ε")
     for panel, cells in panels:
         for arm in PRIVATE_ARMS:
             for count, line in swept([cell for cell in cells if cell.arm == arm], "num_microbatches").items():
@@ -170,9 +170,9 @@ def draw_privacy_utility(results: Results, path: Path) -> None:
 
 def draw_accuracy_by_microbatches(results: Results, path: Path) -> None:
     """Accuracy against K, a line for each ε. K = 1 is the arm `per_batch`."""
-    panels = Panels(results, "num_microbatches", "microbatches per step K")
+    panels = Panels(results, ARMS_OF["accuracy_by_microbatches"], "num_microbatches", "microbatches per step K")
     for panel, cells in panels:
-        by_epsilon = swept([cell for cell in cells if cell.arm in BY_MICROBATCHES], "epsilon")
+        by_epsilon = swept(cells, "epsilon")
         for number, (epsilon, line) in enumerate(by_epsilon.items()):
             panels.draw(panel, line, f"ε = {epsilon:g}", plt.colormaps["viridis"](0.85 * number / len(by_epsilon)))
     panels.save(path)
@@ -190,13 +190,14 @@ class Panels:
 
     Args:
         results ([`Results`]): what to draw.
+        arms (`list[str]`): those that are drawn, of which some have been measured.
         axis (`str`): the field of the cells on the horizontal axis, which is logarithmic.
         xlabel (`str`): its label.
     """
 
-    def __init__(self, results: Results, axis: str, xlabel: str):
-        self.results, self.axis = results, axis
-        keys = sorted({(cell.dataset, cell.tuning) for cell in results.cells() if cell.arm in PRIVATE_ARMS})
+    def __init__(self, results: Results, arms: list[str], axis: str, xlabel: str):
+        self.results, self.arms, self.axis = results, arms, axis
+        keys = sorted({(cell.dataset, cell.tuning) for cell in results.cells() if cell.arm in arms})
         columns = min(len(keys), 2)
         shape = math.ceil(len(keys) / columns), columns
         size = 6 * shape[1], 4.5 * shape[0] + 0.3
@@ -211,9 +212,10 @@ class Panels:
             self._draw_levels(panel, dataset, tuning)
 
     def __iter__(self) -> Iterator[tuple[Axes, list[Cell]]]:
-        """Each panel with its cells, the private ones and the others."""
+        """Each panel with the cells of its arms."""
         for (dataset, tuning), panel in self.panels.items():
-            yield panel, self.results.cells(dataset=dataset, tuning=tuning)
+            cells = self.results.cells(dataset=dataset, tuning=tuning)
+            yield panel, [cell for cell in cells if cell.arm in self.arms]
 
     def draw(self, panel: Axes, cells: list[Cell], label: str, color: Any) -> None:
         """Means over seeds along the axis, with deviations."""
@@ -250,13 +252,19 @@ class Panels:
 FIGURE_OF = {"privacy_utility": draw_privacy_utility, "accuracy_by_microbatches": draw_accuracy_by_microbatches}
 
 
+def drawable(results: Results) -> dict[str, Callable[[Results, Path], None]]:
+    """The figures of whose arms some have been measured."""
+    measured_arms = {cell.arm for cell in results.cells()}
+    return {name: draw for name, draw in FIGURE_OF.items() if measured_arms & set(ARMS_OF[name])}
+
+
 def main():
     args = parse_arguments()
     results = Results(load_rows(args.rows))
     if not results.accuracies:
         sys.exit(f"results_report.py: {args.rows} has no rows: measure some with examples/paper_table.py.")
     folder = FIGURES if args.rows == ROWS else args.rows.parent
-    for name, draw in FIGURE_OF.items():
+    for name, draw in drawable(results).items():
         draw(results, folder / f"{name}.png")
     if args.rows == ROWS:
         write_between(DOCUMENT, "measured", measured(results))

@@ -146,6 +146,18 @@ def test_rows_of_another_file_leave_the_documentation_alone(made_up_documentatio
     assert (tmp_path / "privacy_utility.png").exists()
 
 
+def test_there_is_a_panel_for_what_was_measured_only(tmp_path, monkeypatch, capsys):
+    PAPER_TABLE.add_row(tmp_path / "rows.json", row("non_private", 0.8))
+    run(monkeypatch, "--rows", tmp_path / "rows.json")
+    assert "Figure" not in capsys.readouterr().out
+    PAPER_TABLE.add_row(tmp_path / "rows.json", row("public_negatives", 0.72, 3.0, 512))
+    run(monkeypatch, "--rows", tmp_path / "rows.json")
+    assert [path.name for path in tmp_path.glob("*.png")] == ["privacy_utility.png"]
+    rows = [*MADE_UP, row("public_negatives", 0.7, 3.0, 512, dataset="digits")]
+    panels = drawn(REPORT.draw_accuracy_by_microbatches, REPORT.Results(rows), tmp_path, monkeypatch)
+    assert panels.keys() == {"shapes, all parameters", "shapes, LoRA"}
+
+
 def test_no_rows_and_no_markers_are_said_to_be_missing(made_up_documentation, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=r"absent.json has no rows: measure some"):
         run(monkeypatch, "--rows", tmp_path / "absent.json")
