@@ -241,6 +241,8 @@ def draw(sweeps: list[Sweep], fits: list[Fit], errors: Errors, path: Path) -> No
         for scale in (panel.xaxis, panel.yaxis):
             scale.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
             scale.set_major_formatter("{x:g}")
+        # Four decades of ε take small labels.
+        panel.tick_params(axis="x", labelsize=7)
         panel.grid(alpha=0.3)
         panel.legend(*panel.get_legend_handles_labels(), loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)

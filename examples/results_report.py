@@ -163,8 +163,9 @@ def draw_privacy_utility(results: Results, path: Path) -> None:
     panels = Panels(results, ARMS_OF["privacy_utility"], "epsilon", "ε")
     for panel, cells in panels:
         for arm in PRIVATE_ARMS:
-            for count, line in swept([cell for cell in cells if cell.arm == arm], "num_microbatches").items():
-                panels.draw(panel, line, f"{ARM_NAMES[arm]}, K = {count}", COLORS[arm])
+            by_count = swept([cell for cell in cells if cell.arm == arm], "num_microbatches")
+            for number, (count, line) in enumerate(by_count.items(), start=1):
+                panels.draw(panel, line, f"{ARM_NAMES[arm]}, K = {count}", (COLORS[arm], number / len(by_count)))
     panels.save(path)
 
 
