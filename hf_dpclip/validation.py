@@ -160,12 +160,16 @@ def check_evaluation_data(
 
 
 def check_environment(trainer: Trainer) -> None:
-    """Raises `ValueError` for launcher settings that the arguments do not show."""
+    """Raises `ValueError` for launcher settings that the arguments do not show, and devices that will not do."""
     launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
     if launched != trainer.args.world_size:
         raise ValueError(
             f"the launcher started {launched} processes of which TrainingArguments know {trainer.args.world_size}, so "
             "each would train a model of its own: on a machine without GPUs, add use_cpu=True (--use_cpu)."
+        )
+    if trainer.args.device.type == "mps":
+        raise ValueError(
+            "Apple's GPU (mps) has no float64, in which norms are measured: add use_cpu=True (--use_cpu)."
         )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(

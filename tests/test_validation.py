@@ -7,8 +7,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HPSearchBackend
 
-from hf_dpclip import DPCLIPTrainer, ImageTextCollator
-from hf_dpclip.validation import check_model, check_search
+from hf_dpclip import DPCLIPTrainer, DPTrainingArguments, ImageTextCollator
+from hf_dpclip.validation import check_environment, check_model, check_search
 
 
 class Regressor(nn.Module):
@@ -183,6 +183,13 @@ def test_processes_that_do_not_know_of_one_another_are_refused(tmp_path, monkeyp
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ValueError, match=r"started 2 processes of which TrainingArguments know 1.*--use_cpu"):
         DPCLIPTrainer(tiny_clip(), args, train_dataset=pairs(64))
+
+
+def test_a_device_without_float64_is_refused(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    monkeypatch.setattr(DPTrainingArguments, "device", torch.device("mps"))
+    with pytest.raises(ValueError, match=r"mps.* has no float64.*use_cpu=True"):
+        check_environment(trainer)
 
 
 # ---- Losses ----
