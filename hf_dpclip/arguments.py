@@ -44,8 +44,9 @@ class DPTrainingArguments(TrainingArguments):
         clipping (`str`, *optional*, defaults to `"flat"`): `"flat"` or `"automatic"`.
         accountant (`str`, *optional*, defaults to `"pld"`): `"pld"` or `"rdp"`.
         static_shapes (`bool`, *optional*): fills batches up to a few fixed sizes, for `torch_compile`, and because
-            cuDNN plans attention anew for every size of a batch. The result does not change. Defaults to `True` on
-            CUDA devices for `CLIPModel` and `MetaClip2Model` without dropout, and else to `False`.
+            cuDNN plans attention anew for every size of a batch. The result does not change. Defaults to `True` for
+            `CLIPModel` and `MetaClip2Model` without dropout in bfloat16 on a GPU of the kind H100 or B200, where
+            PyTorch leaves attention to cuDNN, and else to `False`.
         public_negatives_steps (`int`, *optional*, defaults to 1): optimizer steps for which the embeddings of public
             negatives are kept before they are encoded anew.
         public_negatives_gradient (`bool`, *optional*, defaults to `False`): lets the loss reach the encoders through
@@ -95,7 +96,11 @@ class DPTrainingArguments(TrainingArguments):
     )
     static_shapes: bool | None = field(
         default=None,
-        metadata={"help": "Fill batches up to a few fixed sizes: the default on CUDA. The result does not change."},
+        metadata={
+            "help": "Fill batches up to a few fixed sizes, for torch_compile and cuDNN. The result does not change.",
+            "nargs": "?",
+            "const": True,
+        },
     )
     public_negatives_steps: int = field(
         default=1, metadata={"help": "Steps for which the embeddings of public negatives are kept."}

@@ -194,15 +194,17 @@ class Chunks:
 
 
 class _DeviceLoader(DataLoader[ForwardBatch]):
-    """Moves what it loads to the device at once, as Accelerate's loaders do, and does not wait for it to arrive."""
+    """Moves what it loads to the device at once, as Accelerate's loaders do."""
 
     def __init__(self, device: torch.device, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.device = device
 
     def __iter__(self) -> Iterator[ForwardBatch]:
+        # Other accelerators may still be reading memory that is given back.
+        non_blocking = self.device.type == "cuda"
         for forward_batch in super().__iter__():
-            yield send_to_device(forward_batch, self.device, non_blocking=True)
+            yield send_to_device(forward_batch, self.device, non_blocking=non_blocking)
 
 
 def make_dataloader(

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+# Major compute capabilities of the GPUs on which PyTorch leaves attention in bfloat16 to cuDNN.
+WITH_CUDNN_ATTENTION = (9, 10)
+
 
 class OneByOne:
     """One forward and one backward pass per microbatch. Right for every model and every loss.
@@ -141,14 +144,18 @@ def make_contrastive_model(trainer: "DPCLIPTrainer", prepare_inputs: Callable) -
         return None
     model = ContrastiveModel(_own_model(trainer), base, prepare_inputs, bool(static_shapes), trainer.public_negatives)
     if static_shapes is None:
-        model.static_shapes = static_by_default(model, trainer.args.device)
+        model.static_shapes = static_by_default(model, trainer.accelerator)
     return model
 
 
-def static_by_default(model: ContrastiveModel, device: torch.device) -> bool:
-    """Whether a batch of a new size costs more than filling up, which must be possible: cuDNN plans attention for each
-    size, which takes as long as a few steps, and every Poisson sample has another one."""
-    return device.type == "cuda" and isinstance(model.base, WITH_CAUSAL_TEXTS) and not model.has_dropout
+def static_by_default(model: ContrastiveModel, accelerator: Accelerator) -> bool:
+    """Whether batches can be filled up and one of a new size costs more: cuDNN plans attention for each size, which
+    may take longer than a step, and every Poisson sample has another one."""
+    if accelerator.device.type != "cuda" or torch.version.hip is not None:
+        return False
+    narrow = accelerator.mixed_precision == "bf16" or model.base.dtype == torch.bfloat16
+    in_cudnn = narrow and torch.cuda.get_device_capability(accelerator.device)[0] in WITH_CUDNN_ATTENTION
+    return in_cudnn and isinstance(model.base, WITH_CAUSAL_TEXTS) and not model.has_dropout
 
 
 def choose_forward_pass(
@@ -176,6 +183,9 @@ def choose_forward_pass(
     if reason is None:
         return AllAtOnce(one_by_one, vectorizable)
     notice(reason)
+    if contrastive is not None:
+        # Small microbatches have few sizes anyway, and would be filled up to several times theirs.
+        contrastive.static_shapes = bool(args.static_shapes)
     return one_by_one
 
 

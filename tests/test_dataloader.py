@@ -6,11 +6,17 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from factories import pairs
+from factories import arguments, pairs
 from torch.utils.data import DataLoader
 
-from hf_dpclip import PrivacyPlan
-from hf_dpclip.dataloader import ForwardBatchSampler, MicrobatchDataset, PrivacyUnits
+from hf_dpclip import DPTrainingArguments, PrivacyPlan
+from hf_dpclip.dataloader import (
+    ForwardBatchSampler,
+    MicrobatchDataset,
+    PrivacyUnits,
+    RecordNumbers,
+    make_dataloader,
+)
 from hf_dpclip.privacy import PoissonSampler
 
 
@@ -189,6 +195,16 @@ def test_units_that_are_not_ids_are_refused(bad):
 
 def test_an_empty_forward_batch_collates_to_no_microbatch():
     assert MicrobatchDataset(pairs(4), torch.utils.data.default_collate)[[]] == []
+
+
+def test_what_is_loaded_is_on_the_device(tmp_path, monkeypatch):
+    args = arguments(tmp_path, dataloader_pin_memory=False)
+    monkeypatch.setattr(DPTrainingArguments, "device", torch.device("meta"))
+    collated = MicrobatchDataset(pairs(4), torch.utils.data.default_collate)
+    ((seed, inputs),) = next(iter(make_dataloader(collated, [[(7, np.arange(2))]], args)))
+    assert seed == 7 and {value.device.type for value in inputs.values()} == {"meta"}
+    ((seed, records),) = next(iter(make_dataloader(RecordNumbers(4), [[(7, np.arange(2))]], args)))
+    assert seed == 7 and records.tolist() == [0, 1]
 
 
 # ---- In the trainer ----

@@ -1,5 +1,7 @@
 """Which computation is chosen, and that it makes no difference."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from checks import one_update
@@ -116,20 +118,43 @@ def test_a_loss_of_the_users_own_is_not_replaced(tmp_path):
     assert_close(doubled, 2 * single)
 
 
+HOPPER = {"device": "cuda", "mixed_precision": "bf16", "capability": (9, 0)}
+
+
 @pytest.mark.parametrize(
-    "device, model, expected",
+    "make, changes, expected",
     [
-        ("cuda", tiny_clip, True),
-        ("cuda", lora_clip, True),
-        ("cuda", lambda: lora_clip(lora_dropout=0.4), False),
-        ("cuda", tiny_siglip, False),
-        ("cpu", tiny_clip, False),
+        (tiny_clip, {}, True),
+        (lora_clip, {}, True),
+        (lambda: tiny_clip().to(torch.bfloat16), {"mixed_precision": "no"}, True),
+        (lambda: lora_clip(lora_dropout=0.4), {}, False),
+        (tiny_siglip, {}, False),
+        (tiny_clip, {"mixed_precision": "no"}, False),
+        (tiny_clip, {"capability": (8, 0)}, False),
+        (tiny_clip, {"device": "cpu"}, False),
     ],
 )
-def test_shapes_are_static_by_default_where_a_new_one_is_expensive(device, model, expected):
-    model = model()
+def test_shapes_are_static_by_default_where_a_new_one_is_expensive(make, changes, expected, monkeypatch):
+    model, setting = make(), {**HOPPER, **changes}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: setting["capability"])
+    accelerator = SimpleNamespace(device=torch.device(setting["device"]), mixed_precision=setting["mixed_precision"])
     contrastive = ContrastiveModel(model, contrastive_base(model), dict)
-    assert static_by_default(contrastive, torch.device(device)) is expected
+    assert static_by_default(contrastive, accelerator) is expected
+
+
+@pytest.mark.parametrize("asked, filled", [(None, True), (True, True), (False, False)])
+def test_what_is_asked_for_goes_before_the_default(asked, filled, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_dpclip.forward_pass.static_by_default", lambda model, accelerator: True)
+    _, trainer = one_update(tmp_path, static_shapes=asked, **MANY)
+    assert trainer._contrastive_model.static_shapes is filled
+
+
+def test_small_microbatches_one_by_one_are_not_filled_up_unasked(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_dpclip.forward_pass.static_by_default", lambda model, accelerator: True)
+    monkeypatch.setattr("hf_dpclip.forward_pass.obstacle", lambda model: "told so")
+    for asked, filled in ((None, False), (True, True)):
+        _, trainer = one_update(tmp_path, static_shapes=asked, **MANY)
+        assert trainer._contrastive_model.static_shapes is filled
 
 
 def test_static_shapes_do_not_recompile(tmp_path):

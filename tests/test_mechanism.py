@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import Parameter
 
 from hf_dpclip.privacy import GaussianMechanism, PrivacyPlan, Randomness, clip_
+from hf_dpclip.privacy.mechanism import _chunks
 
 
 def plan(num_microbatches=4, max_grad_norm=1.0, noise_multiplier=0.0, clipping="flat"):
@@ -161,6 +162,29 @@ def test_noise_has_the_scale_of_the_plan(num_microbatches, factor):
     settings = plan(num_microbatches=num_microbatches, max_grad_norm=0.5, noise_multiplier=3.0)
     total = released(settings, parameters((50, 60), 2000), [])
     check_noise_law(total, 3.0 * factor * 0.5)
+
+
+def test_noise_in_many_chunks_has_the_same_law(monkeypatch):
+    """More chunks than streams, tensors of several chunks and chunks of several tensors."""
+    monkeypatch.setattr("hf_dpclip.privacy.mechanism.NOISE_CHUNK", 64)
+    total = released(plan(noise_multiplier=1.0), parameters((50, 60), 2000, (), (3, 7), 1979), [])
+    check_noise_law(total, 2.0)
+    check_uncorrelated(total[:3500], total[3500:7000])
+    # One chunk against the next, and against those that follow in the same stream.
+    for distance in (64, 4 * 64):
+        check_uncorrelated(total[:-distance], total[distance:])
+
+
+@given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=12), limit=st.integers(1, 12))
+def test_chunks_hold_every_coordinate_once(sizes, limit):
+    tensors = [torch.zeros(size) for size in sizes]
+    chunks = _chunks(tensors, limit)
+    assert all(sum(map(len, pieces)) <= limit for pieces in chunks)
+    for piece in (piece for pieces in chunks for piece in pieces):
+        piece.add_(1)
+    assert torch.equal(torch.cat(tensors), torch.ones(sum(sizes)))
+    # No more chunks than if every second one were half full.
+    assert len(chunks) <= 2 * sum(sizes) / limit + 1
 
 
 def test_equal_tensors_get_different_noise():

@@ -134,16 +134,36 @@ def test_every_form_of_a_weights_gradient(form, joined, monkeypatch):
     assert_same(lora_clip(), microbatches([2, 3, 3, 5]))
 
 
-def test_the_ways_of_an_accelerator(monkeypatch):
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch):
     """Microbatches filled up with zeros, several products at a time, sums of products."""
     monkeypatch.setattr(Layout, "fills_up", True)
     monkeypatch.setattr(factored, "_at_once", lambda a, b: 2)
     monkeypatch.setattr(Outer, "weighted_sum", Outer._weighted_sum_of_products)
     monkeypatch.setattr(SpareMemory, "cheaper", lambda _, outer: outer)
+
+
+def test_the_ways_of_an_accelerator(as_on_an_accelerator):
     sizes = [1, 2, 3, 4, 4, 5, 7, 8, 9]
     for model in (tiny_clip(), lora_clip()):
         assert_same(model, microbatches(sizes))
         assert_same(model, microbatches(sizes), factors=torch.tensor([1, 0, 1, 2, 3, 0, 0, 1, 2.0]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows", [3, 200], ids=["gram", "products"])
+def test_narrow_factors_are_multiplied_as_if_they_were_wide(rows):
+    """On tensor cores, where float32 adds up what bfloat16 multiplies."""
+    sizes, factors = [1, 2, 2, 3, 5], torch.rand(5)
+    a, b = (torch.randn(13, rows, width).to("cuda", torch.bfloat16) for width in (256, 192))
+    narrow = Outer(a, b, Layout(sizes, 13, a.device))
+    assert factored._in_tensor_cores(a, b)
+    of_each = zip(*(factor.cpu().double().split(sizes) for factor in (a, b)))
+    exact = torch.stack([y.flatten(0, 1).T @ x.flatten(0, 1) for x, y in of_each])
+    assert torch.allclose(narrow.squared_norms().cpu(), exact.square().sum(dim=(1, 2)), rtol=1e-5)
+    assert torch.allclose(narrow.dense().cpu().double(), exact, rtol=1e-4, atol=1e-3)
+    total = torch.tensordot(factors.double(), exact, dims=1)
+    assert torch.allclose(narrow.weighted_sum(factors.cuda(), False).cpu().double(), total, rtol=1e-4, atol=1e-3)
 
 
 def test_microbatches_are_filled_up_to_less_than_twice_their_size(monkeypatch):
@@ -207,7 +227,12 @@ def test_frozen_parameters(frozen):
     assert_same(model, microbatches([2, 3, 3]))
 
 
-def test_a_gradient_that_is_not_finite_stays_in_its_microbatch():
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("ways", ["as_on_a_cpu", "as_on_an_accelerator"])
+def test_a_gradient_that_is_not_finite_stays_in_its_microbatch(ways, joined, request, monkeypatch):
+    if ways == "as_on_an_accelerator":
+        request.getfixturevalue(ways)
+    monkeypatch.setattr(Dense, "is_small", joined)
     model, batches = tiny_clip().train(), microbatches([2, 3, 3, 4])
     poisoned = [(seed, dict(inputs)) for seed, inputs in batches]
     poisoned[1][1]["pixel_values"] = poisoned[1][1]["pixel_values"] * torch.inf

@@ -20,6 +20,7 @@ over forward batches, each contrasted in itself, while a private microbatch is c
 """
 
 import argparse
+import gc
 import math
 import statistics
 import tempfile
@@ -53,7 +54,8 @@ def main():
     columns = ["parameters trained", "trainer", "microbatches K", "step (s)", "ratio to plain"]
     if torch.cuda.is_available():
         columns += ["peak (MiB)", "ratio to plain"]
-    print_header(f"{setting(args)}, {args.turns} turns", *columns)
+    parts = f"forward batches of {args.forward_batch_size}, " if args.forward_batch_size else ""
+    print_header(f"{setting(args)}, {parts}step {args.steps} of a run, {args.turns} turns", *columns)
     for tuning in args.tuning:
         with tempfile.TemporaryDirectory() as folder:
             workload = Workload(args.model, tuning, args.batch_size, args.bf16, args.forward_batch_size, args.steps)
@@ -69,6 +71,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=12, help="measured steps of each trainer (default: %(default)s)")
     args = parser.parse_args()
     check_installed(parser, args.peers)
+    if args.forward_batch_size and args.peers:
+        parser.error("--forward_batch_size: the steps of --peers are one forward pass; leave one of the two out")
+    if args.forward_batch_size and args.batch_size % args.forward_batch_size:
+        parser.error(f"--forward_batch_size {args.forward_batch_size} does not divide --batch_size {args.batch_size}")
     return args
 
 
@@ -93,12 +99,18 @@ def print_comparison(args: argparse.Namespace, workload: Workload, folder: str) 
 
 def warm_step(make: Callable[[], Step | str], steps: int) -> Step | str:
     """The step that is made, on a GPU one that knows its memory; or why there is none."""
-    before = torch.cuda.memory_allocated()
+    before = memory_in_use()
     step = make()
     if isinstance(step, str):
         return step
     warm_up(step, math.ceil(WARM_UP_STEPS / steps))
-    return MeteredStep(step, torch.cuda.memory_allocated() - before) if torch.cuda.is_available() else step
+    return MeteredStep(step, memory_in_use() - before) if torch.cuda.is_available() else step
+
+
+def memory_in_use() -> int:
+    """Bytes of GPU memory, without what only waits to be collected."""
+    gc.collect()
+    return torch.cuda.memory_allocated()
 
 
 class MeteredStep:
@@ -115,7 +127,7 @@ class MeteredStep:
         self.peak = 0
 
     def __call__(self) -> float:
-        others = torch.cuda.memory_allocated() - self.held
+        others = memory_in_use() - self.held
         torch.cuda.reset_peak_memory_stats()
         seconds = self.step()
         self.peak = max(self.peak, torch.cuda.max_memory_allocated() - others)

@@ -19,6 +19,8 @@ THIN = 32
 GRAM_BLOCK = 128
 # Elements of one weight matrix's gradients that an accelerator holds at a time to measure or add them up: 256 MiB.
 PRODUCT_ELEMENTS = 2**26
+# Whether torch can give products of bfloat16 in float32: since 2.8, on Nvidia's GPUs.
+NARROW_TO_FLOAT32 = torch.version.hip is None and "dtype" in torch.ops.aten.bmm.overloads()
 # Elements of the gradients of one parameter up to which they share a tensor with others: copying them costs less than
 # starting on them, which takes longer on an accelerator.
 SMALL = 2**16
@@ -219,7 +221,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """The same in memory that is there already."""
+    """What `_product` gives, in memory that is there already."""
     if _is_thin(a) or _in_tensor_cores(a, b):
         out.copy_(_product(a, b))
     else:
@@ -231,7 +233,7 @@ def _is_thin(a: Tensor) -> bool:
 
 
 def _products(a: Tensor, b: Tensor) -> Iterator[Tensor]:
-    """The same, a few at a time."""
+    """What `_product` gives, a few at a time."""
     size = _at_once(a, b)
     if size == 1:
         return ((y.float().T @ x.float())[None] for x, y in zip(a, b))
@@ -250,9 +252,7 @@ def _matmul(x: Tensor, y: Tensor) -> Tensor:
 
 def _in_tensor_cores(x: Tensor, y: Tensor) -> bool:
     """Whether a GPU can multiply the two as they are and add up in float32, ten times as fast as float32."""
-    narrow = x.dtype == y.dtype and x.dtype in (torch.bfloat16, torch.float16)
-    # Since torch 2.8.
-    return x.device.type == "cuda" and narrow and "dtype" in torch.ops.aten.bmm.overloads()
+    return x.dtype == y.dtype == torch.bfloat16 and x.device.type == "cuda" and NARROW_TO_FLOAT32
 
 
 def _squared_norms_of_products(a: Tensor, b: Tensor) -> Tensor:

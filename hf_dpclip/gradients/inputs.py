@@ -67,6 +67,8 @@ def filled_up(inputs: dict[str, Any], rows: int, length: int, pad_token_id: int)
     """The batch with its first pair repeated until there are `rows`, and texts filled up to `length`."""
     inputs = _lengthened(inputs, length, pad_token_id)
     missing = rows - num_rows(inputs)
+    if missing == 0:
+        return inputs
     return {name: torch.cat([value, value[:1].expand(missing, *value.shape[1:])]) for name, value in inputs.items()}
 
 

@@ -43,11 +43,11 @@ class Layout:
     @cached_property
     def groups(self) -> list["Group"]:
         """Runs of microbatches that are multiplied as one batch of matrices."""
-        largest: dict[int, list[int]] = {}
+        by_class: dict[int, list[int]] = {}
         for size in self.sizes:
-            largest.setdefault(_size_class(size) if self.fills_up else size, []).append(size)
+            by_class.setdefault(_size_class(size) if self.fills_up else size, []).append(size)
         groups, first, first_row = [], 0, 0
-        for sizes in largest.values():
+        for sizes in by_class.values():
             groups.append(Group(sizes, first, first_row, self.device))
             first += len(sizes)
             first_row += sum(sizes)

@@ -52,23 +52,24 @@ class MicrobatchGradients:
 
     def __init__(self, parameters: list[nn.Parameter], recording: Recording):
         self.parameters = parameters
-        self._gradients = {parameter: _merged(uses) for parameter, uses in recording.gradients.items()}
-        dense = [(parameter, each) for parameter, each in self._gradients.items() if isinstance(each, Dense)]
-        self._small = [parameter for parameter, each in dense if each.is_small]
-        self._joined = Joined([self._gradients.pop(parameter) for parameter in self._small]) if self._small else None
+        # By `id` of the parameter, as in the recording.
+        self._gradients = {number: _merged(uses) for number, uses in recording.gradients.items()}
+        dense = [(number, each) for number, each in self._gradients.items() if isinstance(each, Dense)]
+        self._small = [number for number, each in dense if each.is_small]
+        self._joined = Joined([self._gradients.pop(number) for number in self._small]) if self._small else None
         together = [*self._gradients.values(), *filter(None, [self._joined])]
         self.norms = torch.stack([gradients.squared_norms() for gradients in together]).sum(dim=0).sqrt()
 
     def weighted_sum(self, factors: Tensor) -> Iterator[Tensor | None]:
         """Σ_k factors[k] · gradient k of each parameter in turn, float32; `None` where no gradient arrived.
 
-        A factor of 0 drops a microbatch even if its gradient is not finite. What was kept of a parameter is released
-        as soon as its sum is out, hence this can be asked once.
+        A factor of 0 drops a microbatch even if its gradient is not finite. What was kept of a parameter, or of all
+        small ones together, is released as soon as the sum is out, hence this can be asked once.
         """
         factors = factors.float()
         some_are_zero = bool((factors == 0).any())
         small = self._joined.weighted_sums(factors, some_are_zero) if self._joined else ()
-        sums = dict(zip(self._small, small))
+        sums, self._joined = dict(zip(self._small, small)), None
         for parameter in self.parameters:
             gradients = self._gradients.pop(id(parameter), None)
             total = sums.get(id(parameter)) if gradients is None else gradients.weighted_sum(factors, some_are_zero)

@@ -24,7 +24,7 @@ DRAWS_PER_COORDINATE = 2
 NOISE_CHUNK = 2**14
 # The same on an accelerator, where every chunk costs the start of a kernel, and memory.
 ACCELERATOR_NOISE_CHUNK = 2**24
-# Coordinates whose squares are added up in float32 before the sum goes on in float64.
+# Coordinates whose squares a CPU adds up in float32 before the sum goes on in float64.
 NORM_ROW = 2**12
 
 
@@ -196,8 +196,8 @@ class GaussianMechanism:
     def _add_noise_(self, tensors: list[Tensor]) -> None:
         """Adds an independent draw from N(0, (σΔ)²) to every coordinate, each stream to its share of them."""
         chunks = _chunks(tensors, NOISE_CHUNK if tensors[0].device.type == "cpu" else ACCELERATOR_NOISE_CHUNK)
-        if len(chunks) <= len(self.generators):
-            # Handing them out would take longer.
+        if len(self.generators) == 1 or len(chunks) <= len(self.generators):
+            # Handing them out would take longer, and on a GPU leave the stream that the rest of the step is in.
             return self._add_share_of_noise_(chunks, self.generators[0])
         shares = [chunks[stream :: len(self.generators)] for stream in range(len(self.generators))]
         list(self._noise_threads.map(self._add_share_of_noise_, shares, self.generators))
