@@ -17,7 +17,8 @@ from .layout import Layout
 THIN = 32
 # Rows of a Gram matrix that are computed at a time, up to the diagonal.
 GRAM_BLOCK = 128
-# Elements of one weight matrix's gradients that an accelerator holds at a time to measure or add them up: 256 MiB.
+ACCELERATOR_GRAM_BLOCK = 1024
+# Elements of one weight matrix's gradients that an accelerator holds at a time to measure them: 256 MiB.
 PRODUCT_ELEMENTS = 2**26
 # Whether torch can give products of bfloat16 in float32: since 2.8, on Nvidia's GPUs.
 NARROW_TO_FLOAT32 = torch.version.hip is None and "dtype" in torch.ops.aten.bmm.overloads()
@@ -109,27 +110,12 @@ class Outer:
         return torch.cat([_squared_norms_of_products(a, b) for a, b in groups])
 
     def weighted_sum(self, factors: Tensor, some_are_zero: bool) -> Tensor:
-        """`[p, d]`: one product over all rows; or of products, where rows are too narrow for a factor to be put in."""
-        if _in_tensor_cores(self.activations, self.output_gradients):
-            return self._weighted_sum_of_products(factors, some_are_zero)
+        """`[p, d]`: one product over all rows."""
         of_row = factors[self.layout.microbatch_of_row]
         a, b = self.activations[: len(of_row)], self.output_gradients[: len(of_row)]
         if some_are_zero:
             a, b, of_row = a[of_row != 0], b[of_row != 0], of_row[of_row != 0]
-        of_row = of_row[:, None, None]
-        a, b = a.float(), b.float()
-        # The narrower one is copied.
-        a, b = (a, b * of_row) if b.shape[-1] <= a.shape[-1] else (a * of_row, b)
-        return b.flatten(0, 1).T @ a.flatten(0, 1)
-
-    def _weighted_sum_of_products(self, factors: Tensor, some_are_zero: bool) -> Tensor:
-        a, b = self.activations, self.output_gradients
-        total = torch.zeros(b.shape[-1], a.shape[-1], device=a.device)
-        for group, group_a, group_b in zip(self.layout.groups, self.layout.matrices(a), self.layout.matrices(b)):
-            blocks = _products(group_a, group_b)
-            for products, of_each in zip(blocks, factors[group.microbatches].split(_at_once(group_a, group_b))):
-                total += Dense(products).weighted_sum(of_each, some_are_zero)
-        return total
+        return _weighted_product(a.flatten(0, 1), b.flatten(0, 1), of_row.repeat_interleave(a.shape[1]))
 
     def dense(self) -> Tensor:
         """`[K, p, d]`."""
@@ -228,6 +214,25 @@ def _multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.bmm(b.float().transpose(1, 2), a.float(), out=out)
 
 
+def _weighted_product(a: Tensor, b: Tensor, factors: Tensor) -> Tensor:
+    """bᵀ diag(factors) a, float32, of matrices `[rows, d]` and `[rows, p]`."""
+    # The factors go to the one with fewer columns.
+    to_b = b.shape[1] <= a.shape[1]
+    scaled = (b if to_b else a).float() * factors[:, None]
+    if not _in_tensor_cores(a, b):
+        return scaled.T @ a.float() if to_b else b.float().T @ scaled
+    pairs = ((part, a) if to_b else (b, part) for part in _narrow_parts(scaled))
+    return sum(_matmul(left.T[None], right[None])[0] for left, right in pairs)
+
+
+def _narrow_parts(x: Tensor) -> Iterator[Tensor]:
+    """Three bfloat16 tensors, of 8 binary digits each, that add up to a float32 one of 24, exactly."""
+    for _ in range(3):
+        part = x.bfloat16()
+        yield part
+        x = x - part
+
+
 def _is_thin(a: Tensor) -> bool:
     return a.device.type == "cpu" and a.shape[2] < THIN
 
@@ -262,8 +267,9 @@ def _squared_norms_of_products(a: Tensor, b: Tensor) -> Tensor:
         return torch.cat([_squared_norms(products) for products in _products(a, b)])
     # ‖bᵀa‖² = Σ over pairs of rows of (aaᵀ)(bbᵀ), symmetric: pairs with rows before a block's count twice.
     squares = magnitudes = torch.zeros(len(a), dtype=torch.float64, device=a.device)
-    for start in range(0, rows, GRAM_BLOCK):
-        end = start + GRAM_BLOCK
+    block = GRAM_BLOCK if a.device.type == "cpu" else ACCELERATOR_GRAM_BLOCK
+    for start in range(0, rows, block):
+        end = start + block
         of_a, of_b = (_matmul(each[:, start:end], each[:, :end].transpose(1, 2)) for each in (a, b))
         pairs = of_a.mul_(of_b)
         pairs[:, :, :start] *= 2
