@@ -49,6 +49,7 @@ CONFIGS = {
 TEXT_LENGTH = 16
 NUM_IMAGES = 64
 WARM_UP_STEPS = 2
+MIB = 2**20
 
 # Takes one optimizer step and returns its seconds.
 Step = Callable[[], float]
@@ -93,7 +94,7 @@ class Workload:
     def arguments(self, folder: str) -> dict:
         """Fields of `TrainingArguments`: one run, no output."""
         share = self.batch_size // int(os.environ.get("WORLD_SIZE", "1"))
-        forward_batch_size = min(self.forward_batch_size or share, share)
+        forward_batch_size = self.forward_batch_size or share
         return {
             "output_dir": folder,
             "per_device_train_batch_size": forward_batch_size,

@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from common import (
+    MIB,
     Workload,
     add_workload_arguments,
     make_parser,
@@ -41,7 +42,6 @@ from peers import add_peers_argument, check_installed, entrants, make_step
 STEPS = 3
 # By default glibc moves these limits as blocks are freed, and peaks with them, from one run to the next.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-MIB = 2**20
 # Bytes in the unit of `ru_maxrss`.
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 

@@ -24,11 +24,10 @@ import gc
 import math
 import statistics
 import tempfile
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from common import (
+    MIB,
     WARM_UP_STEPS,
     Step,
     Workload,
@@ -43,9 +42,6 @@ from common import (
     warm_up,
 )
 from peers import add_peers_argument, check_installed, entrants, make_step
-
-
-MIB = 2**20
 
 
 def main():
@@ -80,9 +76,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def print_comparison(args: argparse.Namespace, workload: Workload, folder: str) -> None:
     """One row for each trainer, from one run of them all."""
-    steps = {
-        entrant: warm_step(partial(make_step, *entrant, workload, folder), args.steps) for entrant in entrants(args)
-    }
+    steps = {entrant: warm_step(*entrant, workload, folder) for entrant in entrants(args)}
     running = {entrant: step for entrant, step in steps.items() if not isinstance(step, str)}
     seconds = dict(zip(running, take_turns(list(running.values()), args.turns, warm=True)))
     plain = next(iter(running))
@@ -97,13 +91,13 @@ def print_comparison(args: argparse.Namespace, workload: Workload, folder: str) 
         print_row(workload.tuning, *entrant, *cells)
 
 
-def warm_step(make: Callable[[], Step | str], steps: int) -> Step | str:
-    """The step that is made, on a GPU one that knows its memory; or why there is none."""
+def warm_step(name: str, num_microbatches: int, workload: Workload, folder: str) -> Step | str:
+    """As `make_step`; on a GPU the step knows its memory."""
     before = memory_in_use()
-    step = make()
+    step = make_step(name, num_microbatches, workload, folder)
     if isinstance(step, str):
         return step
-    warm_up(step, math.ceil(WARM_UP_STEPS / steps))
+    warm_up(step, math.ceil(WARM_UP_STEPS / workload.steps))
     return MeteredStep(step, memory_in_use() - before) if torch.cuda.is_available() else step
 
 

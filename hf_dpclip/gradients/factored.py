@@ -67,23 +67,24 @@ class Joined:
     """Small gradients of many parameters side by side, measured and added up in one go.
 
     Args:
-        gradients (`list[Dense]`): at least one.
+        gradients (`dict[int, Dense]`): at least one, by whatever names them.
     """
 
-    def __init__(self, gradients: list[Dense]):
-        rows = [each.gradients.reshape(len(each.gradients), -1) for each in gradients]
-        self._sizes = [each.shape[1] for each in rows]
-        filler = rows[0].new_zeros(len(rows[0]), -sum(self._sizes) % NORM_ROW)
+    def __init__(self, gradients: dict[int, Dense]):
+        rows = [each.gradients.reshape(len(each.gradients), -1) for each in gradients.values()]
+        self._sizes = dict(zip(gradients, [each.shape[1] for each in rows]))
+        filler = rows[0].new_zeros(len(rows[0]), -sum(self._sizes.values()) % NORM_ROW)
         self._rows = Dense(torch.cat([*rows, filler], dim=1).unflatten(1, (-1, NORM_ROW)))
 
     def squared_norms(self) -> Tensor:
         """`[K]`, float64, over all these parameters together."""
         return self._rows.squared_norms()
 
-    def weighted_sums(self, factors: Tensor, some_are_zero: bool) -> tuple[Tensor, ...]:
+    def weighted_sums(self, factors: Tensor, some_are_zero: bool) -> dict[int, Tensor]:
         """One for each parameter, flat."""
+        sizes = list(self._sizes.values())
         total = self._rows.weighted_sum(factors, some_are_zero).flatten()
-        return total[: sum(self._sizes)].split(self._sizes)
+        return dict(zip(self._sizes, total[: sum(sizes)].split(sizes)))
 
 
 class Outer:
@@ -112,7 +113,7 @@ class Outer:
     def weighted_sum(self, factors: Tensor, some_are_zero: bool) -> Tensor:
         """`[p, d]`: one product over all rows."""
         of_row = factors[self.layout.microbatch_of_row]
-        a, b = self.activations[: len(of_row)], self.output_gradients[: len(of_row)]
+        a, b = self.activations[: self.layout.num_owned], self.output_gradients[: self.layout.num_owned]
         if some_are_zero:
             a, b, of_row = a[of_row != 0], b[of_row != 0], of_row[of_row != 0]
         return _weighted_product(a.flatten(0, 1), b.flatten(0, 1), of_row.repeat_interleave(a.shape[1]))
@@ -165,10 +166,9 @@ class Sparse:
     def __init__(self, indices: Tensor, output_gradients: Tensor, num_embeddings: int, layout: Layout):
         self.num_embeddings = num_embeddings
         self.layout = layout
-        microbatch_of_row = layout.microbatch_of_row
-        owned = len(microbatch_of_row)
-        keys, inverse = (microbatch_of_row[:, None] * num_embeddings + indices[:owned]).unique(return_inverse=True)
-        rows = output_gradients[:owned].flatten(0, 1).float()
+        microbatch_of_row, indices = layout.microbatch_of_row[:, None], indices[: layout.num_owned]
+        keys, inverse = (microbatch_of_row * num_embeddings + indices).unique(return_inverse=True)
+        rows = output_gradients[: layout.num_owned].flatten(0, 1).float()
         self.gradients = rows.new_zeros(len(keys), rows.shape[-1]).index_add_(0, inverse.flatten(), rows)
         self.microbatch, self.index = keys // num_embeddings, keys % num_embeddings
 

@@ -263,7 +263,7 @@ def _dropout(recording: Recording, input: Tensor, p: float = 0.5, training: bool
         # One microbatch's long text would change what is drawn for all others.
         raise NotVectorizable("dropout needs texts of one length (padding='max_length') and no static_shapes")
     kept = torch.zeros_like(input, memory_format=torch.contiguous_format)
-    blocks = kept.split([*recording.layout.sizes, len(kept) - sum(recording.layout.sizes)])
+    blocks = kept.split([*recording.layout.sizes, len(kept) - recording.layout.num_owned])
     for block, generator in zip(blocks, recording.generators):
         block.bernoulli_(1 - p, generator=generator)
     return input * kept.div_(1 - p)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..models import CLIPForVisualQuestionAnswering
 from .inputs import NotVectorizable
+from .layout import Layout
 
 
 class VectorizableModel:
@@ -99,9 +100,8 @@ class MeanLossModel(VectorizableModel):
         if "labels" not in inputs:
             raise NotVectorizable("a batch has no labels")
         losses = self.base.record_losses(outputs.logits, inputs["labels"].to(outputs.logits.device))
-        counts = torch.tensor(sizes, device=losses.device)
-        microbatch_of_row = torch.arange(len(sizes), device=losses.device).repeat_interleave(counts)
-        return losses.new_zeros(len(sizes)).index_add(0, microbatch_of_row, losses) / counts
+        sums = Layout(sizes, len(losses), losses.device).sum_rows(losses)
+        return sums / torch.tensor(sizes, device=losses.device)
 
 
 def mean_loss_base(model: nn.Module) -> CLIPForVisualQuestionAnswering | None:

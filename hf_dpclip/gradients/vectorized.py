@@ -53,12 +53,13 @@ class MicrobatchGradients:
     def __init__(self, parameters: list[nn.Parameter], recording: Recording):
         self.parameters = parameters
         # By `id` of the parameter, as in the recording.
-        self._gradients = {number: _merged(uses) for number, uses in recording.gradients.items()}
-        dense = [(number, each) for number, each in self._gradients.items() if isinstance(each, Dense)]
-        self._small = [number for number, each in dense if each.is_small]
-        self._joined = Joined([self._gradients.pop(number) for number in self._small]) if self._small else None
-        together = [*self._gradients.values(), *filter(None, [self._joined])]
-        self.norms = torch.stack([gradients.squared_norms() for gradients in together]).sum(dim=0).sqrt()
+        gradients = {number: _merged(uses) for number, uses in recording.gradients.items()}
+        small = {number: each for number, each in gradients.items() if isinstance(each, Dense) and each.is_small}
+        self._gradients = {number: each for number, each in gradients.items() if number not in small}
+        # None or one.
+        self._joined = [Joined(small)] if small else []
+        squares = [each.squared_norms() for each in (*self._gradients.values(), *self._joined)]
+        self.norms = torch.stack(squares).sum(dim=0).sqrt()
 
     def weighted_sum(self, factors: Tensor) -> Iterator[Tensor | None]:
         """Σ_k factors[k] · gradient k of each parameter in turn, float32; `None` where no gradient arrived.
@@ -68,8 +69,7 @@ class MicrobatchGradients:
         """
         factors = factors.float()
         some_are_zero = bool((factors == 0).any())
-        small = self._joined.weighted_sums(factors, some_are_zero) if self._joined else ()
-        sums, self._joined = dict(zip(self._small, small)), None
+        sums = self._joined.pop().weighted_sums(factors, some_are_zero) if self._joined else {}
         for parameter in self.parameters:
             gradients = self._gradients.pop(id(parameter), None)
             total = sums.get(id(parameter)) if gradients is None else gradients.weighted_sum(factors, some_are_zero)
