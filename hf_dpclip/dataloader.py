@@ -51,20 +51,20 @@ class PrivacyUnits:
         """
         if self._records is None or len(units) == 0:
             return units
-        generator = np.random.default_rng(seed)
-        return np.concatenate([self._capped(self._records[unit], generator) for unit in units])
-
-    def _capped(self, records: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        if self.max_records is None or len(records) <= self.max_records:
-            return records
-        return generator.choice(records, size=self.max_records, replace=False, shuffle=False)
+        of_unit = [self._records[unit] for unit in units]
+        if self.max_records is not None:
+            generator = np.random.default_rng(seed)
+            of_unit = [_subset(records, self.max_records, generator) for records in of_unit]
+        return np.concatenate(of_unit)
 
 
 class ForwardBatchSampler(Sampler[ForwardBatch]):
     """Deals the microbatches of every step out to processes and forward passes.
 
-    Microbatch j goes to process j mod W, and there to forward pass (j div W) mod A. Every process yields A forward
-    batches per step whatever was drawn, some of them possibly empty.
+    Each microbatch goes to one process and there to one forward pass, dealt out so that all of them have about as many
+    records: whose share is smaller waits for the others, and the largest forward batch has to fit in memory. Where a
+    microbatch is computed changes nothing in its gradient. Every process yields A forward batches per step whatever
+    was drawn, some of them possibly empty.
 
     A microbatch that spans processes goes to all of them instead, every W-th of its records to each, and empty shares
     too, since all processes take part in its computation.
@@ -102,17 +102,46 @@ class ForwardBatchSampler(Sampler[ForwardBatch]):
     def __iter__(self) -> Iterator[ForwardBatch]:
         for _ in range(self.steps):
             drawn = self.sampler.draw()
-            own = self._own([*zip(self.sampler.draw_seeds(len(drawn)), drawn)])
-            for forward_pass in range(self.forward_passes):
-                share = own[forward_pass :: self.forward_passes]
-                yield [(seed, records) for seed, records in share if self.spanning or len(records)]
+            seeds = self.sampler.draw_seeds(len(drawn))
+            yield from self._own([(seed, self.units.records(units, seed)) for seed, units in zip(seeds, drawn)])
 
-    def _own(self, drawn: list[tuple[int, np.ndarray]]) -> ForwardBatch:
-        """This process's share of a step."""
-        every = slice(self.process, None, self.num_processes)
+    def _own(self, microbatches: ForwardBatch) -> Iterator[ForwardBatch]:
+        """This process's share of a step, one forward batch after another."""
         if self.spanning:
-            return [(seed, self.units.records(units, seed)[every]) for seed, units in drawn]
-        return [(seed, self.units.records(units, seed)) for seed, units in drawn[every]]
+            every = slice(self.process, None, self.num_processes)
+            for forward_batch in dealt_out(microbatches, self.forward_passes):
+                yield [(seed, records[every]) for seed, records in forward_batch]
+            return
+        own = dealt_out(microbatches, self.num_processes)[self.process]
+        for forward_batch in dealt_out(own, self.forward_passes):
+            yield [(seed, records) for seed, records in forward_batch if len(records)]
+
+
+def dealt_out(microbatches: ForwardBatch, num_shares: int) -> list[ForwardBatch]:
+    """Equally many microbatches in each share, but for a remainder, and nearly equally many records: no two shares are
+    further apart than the largest microbatch and an empty one."""
+    if num_shares == 1:
+        return [microbatches]
+    shares: list[ForwardBatch] = [[] for _ in range(num_shares)]
+    num_records = [0] * num_shares
+    largest_first = sorted(microbatches, key=_size, reverse=True)
+    for first in range(0, len(largest_first), num_shares):
+        # One more for each share, the largest where there is least so far.
+        least_first = sorted(range(num_shares), key=num_records.__getitem__)
+        for share, microbatch in zip(least_first, largest_first[first : first + num_shares]):
+            shares[share].append(microbatch)
+            num_records[share] += _size(microbatch)
+    return shares
+
+
+def _subset(records: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
+    """All of them if they are few enough."""
+    return records if len(records) <= size else generator.choice(records, size=size, replace=False, shuffle=False)
+
+
+def _size(microbatch: tuple[int, np.ndarray]) -> int:
+    """Its records."""
+    return len(microbatch[1])
 
 
 class MicrobatchDataset(Dataset):

@@ -119,6 +119,44 @@ def test_equally_many_microbatches_reach_every_forward_pass():
     assert [[len(batch) for batch in process] for process in dealt] == [[2, 2, 2], [2, 2, 2]]
 
 
+def records_in(forward_batches) -> int:
+    return sum(len(microbatch) for forward_batch in forward_batches for microbatch in forward_batch)
+
+
+@pytest.mark.parametrize(("num_processes", "forward_passes"), SETTINGS)
+def test_records_are_shared_out_evenly(num_processes, forward_passes):
+    sizes = np.random.default_rng(num_processes).poisson(4, size=24)
+    microbatches = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+    dealt = deal([microbatches], PrivacyUnits(pairs(sum(sizes))), num_processes, forward_passes)
+    of_process = [records_in(forward_batches) for forward_batches in dealt]
+    assert max(of_process) - min(of_process) <= max(sizes)
+    for forward_batches in dealt:
+        of_forward_pass = [records_in([forward_batch]) for forward_batch in forward_batches]
+        assert max(of_forward_pass) - min(of_forward_pass) <= max(sizes)
+
+
+def test_processes_run_parts_of_the_same_microbatches_in_each_forward_pass():
+    microbatches = [list(range(10 * j, 10 * j + 2 + j % 3)) for j in range(6)]
+
+    def seeds_and_parts(process: int) -> list[list[tuple[int, list[int]]]]:
+        sampler = ForwardBatchSampler(
+            Scripted([microbatches]), PrivacyUnits(pairs(60)), 1, 2, process, num_processes=2, spanning=True
+        )
+        return [[(seed, part.tolist()) for seed, part in forward_batch] for forward_batch in sampler]
+
+    for first, second in zip(seeds_and_parts(0), seeds_and_parts(1), strict=True):
+        assert [seed for seed, _ in first] == [seed for seed, _ in second]
+        for (seed, one), (_, other) in zip(first, second):
+            assert sorted(one + other) == microbatches[seed]
+
+
+def test_a_microbatch_keeps_its_seed_wherever_it_is_computed():
+    microbatches = [list(range(10 * j, 10 * j + 1 + j % 4)) for j in range(12)]
+    for process in range(3):
+        sampler = ForwardBatchSampler(Scripted([microbatches]), PrivacyUnits(pairs(120)), 1, 2, process, 3)
+        assert all(records.tolist() == microbatches[seed] for batch in sampler for seed, records in batch)
+
+
 def test_empty_microbatches_are_left_out():
     assert deal([[[], [3], []]], PrivacyUnits(pairs(4)), num_processes=1, forward_passes=1) == [[[[3]]]]
 
