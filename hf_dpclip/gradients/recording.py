@@ -20,6 +20,10 @@ from .inputs import NotVectorizable
 from .layout import Layout
 
 
+# Elements of a tensor that stay in a CPU's cache beside a few others: 1 MiB.
+CACHED_ELEMENTS = 2**18
+
+
 class Recording:
     """Context in which the forward pass runs.
 
@@ -67,7 +71,12 @@ class Recording:
     def record_rows(self, parameter: Tensor | None, rows: Tensor) -> None:
         """`rows` is `[N, T, *parameter]`: one gradient for each place where the parameter was added or multiplied."""
         if _trainable(parameter):
-            self.record(parameter, Dense(self.layout.sum_rows(rows.sum(dim=1))))
+            self.record_sums(parameter, rows.sum(dim=1))
+
+    def record_sums(self, parameter: Tensor | None, rows: Tensor) -> None:
+        """`rows` is `[N, *parameter]`: one gradient for each row of the batch."""
+        if _trainable(parameter):
+            self.record(parameter, Dense(self.layout.sum_rows(rows)))
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether dimension 0 of a tensor is the batch's."""
@@ -150,8 +159,13 @@ class _LayerNorm(Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple:
         (x, mean, inverse_deviation), recording, weight = ctx.saved_tensors, ctx.recording, ctx.weight
-        recording.record_rows(weight, _rows((x - mean).mul_(inverse_deviation).mul_(gradient)))
-        recording.record_rows(ctx.bias, _rows(gradient))
+        sums = [
+            (_rows((x - mean).mul_(inverse_deviation).mul_(gradient)).sum(dim=1), _rows(gradient).sum(dim=1))
+            for x, mean, inverse_deviation, gradient in _parts(x, mean, inverse_deviation, gradient)
+        ]
+        of_weight, of_bias = map(torch.cat, zip(*sums))
+        recording.record_sums(weight, of_weight)
+        recording.record_sums(ctx.bias, of_bias)
         of_input = torch.ops.aten.native_layer_norm_backward(
             gradient, x, weight.shape, mean, inverse_deviation, weight, ctx.bias, [True, False, False]
         )
@@ -294,6 +308,13 @@ def _trainable(tensor: Tensor | None) -> bool:
 def _rows(tensor: Tensor) -> Tensor:
     """`[N, ..., d]` to `[N, T, d]`."""
     return tensor if tensor.dim() == 3 else tensor.reshape(len(tensor), -1, tensor.shape[-1])
+
+
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of the batch, as many at a time as a CPU's cache holds, so that what is made of them stays there."""
+    first = tensors[0]
+    size = max(1, CACHED_ELEMENTS // first[0].numel()) if first.device.type == "cpu" else len(first)
+    return zip(*(tensor.split(size) for tensor in tensors))
 
 
 def _autocast(tensor: Tensor) -> Tensor:
