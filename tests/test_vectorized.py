@@ -137,8 +137,9 @@ def test_every_form_of_a_weights_gradient(form, joined, monkeypatch):
 
 @pytest.fixture
 def as_on_an_accelerator(monkeypatch):
-    """Microbatches filled up with zeros, several products at a time, weighted sums from narrow parts."""
-    monkeypatch.setattr(Layout, "fills_up", True)
+    """Microbatches filled up with zeros, several products at a time, also of layers of one shape, weighted sums from
+    narrow parts."""
+    monkeypatch.setattr(Layout, "few_products", True)
     monkeypatch.setattr(factored, "_at_once", lambda a, b: 2)
     monkeypatch.setattr(factored, "_in_tensor_cores", lambda x, y: True)
     monkeypatch.setattr(factored, "_matmul", lambda x, y: torch.bmm(x.float(), y.float()))
@@ -176,7 +177,7 @@ def test_narrow_parts_lose_nothing():
 
 
 def test_microbatches_are_filled_up_to_less_than_twice_their_size(monkeypatch):
-    monkeypatch.setattr(Layout, "fills_up", True)
+    monkeypatch.setattr(Layout, "few_products", True)
     groups = Layout([1, 2, 3, 4, 4, 5, 7, 8, 9], 43, torch.device("cpu")).groups
     assert [group.sizes for group in groups] == [[1], [2], [3, 4, 4], [5, 7, 8], [9]]
     filled = groups[2].matrices(torch.arange(43.0)[:, None, None])
@@ -189,6 +190,28 @@ def test_gradients_are_multiplied_out_while_there_is_memory_for_it():
     spare = SpareMemory(40)
     assert [type(spare.cheaper(products)) for _ in range(3)] == [Dense, Dense, Outer]
     assert spare.num_elements == 8
+
+
+def test_products_of_one_shape_are_multiplied_together(monkeypatch):
+    monkeypatch.setattr(Layout, "few_products", True)
+    layout = Layout([1, 2, 4], 8, torch.device("cpu"))
+    products = {
+        number: Outer(torch.randn(8, 9, width), torch.randn(8, 9, 4), layout)
+        for number, width in enumerate([6, 5, 6, 6])
+    }
+    # They wait, as long as copying the factors takes less time than starting on a product.
+    assert all(SpareMemory(1000).cheaper(each) is each for each in products.values())
+    # Two of width 6 at a time.
+    monkeypatch.setattr(factored, "SIDE_BY_SIDE", 2 * products[0].num_factors)
+    of_each = {number: each.dense() for number, each in products.items()}
+    multiplied = []
+    monkeypatch.setattr(factored, "_product", lambda a, b: multiplied.append(len(a)) or b.transpose(1, 2) @ a)
+    together = factored.multiplied_out(products)
+    assert sorted(multiplied) == [8, 8, 16]
+    assert together.keys() == of_each.keys()
+    assert all(torch.allclose(together[number].gradients, of_each[number], rtol=1e-5, atol=1e-5) for number in of_each)
+    monkeypatch.setattr(factored, "WAITING", products[1].num_factors)
+    assert [each.can_wait for each in products.values()] == [False, True, False, False]
 
 
 @pytest.mark.parametrize("rows, width", [(2, 8), (50, 8), (300, 1024)])

@@ -4,6 +4,7 @@
 its gradient is not finite. Whether there is one is asked once for all parameters: the answer comes from the device.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
@@ -26,6 +27,10 @@ NARROW_TO_FLOAT32 = torch.version.hip is None and "dtype" in torch.ops.aten.bmm.
 # starting on them, which takes longer on an accelerator.
 SMALL = 2**16
 ACCELERATOR_SMALL = 2**22
+# Elements of the factors of one product up to which an accelerator takes longer to start on it than to copy them next
+# to others, and of all that are copied at a time: half a GiB in bfloat16.
+WAITING = 2**25
+SIDE_BY_SIDE = 2**28
 # Elements whose squares are added up in float32.
 NORM_ROW = 2**12
 
@@ -118,17 +123,58 @@ class Outer:
             a, b, of_row = a[of_row != 0], b[of_row != 0], of_row[of_row != 0]
         return _weighted_product(a.flatten(0, 1), b.flatten(0, 1), of_row.repeat_interleave(a.shape[1]))
 
+    @property
+    def num_factors(self) -> int:
+        """Elements of what they are products of."""
+        return self.activations.numel() + self.output_gradients.numel()
+
+    @property
+    def small_by_row(self) -> bool:
+        """Whether a product for each row of the batch is no larger than what it is made of: one multiplication for
+        all, and a sum."""
+        num_rows, _, d = self.activations.shape
+        return num_rows * d * self.output_gradients.shape[2] <= self.num_factors
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether they are better multiplied out when there are others of their shape: [`multiplied_out`]."""
+        return self.layout.few_products and self.small_by_row and self.num_factors <= WAITING
+
     def dense(self) -> Tensor:
         """`[K, p, d]`."""
         a, b = self.activations, self.output_gradients
-        if a.shape[0] * a.shape[2] * b.shape[2] <= a.numel() + b.numel():
-            # A product for each row of the batch is no larger than what it is made of: one multiplication for all.
+        if self.small_by_row:
             return self.layout.sum_rows(_product(a, b))
         gradients = a.new_empty(self.layout.num_microbatches, b.shape[-1], a.shape[-1], dtype=torch.float32)
         pairs = zip(self.layout.groups, self.layout.matrices(a), self.layout.matrices(b))
         for group, group_a, group_b in pairs:
             _multiply_into(gradients[group.microbatches], group_a, group_b)
         return gradients
+
+
+def multiplied_out(products: dict[int, Outer]) -> dict[int, Dense]:
+    """The same gradients, those of one shape by one multiplication.
+
+    Args:
+        products (`dict[int, Outer]`): `small_by_row` and of one batch, by whatever names them.
+    """
+    by_shape: dict[tuple[torch.Size, torch.Size], list[int]] = defaultdict(list)
+    for number, each in products.items():
+        by_shape[each.activations.shape, each.output_gradients.shape].append(number)
+    dense: dict[int, Dense] = {}
+    for numbers in by_shape.values():
+        at_once = max(1, SIDE_BY_SIDE // products[numbers[0]].num_factors)
+        for start in range(0, len(numbers), at_once):
+            some = numbers[start : start + at_once]
+            dense.update(zip(some, _side_by_side([products[number] for number in some])))
+    return dense
+
+
+def _side_by_side(products: list[Outer]) -> Iterator[Dense]:
+    a = torch.stack([each.activations for each in products], dim=1)
+    b = torch.stack([each.output_gradients for each in products], dim=1)
+    of_rows = _product(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+    return map(Dense, products[0].layout.sum_rows(of_rows).unbind(dim=1))
 
 
 class SpareMemory:
@@ -144,8 +190,9 @@ class SpareMemory:
 
     def cheaper(self, products: Outer) -> Dense | Outer:
         """The same gradients in the form that takes less time. Writing more than twice the factors would take more."""
-        a, b = products.activations, products.output_gradients
-        factors = a.numel() + b.numel()
+        if products.can_wait:
+            return products
+        a, b, factors = products.activations, products.output_gradients, products.num_factors
         excess = max(0, products.layout.num_microbatches * a.shape[-1] * b.shape[-1] - factors)
         if excess > min(factors, self.num_elements):
             return products

@@ -28,9 +28,9 @@ class Layout:
         self.device = device
 
     @property
-    def fills_up(self) -> bool:
-        """Whether microbatches of similar sizes are filled up with zeros to be multiplied together: on an accelerator
-        many small products would take longer than a few large ones."""
+    def few_products(self) -> bool:
+        """Whether what could be multiplied by itself is put together: microbatches of similar sizes, filled up with
+        zeros, and layers of one shape. On an accelerator many small products take longer than a few large ones."""
         return self.device.type != "cpu"
 
     @cached_property
@@ -45,7 +45,7 @@ class Layout:
         """Runs of microbatches that are multiplied as one batch of matrices."""
         by_class: dict[int, list[int]] = {}
         for size in self.sizes:
-            by_class.setdefault(_size_class(size) if self.fills_up else size, []).append(size)
+            by_class.setdefault(_size_class(size) if self.few_products else size, []).append(size)
         groups, first, first_row = [], 0, 0
         for sizes in by_class.values():
             groups.append(Group(sizes, first, first_row, self.device))

@@ -9,7 +9,7 @@ from torch.nn.modules import activation
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..seeding import seeded
-from .factored import Dense, Joined, Outer, Sparse
+from .factored import Dense, Joined, Outer, Sparse, multiplied_out
 from .inputs import NotVectorizable, concatenated, num_rows, pairs_only, text_length
 from .layout import Layout
 from .recording import Recording
@@ -54,6 +54,8 @@ class MicrobatchGradients:
         self.parameters = parameters
         # By `id` of the parameter, as in the recording.
         gradients = {number: _merged(uses) for number, uses in recording.gradients.items()}
+        waiting = {number: each for number, each in gradients.items() if isinstance(each, Outer) and each.can_wait}
+        gradients.update(multiplied_out(waiting))
         small = {number: each for number, each in gradients.items() if isinstance(each, Dense) and each.is_small}
         self._gradients = {number: each for number, each in gradients.items() if number not in small}
         # None or one.
