@@ -202,7 +202,8 @@ class RecordNumbers(Dataset):
 
 
 class Chunks:
-    """The collated chunks of one microbatch, each with a seed of its own, read anew whenever they are gone through.
+    """The collated chunks of one microbatch, each with a seed of its own. Whenever they are gone through they are read
+    anew, unless an accelerator leaves the host's memory to them.
 
     Args:
         dataset ([`MicrobatchDataset`]): where the records are.
@@ -215,7 +216,7 @@ class Chunks:
         size = args.per_device_train_batch_size
         pieces = [records[first : first + size] for first in range(0, len(records), size)]
         seeds = np.random.SeedSequence([seed, args.process_index]).generate_state(max(len(pieces), 1)).tolist()
-        self.loader = make_dataloader(dataset, [[chunk] for chunk in zip(seeds, pieces)], args)
+        self.loader = make_dataloader(dataset, [[chunk] for chunk in zip(seeds, pieces)], args, keeps=True)
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         for forward_batch in self.loader:
@@ -223,31 +224,54 @@ class Chunks:
 
 
 class _DeviceLoader(DataLoader[ForwardBatch]):
-    """Moves what it loads to the device at once, as Accelerate's loaders do."""
+    """Moves what it loads to the device at once, as Accelerate's loaders do.
 
-    def __init__(self, device: torch.device, *args, **kwargs):
+    Args:
+        device (`torch.device`): where to.
+        keeps (`bool`): whether all of it stays on the host too, and is loaded only once.
+    """
+
+    def __init__(self, device: torch.device, keeps: bool, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.device = device
+        self.keeps = keeps
+        self._kept: list[ForwardBatch] = []
 
     def __iter__(self) -> Iterator[ForwardBatch]:
         # Other accelerators may still be reading memory that is given back.
         non_blocking = self.device.type == "cuda"
-        for forward_batch in super().__iter__():
+        for forward_batch in self._kept or self._loaded():
             yield send_to_device(forward_batch, self.device, non_blocking=non_blocking)
+
+    def _loaded(self) -> Iterator[ForwardBatch]:
+        loaded = []
+        for forward_batch in super().__iter__():
+            if self.keeps:
+                loaded.append(forward_batch)
+            yield forward_batch
+        self._kept = loaded
 
 
 def make_dataloader(
-    dataset: MicrobatchDataset | RecordNumbers, sampler: Iterable[ForwardBatch], args: DPTrainingArguments
+    dataset: MicrobatchDataset | RecordNumbers,
+    sampler: Iterable[ForwardBatch],
+    args: DPTrainingArguments,
+    keeps: bool = False,
 ) -> DataLoader[ForwardBatch]:
-    """A loader with the workers and the pinning that `args` ask for. One item is one forward batch, on the device."""
+    """A loader with the workers and the pinning that `args` ask for. One item is one forward batch, on the device.
+
+    With `keeps`, what is pinned stays in the host's memory, and is there when the loader is gone through again.
+    """
+    pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
     return _DeviceLoader(
         args.device,
+        keeps and pin_memory,
         dataset,
         sampler=sampler,
         batch_size=None,
         collate_fn=_identity,
         num_workers=args.dataloader_num_workers,
-        pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+        pin_memory=pin_memory,
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
     )

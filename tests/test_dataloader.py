@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from hf_dpclip import DPTrainingArguments, PrivacyPlan
 from hf_dpclip.dataloader import (
+    Chunks,
     ForwardBatchSampler,
     MicrobatchDataset,
     PrivacyUnits,
@@ -243,6 +244,23 @@ def test_what_is_loaded_is_on_the_device(tmp_path, monkeypatch):
     assert seed == 7 and {value.device.type for value in inputs.values()} == {"meta"}
     ((seed, records),) = next(iter(make_dataloader(RecordNumbers(4), [[(7, np.arange(2))]], args)))
     assert seed == 7 and records.tolist() == [0, 1]
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+@pytest.mark.parametrize("device, times_read", [("cpu", 2), ("meta", 1)])
+def test_an_accelerator_leaves_chunks_in_the_hosts_memory(device, times_read, tmp_path, monkeypatch):
+    """Decoding images a second time would take longer than computing with them."""
+    args = arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=3, microbatch_size=12)
+    args.dataloader_pin_memory = True
+    monkeypatch.setattr(DPTrainingArguments, "device", torch.device(device))
+    monkeypatch.setattr("hf_dpclip.dataloader.send_to_device", lambda forward_batch, *_, **__: forward_batch)
+    read = []
+    collated = MicrobatchDataset(range(100), lambda records: read.extend(records) or {"records": list(records)})
+    chunks = Chunks(collated, 7, np.arange(20, 30), args)
+    first, second = list(chunks), list(chunks)
+    assert first == second
+    assert [inputs["records"] for _, inputs in first] == [[20, 21, 22, 23], [24, 25, 26, 27], [28, 29]]
+    assert read == times_read * list(range(20, 30))
 
 
 # ---- In the trainer ----
