@@ -241,6 +241,11 @@ def private_and_held_out(splits: DatasetDict, arguments: ExampleArguments) -> li
     """The two datasets, cut down to the sizes asked for."""
     if arguments.train_split not in splits:
         raise ValueError(f"--train_split {arguments.train_split} is not a split of the dataset ({', '.join(splits)}).")
+    if arguments.train_split == arguments.eval_split:
+        raise ValueError(
+            f"--eval_split {arguments.eval_split} is the split of the private records: name another one, or leave the "
+            "option out, and 10 % of the records are held out."
+        )
     pair = [splits[arguments.train_split], splits.get(arguments.eval_split)]
     if pair[1] is None:
         pair = list(pair[0].train_test_split(test_size=0.1, seed=0).values())

@@ -1,6 +1,7 @@
 """What must not change between the beginning of training and a release."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class StepGuard:
@@ -15,11 +16,16 @@ class StepGuard:
         self.model = model
         self.forward_passes = forward_passes
         self._seen = 0
-        self._trainable, self._buffers = _fingerprint(model)
+        self._trainable, buffers = _fingerprint(model)
+        self._buffers = [(buffer, buffer.clone()) for buffer in buffers]
+        self._parameters = list(model.parameters())
+        self._values: list[tuple[int, int]] = []
 
     def count_forward_pass(self) -> int:
-        """To be called once in every forward pass. Returns how many there have been in this step."""
+        """To be called once in every forward pass, before it. Returns how many there have been in this step."""
         self._seen += 1
+        if self._seen == 1:
+            self._values = self._versions()
         return self._seen
 
     def check(self) -> None:
@@ -32,16 +38,27 @@ class StepGuard:
                 f"a step had {self._seen} forward passes instead of {self.forward_passes}: "
                 "gradient_accumulation_steps is part of the privacy plan and must not change during training."
             )
-        if self._buffers != buffers:
+        if self._values != self._versions():
+            raise RuntimeError(
+                "a parameter of the model was written to in the forward or backward pass, so it carries private data "
+                "past the mechanism: use a model without max_norm, and no optimizer that steps in the backward pass."
+            )
+        if len(buffers) != len(self._buffers) or not all(
+            _unchanged(buffer, *then) for buffer, then in zip(buffers, self._buffers)
+        ):
             raise RuntimeError(
                 "a buffer of the model changed in the forward pass, so it keeps statistics of the private data "
                 "outside the mechanism: use a model without running statistics, queues or codebooks."
             )
         self._seen = 0
 
+    def _versions(self) -> list[tuple[int, int]]:
+        """What changes when a parameter, trained or not, is replaced in memory or written to."""
+        return [(parameter.data_ptr(), parameter._version) for parameter in self._parameters]
 
-def _fingerprint(model: nn.Module) -> tuple[list[int], list[tuple[int, int]]]:
-    """Which parameters are trained, and what changes when a buffer is replaced or written to.
+
+def _fingerprint(model: nn.Module) -> tuple[list[int], list[Tensor]]:
+    """Which parameters are trained, and the buffers.
 
     In one walk through the modules, which takes a good part of the time that a step of a small model has.
     """
@@ -49,4 +66,9 @@ def _fingerprint(model: nn.Module) -> tuple[list[int], list[tuple[int, int]]]:
     parameters = (parameter for module in modules for parameter in module._parameters.values())
     buffers = (buffer for module in modules for buffer in module._buffers.values())
     trainable = [id(parameter) for parameter in parameters if parameter is not None and parameter.requires_grad]
-    return trainable, [(id(buffer), buffer._version) for buffer in buffers if buffer is not None]
+    return trainable, [buffer for buffer in buffers if buffer is not None]
+
+
+def _unchanged(buffer: Tensor, before: Tensor, values: Tensor) -> bool:
+    """By its values: those written through `.data` leave no other trace."""
+    return buffer is before and torch.equal(buffer, values)

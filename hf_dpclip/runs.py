@@ -54,6 +54,12 @@ class RunningTrainer(PublishingTrainer):
 
     def _begin_run(self, plan: PrivacyPlan) -> None:
         statement = self.privacy_statement()
+        if statement.steps and plan.privacy_unit != self.plan.privacy_unit:
+            raise ValueError(
+                f"privacy_unit_column makes the privacy unit {plan.privacy_unit!r}, and steps were taken with "
+                f"{self.plan.privacy_unit!r}: there is no ε for both together. Set it as it was, or begin with the "
+                "model as it was before, in a new trainer."
+            )
         if statement.steps:
             self._earlier_runs = statement.runs
         self._not_private_because = statement.not_private_because

@@ -63,6 +63,13 @@ def check_model(model: nn.Module) -> None:
             "mechanism: freeze those it came with by hf_dpclip.freeze_batch_norm(model), or replace BatchNorm by "
             "GroupNorm or LayerNorm."
         )
+    renormalised = [name for name, module in model.named_modules() if vars(module).get("max_norm") is not None]
+    if renormalised:
+        module = model.get_submodule(renormalised[0])
+        raise ValueError(
+            f"{renormalised[0]} has max_norm={module.max_norm}, with which it rewrites the rows that it looks up, "
+            "past the mechanism: set max_norm to None."
+        )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError(

@@ -7,9 +7,10 @@ from pathlib import Path
 import dp_accounting
 import pytest
 from dp_accounting import pld
+from scipy.special import log_ndtr
 
 from hf_dpclip.privacy import PrivacyPlan
-from hf_dpclip.privacy.accounting import ADJACENCY, calibrate_noise_multiplier, epsilon
+from hf_dpclip.privacy.accounting import ADJACENCY, calibrate_noise_multiplier, composed_epsilon, epsilon
 
 
 CASES = json.loads(Path(__file__).with_name("accounting.json").read_text())["cases"]
@@ -97,3 +98,23 @@ def test_noise_below_the_sensitivity_is_worth_what_the_spec_says():
     )
     actual = epsilon(claimed.sampling_probability, claimed.noise_multiplier / 2, 2340, 1e-5)
     assert actual > 5
+
+
+@pytest.mark.parametrize("delta", [1e-6, 1e-9, 1e-11, 1e-13])
+def test_totals_are_not_below_the_exact_epsilon_however_small_delta(delta):
+    """Without sampling, T steps are one Gaussian with μ = √T / σ, whose δ is known exactly. A distribution of privacy
+    losses alone would promise 25.0 at δ = 1e-13, where 26.0 is true."""
+    steps, noise_multiplier = 100_000, 105.0
+    total, mu = composed_epsilon({(1.0, noise_multiplier): steps}, delta), math.sqrt(steps) / noise_multiplier
+    exact = math.exp(log_ndtr(mu / 2 - total / mu)) - math.exp(total + log_ndtr(-mu / 2 - total / mu))
+    assert exact <= delta
+
+
+def test_a_plan_for_so_small_a_delta_needs_rdp():
+    fields = {"num_examples": 100, "expected_batch_size": 10, "num_microbatches": 1, "num_steps": 5}
+    fields |= {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "target_delta": 1e-10}
+    with pytest.raises(
+        ValueError, match=r"accountant='pld' is not possible: expected rdp for a target_delta below 1e-09"
+    ):
+        PrivacyPlan(**fields)
+    assert PrivacyPlan(**fields, accountant="rdp").epsilon() > 0

@@ -262,7 +262,7 @@ CHECKPOINTS = {
     "no folder": (
         lambda f: resume(f, "nowhere/checkpoint-1"),
         "nowhere/checkpoint-1/privacy.json does not exist",
-        "Choose a checkpoint that DPCLIPTrainer saved",
+        "Choose a folder checkpoint-... that DPCLIPTrainer saved",
     ),
     "a number": (lambda f: resume(f, 3), "resume_from_checkpoint=3 is no folder", "pass True for the last"),
     "a saved model": (
@@ -273,7 +273,7 @@ CHECKPOINTS = {
     "weights without a statement": (
         lambda f: PrivacyStatement.load(tiny_clip().save_pretrained(f) or f),
         "privacy.json does not exist, so what the weights beside it cost is not known",
-        "Choose a checkpoint that DPCLIPTrainer saved",
+        "Choose a folder checkpoint-... that DPCLIPTrainer saved",
     ),
 }
 
@@ -324,7 +324,7 @@ TRAINING = [
     ("--max_train_samples 0", "--max_train_samples 0 is not possible", "give 1 or more"),
     ("--max_eval_samples -5", "--max_eval_samples -5 is not possible", "give 1 or more"),
     ("--epsilon 3", "--epsilon 3: no such option", "--help lists all of them"),
-    ("--resume_from_checkpoint nowhere", "nowhere/privacy.json does not exist", "Choose a checkpoint"),
+    ("--resume_from_checkpoint nowhere", "nowhere/privacy.json does not exist", "Choose a folder checkpoint-"),
     ("--num_train_epochs 0", "num_train_epochs=0.0", "a positive, finite number"),
     ("--noise_multiplier 1e-6", "noise_multiplier=1e-06 is not possible", "expected more"),
     ("--noise_seed -3", "noise_seed=-3 is not possible", "at least 0"),

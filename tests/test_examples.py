@@ -116,6 +116,7 @@ def test_labelled_images_on_disk_in_full_fine_tuning(tmp_path, monkeypatch, caps
         ("--dataset_name cifar10", "check the spelling. Known by name are mnist-5k, fashion-mnist, ylecun/mnist"),
         ("--dataset_name uoft-cs/cifar10", "uoft-cs/cifar10 is neither a file or folder here nor a dataset"),
         ("--model_name_or_path no/such-model", "no/such-model is neither a folder here nor on the Hub"),
+        ("--eval_split train", "--eval_split train is the split of the private records: name another one"),
         ("--train_split training", "--train_split training is not a split of the dataset (train, test)"),
         ("--prompt_template photo", "has no {} for the class name"),
         ("--target_epsilon 0", "target_epsilon=0.0 is not possible"),

@@ -189,12 +189,69 @@ class Queue(Given):
         return super().forward(vector)
 
 
-def test_buffers_that_remember_the_data_are_refused(tmp_path):
-    model = Queue()
+class HiddenQueue(Queue):
+    """The same past the count of changes that torch keeps."""
+
+    def forward(self, vector, labels=None):
+        self.queue.data.copy_(vector.mean(0))
+        return Given.forward(self, vector)
+
+
+class FrozenQueue(Given):
+    """The same in a parameter that is not trained, and saved with the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.queue = nn.Parameter(torch.zeros(4), requires_grad=False)
+
+    def forward(self, vector, labels=None):
+        self.queue.copy_(vector.mean(0))
+        return super().forward(vector)
+
+
+class Renormalised(Given):
+    """Writes to a trained parameter, as an embedding with `max_norm` does to the rows that it looks up."""
+
+    def forward(self, vector, labels=None):
+        with torch.no_grad():
+            self.weight.add_(vector.mean(0))
+        return super().forward(vector)
+
+
+@pytest.mark.parametrize(
+    "kind, refusal",
+    [
+        (Queue, "keeps statistics of the private data"),
+        (HiddenQueue, "keeps statistics of the private data"),
+        (FrozenQueue, "carries private data past the mechanism"),
+        (Renormalised, "carries private data past the mechanism"),
+    ],
+)
+def test_models_that_remember_the_data_are_refused(kind, refusal, tmp_path):
+    model = kind()
     run = DPCLIPTrainer(model, arguments(tmp_path, max_steps=5), train_dataset=vectors(*[[1.0] * 4] * 8))
-    with pytest.raises(RuntimeError, match="keeps statistics of the private data"):
+    with pytest.raises(RuntimeError, match=refusal):
         run.train()
-    assert model.weight.abs().max() == 0
+    assert run.state.global_step == 0
+
+
+def test_embeddings_that_are_renormalised_are_refused(tmp_path):
+    run = trainer(tmp_path)
+    run.model.text_model.embeddings.token_embedding.max_norm = 1.0
+    with pytest.raises(ValueError, match=r"token_embedding has max_norm=1.0"):
+        run.train()
+
+
+def test_another_privacy_unit_midway_is_refused(tmp_path):
+    dataset = pairs(64).add_column("patient", [index % 32 for index in range(64)])
+    run = DPCLIPTrainer(tiny_clip(), arguments(tmp_path, max_steps=1), train_dataset=dataset)
+    run.args.privacy_unit_column = "patient"
+    run.begin_run()
+    run.train()
+    run.args.privacy_unit_column = None
+    with pytest.raises(ValueError, match="makes the privacy unit 'record', and steps were taken with 'patient'"):
+        run.begin_run()
+    assert run.plan.privacy_unit == "patient" and run.privacy_statement().steps == 1
 
 
 def test_printing_activations_is_refused(tmp_path):

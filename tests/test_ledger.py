@@ -145,6 +145,11 @@ def test_a_plan_without_what_its_epsilon_follows_from_is_damage(ledger):
 def test_what_is_no_ledger_is_refused(ledger):
     with pytest.raises(FileNotFoundError, match=r"ledger.jsonl does not exist: name a ledger, or the output folder"):
         ledger.runs()
+    nearby = ledger.path.parent / "adapter" / ledger.path.name
+    nearby.parent.mkdir()
+    nearby.touch()
+    with pytest.raises(FileNotFoundError, match=r"of a run \(there is one in .*adapter\)\."):
+        ledger.runs()
 
 
 # ---- A full disk ----

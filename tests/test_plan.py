@@ -7,6 +7,7 @@ import math
 import pytest
 
 from hf_dpclip import PrivacyPlan
+from hf_dpclip.privacy import composed
 
 
 FIELDS = {
@@ -101,3 +102,9 @@ def test_incomplete_dictionary_is_refused():
     del values["num_steps"]
     with pytest.raises(ValueError, match=r"missing.*num_steps"):
         PrivacyPlan.from_dict(values)
+
+
+def test_runs_that_protect_different_units_are_not_added_up():
+    with pytest.raises(ValueError, match="different privacy units, patient and record, have no common"):
+        composed([(plan(), 3), (plan(privacy_unit="patient"), 3)])
+    assert composed([(plan(), 0), (plan(privacy_unit="patient"), 3)]).steps == 3

@@ -84,6 +84,10 @@ class ContrastiveModel(VectorizableModel):
     def pad_token_id(self) -> int:
         return self.base.config.text_config.pad_token_id
 
+    @property
+    def end_token_id(self) -> int | None:
+        return self.base.config.text_config.eos_token_id if isinstance(self.base, WITH_CAUSAL_TEXTS) else None
+
     def may_fill_texts(self, inputs: dict[str, Any]) -> bool:
         # SigLIP's embedding of a text is that of its last position; towers that look ahead need a mask.
         has_mask = isinstance(self.base, WITH_CLIP_LOSS) and "attention_mask" in inputs

@@ -322,6 +322,8 @@ def _squared_norms_of_products(a: Tensor, b: Tensor) -> Tensor:
         pairs[:, :, :start] *= 2
         squares = squares + pairs.sum(dim=2).double().sum(dim=1)
         magnitudes = magnitudes + pairs.abs_().sum(dim=2).double().sum(dim=1)
-    # Where large terms cancel, what rounding may have taken away is added: a norm that is too small would leave a
-    # gradient longer than C.
-    return squares.clamp(min=0) + 2 * torch.finfo(torch.float32).eps * magnitudes
+    # Where large terms cancel, what rounding may have taken away is added, and what is too small for float32 where the
+    # factors are of very different sizes: a norm that is too small would leave a gradient longer than C.
+    float32 = torch.finfo(torch.float32)
+    vanished = sum(n * rows * torch.linalg.vector_norm(x, dim=(1, 2)).double().square() for n, x in ((p, a), (d, b)))
+    return squares.clamp(min=0) + 2 * float32.eps * magnitudes + float32.tiny * (vanished + rows**2)

@@ -18,8 +18,17 @@ def pairs_only(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def num_rows(inputs: dict[str, Any]) -> int:
-    """Pairs in a batch, the first dimension of its first tensor."""
-    return next(len(value) for value in inputs.values() if isinstance(value, Tensor))
+    """Pairs in a batch, the first dimension of its tensors.
+
+    Raises `ValueError` if they have several: whatever was cut or shifted would pair records of different microbatches.
+    """
+    rows = {name: len(value) for name, value in inputs.items() if isinstance(value, Tensor) and value.dim() > 0}
+    if len(set(rows.values())) > 1:
+        raise ValueError(
+            f"the data_collator returned tensors of different numbers of rows, {rows}: return as many images as "
+            "texts, in the same order."
+        )
+    return next(iter(rows.values()))
 
 
 def text_length(inputs: dict[str, Any]) -> int:
@@ -70,6 +79,21 @@ def filled_up(inputs: dict[str, Any], rows: int, length: int, pad_token_id: int)
     if missing == 0:
         return inputs
     return {name: torch.cat([value, value[:1].expand(missing, *value.shape[1:])]) for name, value in inputs.items()}
+
+
+def end_in_filler(input_ids: Tensor, lengths: Tensor, end_token_id: int) -> bool:
+    """Whether CLIP would read any of the texts beyond its own length, up to a token that fills it up.
+
+    It reads up to the first end token, or, where its configuration is an old one, to the largest token; a text without
+    its end token may have none of its own.
+
+    Args:
+        input_ids (`Tensor` of shape `[rows, tokens]`): filled up.
+        lengths (`Tensor` of shape `[rows]`): tokens of each text before that.
+        end_token_id (`int`): the model's.
+    """
+    candidates = (input_ids.int(), (input_ids == end_token_id).int())
+    return bool(torch.stack([each.argmax(dim=1) >= lengths for each in candidates]).any())
 
 
 def _lengthened(inputs: dict[str, Any], length: int, pad_token_id: int) -> dict[str, Any]:

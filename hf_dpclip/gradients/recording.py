@@ -228,14 +228,14 @@ class _Expand(Function):
 
 
 def _linear(recording: Recording, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if recording.holds(input) and (_trainable(weight) or _trainable(bias)):
+    if recording.holds(input) and _recordable(weight, bias):
         return _Linear.apply(recording, _autocast(input), weight, bias)
     return F.linear(input, weight, bias)
 
 
 def _layer_norm(recording, input, normalized_shape, weight=None, bias=None, eps=1e-5) -> Tensor:
     known = weight is not None and len(normalized_shape) == 1
-    if recording.holds(input) and known and (_trainable(weight) or _trainable(bias)):
+    if recording.holds(input) and known and _recordable(weight, bias):
         return _LayerNorm.apply(recording, input.to(weight.dtype), weight, bias, eps)
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
 
@@ -251,7 +251,7 @@ def _embedding(
 
 def _conv2d(recording, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
     simple = groups == 1 and not isinstance(padding, str) and not input.requires_grad
-    if recording.holds(input) and simple and (_trainable(weight) or _trainable(bias)):
+    if recording.holds(input) and simple and _recordable(weight, bias):
         settings = {"stride": stride, "padding": padding, "dilation": dilation}
         return _Patches.apply(recording, _autocast(input), weight, bias, settings)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
@@ -271,7 +271,7 @@ def _add(recording: Recording, input: Tensor, other: Tensor | float, *, alpha: f
 
 
 def _dropout(recording: Recording, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False):
-    if not training or p == 0 or not recording.holds(input):
+    if not training or p in (0, 1) or not recording.holds(input):
         return F.dropout(input, p, training, inplace)
     if not recording.own_shapes:
         # One microbatch's long text would change what is drawn for all others.
@@ -303,6 +303,12 @@ def _repeated(tensor: Tensor, batch: Tensor) -> bool:
 
 def _trainable(tensor: Tensor | None) -> bool:
     return isinstance(tensor, nn.Parameter) and tensor.requires_grad
+
+
+def _recordable(*parameters: Tensor | None) -> bool:
+    """Whether some are trainable, and none was computed from trainable ones, whose gradients would not be recorded."""
+    computed = any(each is not None and each.requires_grad and not _trainable(each) for each in parameters)
+    return not computed and any(_trainable(each) for each in parameters)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -56,8 +56,14 @@ class VectorizableModel:
         """What texts are filled up with."""
         raise NotImplementedError
 
+    @property
+    def end_token_id(self) -> int | None:
+        """The token up to which texts are read; `None` if all of a text is."""
+        raise NotImplementedError
+
     def may_fill_texts(self, inputs: dict[str, Any]) -> bool:
-        """Whether texts can be filled up on the right without changing what the model makes of them."""
+        """Whether texts that have their end token can be filled up on the right without changing what the model makes
+        of them."""
         raise NotImplementedError
 
     def prepared(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -87,8 +93,11 @@ class MeanLossModel(VectorizableModel):
     def pad_token_id(self) -> int:
         return self.base.config.clip_config.text_config.pad_token_id
 
+    @property
+    def end_token_id(self) -> int:
+        return self.base.config.clip_config.text_config.eos_token_id
+
     def may_fill_texts(self, inputs: dict[str, Any]) -> bool:
-        # CLIP reads a text up to its end token.
         return True
 
     def prepared(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """All microbatches of a forward batch in one forward and one backward pass."""
 
+import pickle
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import activation
@@ -10,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..seeding import seeded
 from .factored import Dense, Joined, Outer, Sparse, multiplied_out
-from .inputs import NotVectorizable, concatenated, num_rows, pairs_only, text_length
+from .inputs import NotVectorizable, concatenated, end_in_filler, num_rows, pairs_only, text_length
 from .layout import Layout
 from .recording import Recording
 from .vectorizable import VectorizableModel
@@ -126,6 +129,9 @@ def obstacle(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         if not _is_row_wise(module):
             return f"{name} is a {type(module).__name__}, which is not known to treat every row of a batch by itself"
+        # Accelerate replaces the outermost module's, for autocast.
+        if _has_hooks(module) or (name and "forward" in vars(module)):
+            return f"{name or 'the model'} has a hook, or a forward of its own, which may mix the rows of a batch"
     return None
 
 
@@ -133,14 +139,28 @@ def _is_row_wise(module: nn.Module) -> bool:
     kind = type(module)
     if kind is nn.MultiheadAttention:
         return module.batch_first
-    is_activation = kind.__module__ == activation.__name__
+    # Along the rows, or along all but known dimensions, a softmax would mix them.
+    is_activation = kind.__module__ == activation.__name__ and vars(module).get("dim", -1) in (-1, 1, 2)
     return kind in ROW_WISE or kind in CONTAINERS or is_activation or kind.__module__ in ROW_WISE_FILES
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def _put_together(model: VectorizableModel, batches: list[dict[str, Any]]) -> dict[str, Any]:
-    if "input_ids" in batches[0] and not _equally_long(batches) and not model.may_fill_texts(batches[0]):
+    inputs = concatenated(batches, model.pad_token_id)
+    if _equally_long(batches):
+        return inputs
+    if not model.may_fill_texts(inputs):
         raise NotVectorizable("texts of several lengths need an attention_mask, or padding='max_length'")
-    return concatenated(batches, model.pad_token_id)
+    if model.end_token_id is not None:
+        lengths = torch.cat([torch.full((num_rows(batch),), text_length(batch)) for batch in batches])
+        if end_in_filler(inputs["input_ids"], lengths.to(inputs["input_ids"].device), model.end_token_id):
+            raise NotVectorizable("a text without end token would be read up to what fills it up")
+    return inputs
 
 
 def _equally_long(batches: list[dict[str, Any]]) -> bool:
@@ -159,13 +179,15 @@ def _forward(model: nn.Module, inputs: dict[str, Any], recording: Recording) -> 
         before = _generator_states(device)
         with recording:
             outputs = model(**inputs)
-        if any(not torch.equal(a, b) for a, b in zip(before, _generator_states(device))):
+        if before != _generator_states(device):
             raise NotVectorizable("it draws random numbers outside of dropout layers (attention_dropout, noise)")
     return outputs
 
 
-def _generator_states(device: torch.device) -> list[Tensor]:
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+def _generator_states(device: torch.device) -> list[bytes]:
+    of_torch = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    others = [pickle.dumps(random.getstate()), pickle.dumps(np.random.get_state())]
+    return [*(state.numpy().tobytes() for state in of_torch), *others]
 
 
 def _check_no_gradient_arrived(model: nn.Module, parameters: list[nn.Parameter]) -> None:

@@ -26,6 +26,9 @@ INTERVALS_PER_DEVIATION = 40
 # a thousand or beyond it.
 LARGEST_LOSS = 500
 
+# δ below which what rounding adds to a distribution of privacy losses shows: its ε would be too small.
+SMALLEST_PLD_DELTA = 1e-9
+
 # Calibration accepts any σ whose ε lands in this share of the target, never above it.
 ACCEPTED_SHARE = (0.992, 1.0)
 AIMED_SHARE = 0.997
@@ -66,7 +69,7 @@ def epsilon(
         noise_multiplier (`float`): σ = noise standard deviation / sensitivity. 0 costs ε = ∞ from the first step on.
         steps (`int`): number of noisy releases; 0 costs nothing.
         delta (`float`): δ, in (0, 1).
-        accountant (`str`): `"pld"` (tight) or `"rdp"`.
+        accountant (`str`): `"pld"` (tight, for δ of at least 1e-9) or `"rdp"`.
         interval (`float`, *optional*): grid width of the privacy loss distribution; by default one whose cost in ε is
             below 0.1 %, where the narrowest allows that. `"rdp"` has none.
     """
@@ -75,11 +78,7 @@ def epsilon(
     if noise_multiplier == 0:
         return math.inf
     interval = interval or _grid_width(sampling_probability, noise_multiplier)
-    accounts = {
-        "pld": lambda: pld.PLDAccountant(ADJACENCY, value_discretization_interval=interval),
-        "rdp": lambda: rdp.RdpAccountant(neighboring_relation=ADJACENCY),
-    }
-    account = accounts[accountant]()
+    account = _account(accountant, interval)
     with _without_order_warnings():
         account.compose(dp_event(sampling_probability, noise_multiplier, steps))
         return float(account.get_epsilon(delta))
@@ -92,7 +91,8 @@ def composed_epsilon(steps: Mapping[tuple[float, float], int], delta: float) -> 
         steps (`Mapping`): from (q, σ) to the number of steps that were taken with them.
         delta (`float`): δ of all runs together, in (0, 1).
 
-    All steps are composed by privacy loss distributions, on the finest grid that any of them asks for.
+    All steps are composed by privacy loss distributions, on the finest grid that any of them asks for; for δ below
+    1e-9 by RDP.
     """
     steps = {mechanism: count for mechanism, count in steps.items() if count > 0}
     if not steps:
@@ -100,10 +100,11 @@ def composed_epsilon(steps: Mapping[tuple[float, float], int], delta: float) -> 
     if any(noise_multiplier == 0 for _, noise_multiplier in steps):
         return math.inf
     interval = min(_grid_width(*mechanism) for mechanism in steps)
-    account = pld.PLDAccountant(ADJACENCY, value_discretization_interval=interval)
-    for mechanism, count in steps.items():
-        account.compose(dp_event(*mechanism, count))
-    return float(account.get_epsilon(delta))
+    account = _account("pld" if delta >= SMALLEST_PLD_DELTA else "rdp", interval)
+    with _without_order_warnings():
+        for mechanism, count in steps.items():
+            account.compose(dp_event(*mechanism, count))
+        return float(account.get_epsilon(delta))
 
 
 def calibrate_noise_multiplier(
@@ -126,6 +127,12 @@ def calibrate_noise_multiplier(
         noise_multiplier, slope = solve("pld", WIDEST_INTERVAL, noise_multiplier, slope)
         noise_multiplier, _ = solve("pld", None, noise_multiplier, slope)
     return noise_multiplier
+
+
+def _account(accountant: str, interval: float) -> dp_accounting.PrivacyAccountant:
+    if accountant == "rdp":
+        return rdp.RdpAccountant(neighboring_relation=ADJACENCY)
+    return pld.PLDAccountant(ADJACENCY, value_discretization_interval=interval)
 
 
 def _grid_width(sampling_probability: float, noise_multiplier: float) -> float:

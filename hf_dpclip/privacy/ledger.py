@@ -48,7 +48,11 @@ class Ledger:
         been cut short: the step that it was to cover was not taken.
         """
         if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path} does not exist: name a ledger, or the output folder of a run.")
+            nearby = next(self.path.parent.glob(f"*/{self.path.name}"), None)
+            found = f" (there is one in {nearby.parent})" if nearby else ""
+            raise FileNotFoundError(
+                f"{self.path} does not exist: name a ledger, or the output folder of a run{found}."
+            )
         with open(self.path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH)
             return run_records(parse(self.path, file.read()))

@@ -195,6 +195,9 @@ class PrivacyPlan:
         target = self.target_epsilon is None or _positive(self.target_epsilon)
         yield "target_epsilon", target, "a positive, finite number, e.g. 3.0"
         yield "accountant", self.accountant in accounting.ACCOUNTANTS, " or ".join(accounting.ACCOUNTANTS)
+        tiny = self.accountant == "pld" and self.target_delta < accounting.SMALLEST_PLD_DELTA
+        expected = f"rdp for a target_delta below {accounting.SMALLEST_PLD_DELTA:g}, where rounding falsifies pld"
+        yield "accountant", not tiny, expected
         expected = "more, e.g. 1.0: so little noise protects no record (non_private=True trains without any)"
         yield "noise_multiplier", self._computable(), expected
         yield "clipping", self.clipping in CLIPPINGS, " or ".join(CLIPPINGS)
@@ -208,12 +211,16 @@ def composed(runs: Runs) -> PrivacySpent:
     """What several runs on the same records cost together.
 
     Runs of one mechanism compose as their steps do. Where σ, q or δ differ between runs, results of the earlier ones
-    may have decided on them; ε and δ are then added up, which holds for mechanisms chosen that way too.
+    may have decided on them; ε and δ are then added up, which holds for mechanisms chosen that way too. Raises
+    `ValueError` for different privacy units, for which there is no common ε.
 
     Reference: Rogers et al., Privacy Odometers and Filters: Pay-as-you-Go Composition (2016).
     """
     runs = [(plan, steps) for plan, steps in runs if steps] or runs[-1:]
     plans, total = [plan for plan, _ in runs], sum(steps for _, steps in runs)
+    units = {plan.privacy_unit for plan in plans}
+    if len(units) > 1:
+        raise ValueError(f"runs with different privacy units, {' and '.join(sorted(units))}, have no common ε.")
     mechanisms = {(p.sampling_probability, p.noise_multiplier, p.target_delta, p.accountant) for p in plans}
     if len(mechanisms) == 1:
         return PrivacySpent(plans[0].epsilon(total), plans[0].target_delta, total)

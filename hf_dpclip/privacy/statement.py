@@ -60,8 +60,8 @@ class PrivacyStatement:
         path = Path(folder, STATEMENT_NAME)
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} does not exist, so what the weights beside it cost is not known. Choose a checkpoint that "
-                "DPCLIPTrainer saved, or start a new run."
+                f"{path} does not exist, so what the weights beside it cost is not known. Choose a folder "
+                "checkpoint-... that DPCLIPTrainer saved, or start a new run."
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
