@@ -313,11 +313,13 @@ def _squared_norms_of_products(a: Tensor, b: Tensor) -> Tensor:
     if rows * (d + p) >= d * p:
         return torch.cat([_squared_norms(products) for products in _products(a, b)])
     # ‖bᵀa‖² = Σ over pairs of rows of (aaᵀ)(bbᵀ), symmetric: pairs with rows before a block's count twice.
-    squares = magnitudes = torch.zeros(len(a), dtype=torch.float64, device=a.device)
+    squares = magnitudes = vanished = torch.zeros(len(a), dtype=torch.float64, device=a.device)
     block = GRAM_BLOCK if a.device.type == "cpu" else ACCELERATOR_GRAM_BLOCK
     for start in range(0, rows, block):
         end = start + block
         of_a, of_b = (_matmul(each[:, start:end], each[:, :end].transpose(1, 2)) for each in (a, b))
+        for number, products in ((p, of_a), (d, of_b)):
+            vanished = vanished + number * rows * products.diagonal(start, 1, 2).sum(dim=1).double()
         pairs = of_a.mul_(of_b)
         pairs[:, :, :start] *= 2
         squares = squares + pairs.sum(dim=2).double().sum(dim=1)
@@ -325,5 +327,4 @@ def _squared_norms_of_products(a: Tensor, b: Tensor) -> Tensor:
     # Where large terms cancel, what rounding may have taken away is added, and what is too small for float32 where the
     # factors are of very different sizes: a norm that is too small would leave a gradient longer than C.
     float32 = torch.finfo(torch.float32)
-    vanished = sum(n * rows * torch.linalg.vector_norm(x, dim=(1, 2)).double().square() for n, x in ((p, a), (d, b)))
     return squares.clamp(min=0) + 2 * float32.eps * magnitudes + float32.tiny * (vanished + rows**2)
