@@ -214,9 +214,14 @@ def load_data(arguments: ExampleArguments) -> tuple[Dataset, Dataset, list[str] 
 
 
 def load_public_negatives(arguments: ExampleArguments, prompts: list[str] | None) -> list[str] | Dataset | None:
-    if arguments.public_negatives != "class_prompts":
-        name = arguments.public_negatives
-        return name and next(iter(load_pairs(name, arguments.image_column).values()))
+    name = arguments.public_negatives
+    if name is None:
+        return None
+    if name != "class_prompts":
+        public = next(iter(load_pairs(name, image_column=None).values()))
+        if arguments.image_column not in public.column_names:
+            return public
+        return next(iter(load_pairs(name, arguments.image_column).values()))
     if prompts is None:
         raise ValueError(
             "--public_negatives class_prompts needs classes: name a column of class labels with --label_column, or a "

@@ -277,13 +277,14 @@ def check_labels(dataset: Dataset, label_column: str) -> None:
         )
 
 
-def load_pairs(name: str, image_column: str = "image") -> DatasetDict:
+def load_pairs(name: str, image_column: str | None = "image") -> DatasetDict:
     """Image-text pairs by any name that `datasets` knows.
 
     Args:
         name (`str`): a `.parquet`, `.csv` or `.json` file, a folder written by `save_to_disk`, a folder of images with
             a `metadata.csv`, or a dataset on the Hub.
         image_column (`str`, *optional*, defaults to `"image"`): images, or paths relative to the file that names them.
+            `None` takes the columns as they are, without images.
 
     Raises `FileNotFoundError` for a path that does not exist and `ValueError` for a file that cannot be read and for a
     missing image column.
@@ -299,7 +300,7 @@ def load_pairs(name: str, image_column: str = "image") -> DatasetDict:
     else:
         splits = load_from_hub(name)
     columns = next(iter(splits.values())).column_names
-    if image_column not in columns:
+    if image_column is not None and image_column not in columns:
         raise ValueError(f"{name} has no image column {image_column!r}, only {columns}: name one of these.")
     return splits
 
@@ -314,13 +315,13 @@ def load_from_hub(name: str, config: str | None = None) -> DatasetDict:
         ) from error
 
 
-def _load_file(path: Path, image_column: str) -> DatasetDict:
+def _load_file(path: Path, image_column: str | None) -> DatasetDict:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: check the path (it is relative to {Path.cwd()}).")
     if path.suffix not in FILE_FORMATS:
         raise ValueError(f"{path} is in no known format: convert it to one of {', '.join(FILE_FORMATS)}.")
     dataset = _load(FILE_FORMATS[path.suffix], data_files=str(path))["train"]
-    if isinstance(dataset.features.get(image_column), Value):
+    if image_column is not None and isinstance(dataset.features.get(image_column), Value):
         paths = [_beside(path, row, image) for row, image in enumerate(dataset[image_column])]
         dataset = (
             dataset.remove_columns(image_column).add_column(image_column, paths).cast_column(image_column, Image())

@@ -95,6 +95,15 @@ def test_captioned_pairs_in_a_csv_file(captioned_csv, tmp_path, monkeypatch, cap
     assert CLIPModel.from_pretrained(tmp_path / "out").num_parameters() > 0
 
 
+def test_a_file_of_public_captions_as_negatives(captioned_csv, tmp_path, monkeypatch, capsys):
+    public = tmp_path / "public.csv"
+    public.write_text("\n".join(["report", *(f"public text {index}" for index in range(5))]))
+    columns = ["--image_column", "file", "--caption_column", "report", "--public_negatives", public]
+    every_pair = [*QUICK, "--per_device_train_batch_size", "8", "--microbatch_size", "1"]
+    run_train(monkeypatch, "--dataset_name", captioned_csv, *columns, *every_pair, "--output_dir", tmp_path / "out")
+    assert "ε = " in capsys.readouterr().out
+
+
 def test_labelled_images_on_disk_in_full_fine_tuning(tmp_path, monkeypatch, capsys):
     features = Features({"picture": Image(), "kind": Value("string")})
     records = {"picture": [digit(i) for i in range(20)], "kind": ["three", "four"] * 10}
