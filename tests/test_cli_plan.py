@@ -78,11 +78,6 @@ def test_epochs_make_as_many_steps_as_in_the_trainer(printed_json, tmp_path, num
     assert printed_json(**options, accountant="rdp")["num_steps"] == planned.num_steps
 
 
-def test_an_epsilon_that_no_number_holds_is_null(printed_json):
-    # Below what the accountant's grid resolves.
-    assert printed_json(**{**NOISE, "target_delta": 1e-20, "accountant": "pld"})["epsilon"] is None
-
-
 def test_the_table_shows_noise_and_epsilon_by_epoch(shown):
     plan = PrivacyPlan.calibrate(**TARGET)
     rows, _ = shown(**TARGET)

@@ -17,6 +17,7 @@ def sampler(num_examples=60, expected_batch_size=12, num_microbatches=3, seed=No
         num_microbatches=num_microbatches,
         num_steps=1,
         noise_multiplier=1.0,
+        accountant="rdp",  # for any number of examples
     )
     return PoissonSampler(plan, Randomness(seed).sampling())
 

@@ -114,7 +114,7 @@ def test_a_write_that_is_cut_short_leaves_the_former_statement(tmp_path, monkeyp
 
 
 def test_a_folder_without_a_statement_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"privacy.json does not exist.*Choose a checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"privacy.json does not exist.*Choose a folder checkpoint-"):
         PrivacyStatement.load(tmp_path)
 
 
