@@ -78,6 +78,12 @@ def test_epochs_make_as_many_steps_as_in_the_trainer(printed_json, tmp_path, num
     assert printed_json(**options, accountant="rdp")["num_steps"] == planned.num_steps
 
 
+def test_an_epsilon_that_no_number_holds_is_null(printed_json, monkeypatch):
+    # What an accountant answers where its grid resolves nothing.
+    monkeypatch.setattr(PrivacyPlan, "epsilon", lambda plan: math.inf)
+    assert printed_json(**NOISE)["epsilon"] is None
+
+
 def test_the_table_shows_noise_and_epsilon_by_epoch(shown):
     plan = PrivacyPlan.calibrate(**TARGET)
     rows, _ = shown(**TARGET)

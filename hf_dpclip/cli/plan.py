@@ -8,6 +8,7 @@ hf-dpclip plan --num-examples 60000 --expected-batch-size 1024 --num-epochs 6 --
 
 import argparse
 import json
+import math
 
 from .tables import print_table
 
@@ -51,7 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--num-parameters {arguments.num_parameters} is not possible: give at least 1.")
     plan = _make_plan(arguments)
     if arguments.json:
-        print(json.dumps({**plan.to_dict(), "epsilon": plan.epsilon()}, indent=2))
+        epsilon = plan.epsilon()
+        print(json.dumps({**plan.to_dict(), "epsilon": epsilon if math.isfinite(epsilon) else None}, indent=2))
     else:
         _show(plan, arguments.num_parameters)
     if arguments.plot:
