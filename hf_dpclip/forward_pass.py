@@ -13,10 +13,12 @@ from .dataloader import Chunks, ForwardBatch, MicrobatchDataset
 from .gradients import (
     ContrastiveModel,
     MeanLossModel,
+    Microbatch,
     NotVectorizable,
     VectorizableModel,
     accumulate_chunked_gradient,
     accumulate_gradient,
+    alike,
     mean_loss_base,
     microbatch_gradients,
     obstacle,
@@ -54,7 +56,7 @@ class OneByOne:
         self.compute_loss = compute_loss
         self.backward = backward
 
-    def __call__(self, forward_batch: list[tuple[int, dict[str, Any]]]) -> list[Tensor]:
+    def __call__(self, forward_batch: list[Microbatch]) -> list[Tensor]:
         """Adds the clipped gradients of the collated microbatches to the step's sum. Returns their losses."""
         losses = []
         for seed, microbatch in forward_batch:
@@ -66,26 +68,41 @@ class OneByOne:
 class AllAtOnce:
     """One forward and one backward pass for all microbatches of a forward batch.
 
+    How a microbatch is computed depends on the model and on the microbatch itself, never on what else was drawn.
+
     Args:
-        one_by_one ([`OneByOne`]): takes over for good if the model turns out not to allow it.
+        one_by_one ([`OneByOne`]): takes over for good if the first pass shows that the model does not allow it, and
+            for single microbatches whose inputs do not.
         model ([`~gradients.VectorizableModel`]): the model in training.
     """
 
     def __init__(self, one_by_one: OneByOne, model: VectorizableModel):
         self.one_by_one = one_by_one
         self.model = model
-        self.possible = True
+        # Unknown before the first pass.
+        self.possible: bool | None = None
 
-    def __call__(self, forward_batch: list[tuple[int, dict[str, Any]]]) -> list[Tensor]:
-        """As [`OneByOne`]."""
-        if len(forward_batch) < 2 or not self.possible:
+    def __call__(self, forward_batch: list[Microbatch]) -> list[Tensor]:
+        """As [`OneByOne`]. Raises `RuntimeError` if the model allows it no longer."""
+        if self.possible is False:
             return self.one_by_one(forward_batch)
+        groups, others = alike(self.model, forward_batch)
+        losses = [loss for group in groups for loss in self._of_group(group)]
+        return losses + self.one_by_one(others)
+
+    def _of_group(self, microbatches: list[Microbatch]) -> list[Tensor]:
         try:
-            losses, gradients = microbatch_gradients(self.model, forward_batch, self.one_by_one.backward)
+            losses, gradients = microbatch_gradients(self.model, microbatches, self.one_by_one.backward)
         except NotVectorizable as reason:
+            if self.possible:
+                raise RuntimeError(
+                    f"microbatches could be computed all at once so far, and no longer: {reason}. What the model does "
+                    "must not depend on the records, or on the step: let its forward pass be the same in all of them."
+                ) from reason
             notice(str(reason))
             self.possible = False
-            return self.one_by_one(forward_batch)
+            return self.one_by_one(microbatches)
+        self.possible = True
         self.one_by_one.mechanism.add(gradients.norms, gradients.weighted_sum)
         return list(losses)
 
@@ -206,6 +223,8 @@ def _obstacle(trainer: "DPCLIPTrainer", vectorizable: VectorizableModel | None) 
         return "of this model and loss it is not known how to compute many of them at once"
     if trainer.public_negatives is not None and trainer.args.public_negatives_gradient:
         return "public_negatives_gradient=True encodes the public negatives anew for each"
+    if vectorizable.static_shapes and vectorizable.has_dropout:
+        return "what dropout draws for one would depend on how far static_shapes=True fills up all"
     return "torch_compile hides the model's layers" if trainer.args.torch_compile else obstacle(trainer.model)
 
 

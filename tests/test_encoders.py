@@ -28,7 +28,7 @@ from torch import nn
 
 from hf_dpclip import PrivacyStatement, freeze_batch_norm, lora_config
 from hf_dpclip.forward_pass import AllAtOnce, choose_forward_pass
-from hf_dpclip.gradients import ContrastiveModel, accumulate_chunked_gradient, contrastive_base
+from hf_dpclip.gradients import ContrastiveModel, accumulate_chunked_gradient, alike, contrastive_base
 
 
 def frozen_clap():
@@ -146,11 +146,16 @@ class Seen:
         self.first = gradients if self.first is None else self.first
 
     def add(self, norms, weighted_sum):
-        self.first = [*weighted_sum(torch.eye(len(norms))[0])]
-        assert torch.allclose(self.flat().double().norm(), norms[0])
+        gradients = [*weighted_sum(torch.eye(len(norms))[0])]
+        self.first = gradients if self.first is None else self.first
+        assert torch.allclose(_flat(gradients).double().norm(), norms[0])
 
     def flat(self):
-        return torch.cat([gradient.flatten() for gradient in self.first if gradient is not None])
+        return _flat(self.first)
+
+
+def _flat(gradients):
+    return torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
 
 
 @EACH_WAY
@@ -228,17 +233,18 @@ def test_a_collator_may_ask_for_the_loss(make_trainer):
 
 
 @pytest.mark.parametrize("name", ["AltCLIPModel", "SiglipModel"])
-def test_texts_that_cannot_be_filled_up_are_not_put_together(make_trainer, monkeypatch, name):
-    said = []
-    monkeypatch.setattr("hf_dpclip.forward_pass.logger.warning_once", said.append)
+def test_texts_that_cannot_be_filled_up_are_not_put_together(make_trainer, name):
     trainer = make_trainer(make(name, "LoRA"), data(name), microbatch_size=4, max_steps=1)
     trainer.train()
-    batches = [batch(name, 2, seed=1, length=7), batch(name, 3, seed=2, length=5)]
+    batches = [batch(name, 2, seed=1, length=5), batch(name, 3, seed=2, length=7), batch(name, 2, seed=3, length=5)]
     for _, inputs in batches:
         inputs.pop("attention_mask", None)
     expected = first_gradient(trainer, batches[:1])
     assert_close(first_gradient(trainer, batches), expected)
-    assert "texts of several lengths need an attention_mask" in said[-1]
+    short, long = [batches[0], batches[2]], [batches[1]]
+    assert alike(trainer._contrastive_model, batches) == ([short, long], [])
+    for group in (short, long):
+        assert_same(trainer.model, group)
 
 
 def test_attention_dropout_is_named(make_trainer, monkeypatch):

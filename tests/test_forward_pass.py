@@ -1,5 +1,6 @@
 """Which computation is chosen, and that it makes no difference."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -60,9 +61,12 @@ def test_dropout_all_at_once_is_dropout_one_by_one(tmp_path, monkeypatch):
     assert_close(update, expected)
 
 
-def test_dropout_in_filled_up_batches_goes_one_by_one(tmp_path):
+def test_dropout_in_filled_up_batches_goes_one_by_one(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_dpclip.forward_pass.logger.warning_once", said.append)
     _, trainer = one_update(tmp_path, model=lora_clip(lora_dropout=0.4), static_shapes=True, **MANY)
-    assert not trainer._forward_pass.possible
+    assert way(trainer) is OneByOne
+    assert "dropout" in said[0] and "static_shapes=True" in said[0]
 
 
 def test_static_shapes_one_by_one_are_the_same_too(tmp_path, monkeypatch):
@@ -103,6 +107,20 @@ def test_a_model_that_turns_out_to_be_unknown_goes_on_one_by_one(tmp_path, monke
     assert not trainer._forward_pass.possible
     assert "activation_fn.weight" in said[0]
     assert_close(update, expected)
+
+
+def test_a_model_that_is_another_in_later_passes_is_refused(tmp_path, monkeypatch):
+    """Whether it is could depend on the records, and how their gradients are computed must not."""
+    model, relu, passes = tiny_clip(), torch.nn.functional.relu, itertools.count(1)
+    model.vision_model.encoder.layers[0].mlp.activation_fn = torch.nn.ReLU()
+
+    def noisy_later(x, inplace=False):
+        return relu(x + torch.rand(1) if next(passes) > 2 else x)
+
+    monkeypatch.setattr(torch.nn.functional, "relu", noisy_later)
+    with pytest.raises(RuntimeError, match="all at once so far, and no longer: it draws random numbers"):
+        one_update(tmp_path, model=model, max_steps=3, **MANY)
+    assert next(passes) == 4
 
 
 def test_a_loss_of_the_users_own_is_not_replaced(tmp_path):

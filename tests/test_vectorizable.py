@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_dpclip import DPCLIPTrainer, lora_config
 from hf_dpclip.forward_pass import AllAtOnce, OneByOne
-from hf_dpclip.gradients import MeanLossModel, NotVectorizable, mean_loss_base, microbatch_gradients
+from hf_dpclip.gradients import MeanLossModel, alike, mean_loss_base, microbatch_gradients
 from hf_dpclip.seeding import seeded
 
 
@@ -104,10 +104,12 @@ def test_a_loss_of_ones_own_is_not_known_to_be_a_mean():
 
 
 def test_records_without_labels_are_left_to_the_plain_way():
-    (seed, inputs), *_ = microbatches([2, 2])
-    del inputs["labels"]
-    with pytest.raises(NotVectorizable, match="no labels"):
-        all_at_once(tiny_clip_vqa().train(), [(seed, inputs), (seed, inputs)])
+    """They alone."""
+    unlabelled, *labelled = microbatches([2, 2, 3])
+    del unlabelled[1]["labels"]
+    model = tiny_clip_vqa()
+    found = alike(MeanLossModel(model, mean_loss_base(model), dict), [*labelled, unlabelled])
+    assert found == ([labelled], [unlabelled])
 
 
 # ---- Through the trainer ----

@@ -13,6 +13,7 @@ from torch import nn
 from hf_dpclip.gradients import (
     ContrastiveModel,
     NotVectorizable,
+    alike,
     contrastive_base,
     factored,
     microbatch_gradients,
@@ -69,6 +70,14 @@ def one_by_one(model, batches):
 def all_at_once(model, batches, static_shapes=False):
     contrastive = ContrastiveModel(model, contrastive_base(model), dict, static_shapes)
     return microbatch_gradients(contrastive, batches, torch.Tensor.backward)
+
+
+def groups_of(model, batches):
+    """Each by the seeds of its microbatches, all of which can be vectorized."""
+    groups, others = alike(ContrastiveModel(model, contrastive_base(model), dict), batches)
+    assert others == []
+    assert sorted(seed for group in groups for seed, _ in group) == sorted(seed for seed, _ in batches)
+    return {tuple(seed for seed, _ in group): group for group in groups}
 
 
 def norms_of(gradients):
@@ -310,18 +319,21 @@ def test_images_and_texts_of_different_numbers_are_refused():
         model.compute_loss(batches[0][1])
 
 
-@pytest.mark.parametrize("end, pad, last", [(EOS, EOS, 5), (2, EOS + 1, EOS)], ids=["no_end_token", "old_config"])
-def test_texts_that_would_be_read_up_to_the_filler(end, pad, last):
+@pytest.mark.parametrize("end", [EOS, 2], ids=["no_end_token", "old_config"])
+def test_texts_that_would_be_read_up_to_the_filler(end):
     """One long text would otherwise change what is read of all others."""
     model = tiny_clip().train()
     config = model.config.text_config
     config.eos_token_id = model.text_model.eos_token_id = end
-    config.pad_token_id = pad
-    batches = [microbatch(2, length=3, seed=1), microbatch(3, length=9, seed=2)]
-    for _, inputs in batches:
-        inputs["input_ids"][:, -1] = last
-    with pytest.raises(NotVectorizable, match="a text without end token"):
-        all_at_once(model, batches)
+    config.pad_token_id = EOS
+    batches = [microbatch(2, length=length, seed=length) for length in (3, 9, 4, 6)]
+    for _, inputs in batches[:2]:
+        # A single one is enough.
+        inputs["input_ids"][0, -1] = 5
+    groups = groups_of(model, batches)
+    assert groups.keys() == {(3,), (9,), (4, 6)}
+    for group in groups.values():
+        assert_same(model, group)
 
 
 def hooked(model):
@@ -375,9 +387,13 @@ def test_autocast():
 
 
 def test_longer_texts_elsewhere_must_not_move_dropout_masks():
-    batches = [microbatch(3, seed=1, length=9), microbatch(4, seed=2)]
-    with pytest.raises(NotVectorizable, match="padding='max_length'"):
-        all_at_once(lora_clip(lora_dropout=0.4).train(), batches)
+    batches = [microbatch(3, seed=1, length=9), microbatch(4, seed=2), microbatch(2, seed=3)]
+    model = lora_clip(lora_dropout=0.4)
+    groups = groups_of(model, batches)
+    assert groups.keys() == {(1,), (2, 3)}
+    for group in groups.values():
+        assert_same(model, group)
+    assert groups_of(lora_clip(), batches).keys() == {(1, 2, 3)}
     assert_same(lora_clip(), batches)
 
 
@@ -433,18 +449,49 @@ def test_the_global_generator_is_left_alone():
 
 
 def test_inputs_that_do_not_fit_together():
-    odd = microbatch(2, seed=1)
-    odd[1]["pixel_values"] = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE * 2)
-    with pytest.raises(NotVectorizable, match="input pixel_values"):
-        all_at_once(tiny_clip(), [odd, microbatch(3, seed=2)])
+    wide, exact = microbatch(2, seed=1), microbatch(2, seed=2)
+    wide[1]["pixel_values"] = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE * 2)
+    exact[1]["pixel_values"] = exact[1]["pixel_values"].double()
+    batches = [wide, microbatch(3, seed=3), exact, microbatch(4, seed=4)]
+    assert groups_of(tiny_clip(), batches).keys() == {(1,), (2,), (3, 4)}
+
+
+@pytest.mark.parametrize("change", [{"input_ids": None}, {"ids": ["a", "b"]}, {"scale": torch.tensor(1.0)}], ids=str)
+def test_inputs_that_are_not_rows_are_left_to_the_plain_way(change):
+    """Their microbatches alone."""
+    odd, *known = microbatches([2, 3, 3])
+    odd = odd[0], {name: value for name, value in (odd[1] | change).items() if value is not None}
+    model = tiny_clip()
+    found = alike(ContrastiveModel(model, contrastive_base(model), dict), [known[0], odd, known[1]])
+    assert found == ([known], [odd])
 
 
 def test_an_input_that_only_some_have_is_not_lost():
     few, more = microbatch(2, seed=1), microbatch(3, seed=2)
     few[1].pop("attention_mask", None)
     more[1]["attention_mask"] = torch.ones_like(more[1]["input_ids"])
-    with pytest.raises(NotVectorizable, match="other inputs"):
-        all_at_once(tiny_clip(), [few, more])
+    # Without it the whole text would be looked at.
+    more[1]["attention_mask"][:, 2] = 0
+    model = tiny_clip()
+    groups = groups_of(model, [few, more])
+    assert groups.keys() == {(1,), (2,)}
+    for group in groups.values():
+        assert_same(model, group)
+
+
+kinds_of_microbatches = st.tuples(st.integers(1, 4), st.integers(1, 6), st.booleans(), st.booleans())
+
+
+@settings(deadline=None, max_examples=25)
+@given(kinds=st.lists(kinds_of_microbatches, min_size=1, max_size=6), dropout=st.sampled_from([0.0, 0.4]))
+def test_whatever_is_drawn_together_each_counts_as_it_would_alone(kinds, dropout):
+    """Texts of all lengths, with and without a mask or an end token."""
+    model, batches = lora_clip(lora_dropout=dropout), []
+    for seed, (size, length, mask, ends) in enumerate(kinds, start=1):
+        batches.append(microbatch(size, length, seed, mask))
+        batches[-1][1]["input_ids"][0, -1] = EOS if ends else 1
+    for group in groups_of(model, batches).values():
+        assert_same(model, group)
 
 
 def test_norms_of_what_cancels_are_not_too_small():

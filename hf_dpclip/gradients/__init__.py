@@ -11,17 +11,19 @@ from .contrastive import ContrastiveModel, contrastive_base
 from .inputs import NotVectorizable
 from .plain import accumulate_gradient
 from .vectorizable import MeanLossModel, VectorizableModel, mean_loss_base
-from .vectorized import MicrobatchGradients, microbatch_gradients, obstacle
+from .vectorized import Microbatch, MicrobatchGradients, alike, microbatch_gradients, obstacle
 
 
 __all__ = [
     "ContrastiveModel",
     "MeanLossModel",
+    "Microbatch",
     "MicrobatchGradients",
     "NotVectorizable",
     "VectorizableModel",
     "accumulate_chunked_gradient",
     "accumulate_gradient",
+    "alike",
     "contrastive_base",
     "mean_loss_base",
     "microbatch_gradients",

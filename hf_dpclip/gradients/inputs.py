@@ -8,6 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+# Inputs as long as the texts are, and what fills them up; for `input_ids` it is the token for that.
+TEXT_FILLERS = {"input_ids": None, "attention_mask": 0, "token_type_ids": 0}
+
+
 class NotVectorizable(Exception):
     """Why microbatches have to be computed one after another. The result is the same, the time is not."""
 
@@ -53,22 +57,17 @@ def caption_keys(inputs: dict[str, Any], pad_token_id: int) -> Tensor:
     return ((input_ids + 1) * in_text * torch.from_numpy(factors).to(input_ids.device)).sum(dim=1)
 
 
-def concatenated(batches: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
-    """One batch of all rows; texts are filled up on the right to the longest.
+def row_shapes(inputs: dict[str, Any]) -> frozenset:
+    """Equal for batches whose rows have the same inputs, dtypes and shapes, but for the length of their texts."""
+    return frozenset(
+        (name, value.dtype, value.shape[2:] if name in TEXT_FILLERS else value.shape[1:])
+        for name, value in inputs.items()
+    )
 
-    Raises `NotVectorizable` if batches have different inputs, if other tensors differ in more than their first
-    dimension, or if a value is not a tensor.
-    """
-    if not all("input_ids" in batch for batch in batches):
-        raise NotVectorizable("a batch has no input_ids")
-    if any(batch.keys() != batches[0].keys() for batch in batches):
-        # An attention_mask that only some have would be lost to them, or not, depending on the others.
-        raise NotVectorizable("a batch has other inputs than the next")
-    length = max(text_length(batch) for batch in batches)
+
+def concatenated(batches: list[dict[str, Any]], length: int, pad_token_id: int) -> dict[str, Any]:
+    """One batch of all rows, from batches of equal [`row_shapes`], with texts of `length` tokens."""
     batches = [_lengthened(batch, length, pad_token_id) for batch in batches]
-    for name, value in batches[0].items():
-        if not all(_stackable(value, batch.get(name)) for batch in batches):
-            raise NotVectorizable(f"the input {name} of one microbatch does not fit that of another")
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
@@ -81,31 +80,27 @@ def filled_up(inputs: dict[str, Any], rows: int, length: int, pad_token_id: int)
     return {name: torch.cat([value, value[:1].expand(missing, *value.shape[1:])]) for name, value in inputs.items()}
 
 
-def end_in_filler(input_ids: Tensor, lengths: Tensor, end_token_id: int) -> bool:
-    """Whether CLIP would read any of the texts beyond its own length, up to a token that fills it up.
+def end_in_filler(input_ids: Tensor, lengths: Tensor, end_token_id: int) -> Tensor:
+    """`[rows]`: whether CLIP would read a text beyond its own length, up to a token that fills it up.
 
     It reads up to the first end token, or, where its configuration is an old one, to the largest token; a text without
     its end token may have none of its own.
 
     Args:
-        input_ids (`Tensor` of shape `[rows, tokens]`): filled up.
+        input_ids (`Tensor` of shape `[rows, tokens]`): filled up, each by one token at least.
         lengths (`Tensor` of shape `[rows]`): tokens of each text before that.
         end_token_id (`int`): the model's.
     """
     candidates = (input_ids.int(), (input_ids == end_token_id).int())
-    return bool(torch.stack([each.argmax(dim=1) >= lengths for each in candidates]).any())
+    return torch.stack([each.argmax(dim=1) >= lengths for each in candidates]).any(dim=0)
 
 
 def _lengthened(inputs: dict[str, Any], length: int, pad_token_id: int) -> dict[str, Any]:
     missing = length - text_length(inputs)
     if missing == 0:
         return inputs
-    fillers = {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0}
+    fillers = TEXT_FILLERS | {"input_ids": pad_token_id}
     return {
         name: F.pad(value, (0, missing), value=fillers[name]) if name in fillers else value
         for name, value in inputs.items()
     }
-
-
-def _stackable(value: Any, other: Any) -> bool:
-    return isinstance(value, Tensor) and isinstance(other, Tensor) and value.shape[1:] == other.shape[1:]

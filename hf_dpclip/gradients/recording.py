@@ -16,7 +16,6 @@ from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from .factored import Dense, Outer, SpareMemory, Sparse
-from .inputs import NotVectorizable
 from .layout import Layout
 
 
@@ -30,25 +29,18 @@ class Recording:
     Args:
         parameters (`Iterable[nn.Parameter]`): the trainable ones, whose uses are recorded.
         layout ([`Layout`]): the microbatches; dimension 0 of what a layer sees is the batch's.
-        generators (`list[torch.Generator]`): one per microbatch, for dropout; none if there is no dropout.
-        own_shapes (`bool`): whether the rows of every microbatch have the shape that they would have alone.
+        generators (`list[torch.Generator]`): one per microbatch, for dropout, which then finds the rows of each in the
+            shape that they would have alone; none if there is no dropout.
 
     Attributes:
         gradients (`dict[int, list[Dense | Outer | Sparse]]`): by `id` of the parameter, one entry for each use
             that the loss depends on, complete after the backward pass.
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        layout: Layout,
-        generators: list[torch.Generator],
-        own_shapes: bool,
-    ):
+    def __init__(self, parameters: Iterable[nn.Parameter], layout: Layout, generators: list[torch.Generator]):
         self.parameters = list(parameters)
         self.layout = layout
         self.generators = generators
-        self.own_shapes = own_shapes
         # Half a copy of the gradient: an input that several layers share counts as memory of each, though it is kept
         # once, and what that hides may come to as much again.
         self.spare = SpareMemory(sum(parameter.numel() for parameter in self.parameters) // 2)
@@ -273,12 +265,8 @@ def _add(recording: Recording, input: Tensor, other: Tensor | float, *, alpha: f
 def _dropout(recording: Recording, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False):
     if not training or p in (0, 1) or not recording.holds(input):
         return F.dropout(input, p, training, inplace)
-    if not recording.own_shapes:
-        # One microbatch's long text would change what is drawn for all others.
-        raise NotVectorizable("dropout needs texts of one length (padding='max_length') and no static_shapes")
     kept = torch.zeros_like(input, memory_format=torch.contiguous_format)
-    blocks = kept.split([*recording.layout.sizes, len(kept) - recording.layout.num_owned])
-    for block, generator in zip(blocks, recording.generators):
+    for block, generator in zip(kept.split(recording.layout.sizes), recording.generators):
         block.bernoulli_(1 - p, generator=generator)
     return input * kept.div_(1 - p)
 

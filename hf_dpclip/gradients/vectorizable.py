@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..models import CLIPForVisualQuestionAnswering
-from .inputs import NotVectorizable
 from .layout import Layout
 
 
 class VectorizableModel:
-    """A model in training. Subclasses know its loss.
+    """A model in training. Subclasses know its loss, and the `needed_inputs` without which it cannot be computed here.
 
     Args:
         model (`nn.Module`): the model as it is called: compiled, under autocast, with adapters.
@@ -23,6 +22,8 @@ class VectorizableModel:
         prepare_inputs (`Callable`): moves inputs to the device.
         static_shapes (`bool`): whether batches are filled up to a few fixed sizes.
     """
+
+    needed_inputs = frozenset({"input_ids"})
 
     def __init__(
         self,
@@ -88,6 +89,7 @@ class MeanLossModel(VectorizableModel):
     """A model whose loss is the mean of `record_losses`, each of which depends on its own record only."""
 
     base: CLIPForVisualQuestionAnswering
+    needed_inputs = frozenset({"input_ids", "labels"})
 
     @property
     def pad_token_id(self) -> int:
@@ -106,8 +108,6 @@ class MeanLossModel(VectorizableModel):
     def microbatch_losses(
         self, outputs: Any, inputs: dict[str, Any], scalars: list[Tensor], sizes: list[int]
     ) -> Tensor:
-        if "labels" not in inputs:
-            raise NotVectorizable("a batch has no labels")
         losses = self.base.record_losses(outputs.logits, inputs["labels"].to(outputs.logits.device))
         sums = Layout(sizes, len(losses), losses.device).sum_rows(losses)
         return sums / torch.tensor(sizes, device=losses.device)

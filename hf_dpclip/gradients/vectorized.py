@@ -2,7 +2,9 @@
 
 import pickle
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..seeding import seeded
 from .factored import Dense, Joined, Outer, Sparse, multiplied_out
-from .inputs import NotVectorizable, concatenated, end_in_filler, num_rows, pairs_only, text_length
+from .inputs import NotVectorizable, concatenated, end_in_filler, num_rows, pairs_only, row_shapes, text_length
 from .layout import Layout
 from .recording import Recording
 from .vectorizable import VectorizableModel
 
+
+# The seed of a microbatch's randomness, and its collated inputs.
+Microbatch = tuple[int, dict[str, Any]]
 
 # Modules that treat every row of a batch by itself, whose layers dimension 0 tells apart: some by class, others by the
 # file that defines them.
@@ -81,36 +86,52 @@ class MicrobatchGradients:
             yield None if total is None else total.view_as(parameter)
 
 
+def alike(model: VectorizableModel, microbatches: list[Microbatch]) -> tuple[list[list[Microbatch]], list[Microbatch]]:
+    """Groups of microbatches that one pass can take together, and those that have to be computed one by one.
+
+    Which of the two a microbatch is depends on nothing but itself; so does what the model makes of it in its group,
+    where texts are filled up only if that changes nothing.
+    """
+    known: list[Microbatch] = []
+    others: list[Microbatch] = []
+    for microbatch in microbatches:
+        (known if _is_known(model, pairs_only(microbatch[1])) else others).append(microbatch)
+    groups: dict[tuple, list[Microbatch]] = defaultdict(list)
+    batches = [pairs_only(inputs) for _, inputs in known]
+    for microbatch, inputs, length in zip(known, batches, _fixed_lengths(model, batches)):
+        groups[row_shapes(inputs), length].append(microbatch)
+    return list(groups.values()), others
+
+
 def microbatch_gradients(
-    model: VectorizableModel,
-    microbatches: list[tuple[int, dict[str, Any]]],
-    backward: Callable[[Tensor], None],
+    model: VectorizableModel, microbatches: list[Microbatch], backward: Callable[[Tensor], None]
 ) -> tuple[Tensor, MicrobatchGradients]:
     """One forward and one backward pass over all microbatches together.
 
     Args:
         model ([`VectorizableModel`]): the model in training, without an [`obstacle`].
-        microbatches (`list`): the seed of the randomness and the collated inputs of each.
+        microbatches (`list`): the seed of the randomness and the collated inputs of each; one of the groups that
+            [`alike`] makes.
         backward (`Callable`): runs the backward pass, e.g. `Accelerator.backward`.
 
     Returns the losses, detached, and their gradients, in ascending order of size. `Parameter.grad` is `None`
     afterwards.
 
     Raises [`NotVectorizable`] if a gradient arrived, or a random number was drawn, that cannot be told apart by
-    microbatch, and if the texts of one microbatch would have to be filled up in a way that changes them.
+    microbatch.
     """
-    microbatches = sorted(microbatches, key=lambda microbatch: num_rows(microbatch[1]))
-    sizes = [num_rows(inputs) for _, inputs in microbatches]
-    unfilled = _put_together(model, [pairs_only(inputs) for _, inputs in microbatches])
+    sized = sorted(((num_rows(inputs), seed, inputs) for seed, inputs in microbatches), key=itemgetter(0))
+    sizes = [size for size, _, _ in sized]
+    batches = [pairs_only(inputs) for _, _, inputs in sized]
+    unfilled = concatenated(batches, max(map(text_length, batches)), model.pad_token_id)
     inputs = model.prepared(unfilled)
     parameters = model.trainable
     for parameter in parameters:
         parameter.grad = None
     device = parameters[0].device
-    seeds = [seed for seed, _ in microbatches] if model.has_dropout else []
+    seeds = [seed for _, seed, _ in sized] if model.has_dropout else []
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    own_shapes = not model.static_shapes and _equally_long([inputs for _, inputs in microbatches])
-    recording = Recording(parameters, Layout(sizes, num_rows(inputs), device), generators, own_shapes)
+    recording = Recording(parameters, Layout(sizes, num_rows(inputs), device), generators)
     scalars = [_one_for_each(each, len(sizes)) for each in model.scalars]
     outputs = _forward(model.model, inputs, recording)
     losses = model.microbatch_losses(outputs, unfilled, scalars, sizes)
@@ -150,21 +171,29 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _put_together(model: VectorizableModel, batches: list[dict[str, Any]]) -> dict[str, Any]:
-    inputs = concatenated(batches, model.pad_token_id)
-    if _equally_long(batches):
-        return inputs
-    if not model.may_fill_texts(inputs):
-        raise NotVectorizable("texts of several lengths need an attention_mask, or padding='max_length'")
-    if model.end_token_id is not None:
-        lengths = torch.cat([torch.full((num_rows(batch),), text_length(batch)) for batch in batches])
-        if end_in_filler(inputs["input_ids"], lengths.to(inputs["input_ids"].device), model.end_token_id):
-            raise NotVectorizable("a text without end token would be read up to what fills it up")
-    return inputs
+def _is_known(model: VectorizableModel, inputs: dict[str, Any]) -> bool:
+    """Whether there is all that the loss needs, and nothing but rows."""
+    has_rows = all(isinstance(value, Tensor) and value.dim() > 0 for value in inputs.values())
+    return has_rows and model.needed_inputs <= inputs.keys()
 
 
-def _equally_long(batches: list[dict[str, Any]]) -> bool:
-    return len({text_length(batch) for batch in batches}) == 1
+def _fixed_lengths(model: VectorizableModel, batches: list[dict[str, Any]]) -> list[int | None]:
+    """The length that each batch's texts must keep, as filling them up would change what the model makes of them;
+    `None` if it would not."""
+    lengths = [text_length(inputs) for inputs in batches]
+    if len(set(lengths)) < 2:
+        # None is filled up.
+        return [*lengths]
+    # What dropout draws depends on the shape.
+    fixed = [model.has_dropout or not model.may_fill_texts(inputs) for inputs in batches]
+    if model.end_token_id is not None and not all(fixed):
+        texts = [{"input_ids": inputs["input_ids"]} for inputs in batches]
+        longer = concatenated(texts, max(lengths) + 1, model.pad_token_id)["input_ids"]
+        sizes = [len(inputs["input_ids"]) for inputs in batches]
+        of_row = torch.tensor(lengths).repeat_interleave(torch.tensor(sizes)).to(longer.device)
+        beyond = end_in_filler(longer, of_row, model.end_token_id).cpu().split(sizes)
+        fixed = [each or bool(rows.any()) for each, rows in zip(fixed, beyond)]
+    return [length if each else None for length, each in zip(lengths, fixed)]
 
 
 def _one_for_each(parameter: nn.Parameter, count: int) -> Tensor:
