@@ -37,7 +37,9 @@ def steps_per_epoch(num_examples: int, expected_batch_size: int) -> int:
 
 
 def steps_in(num_epochs: float, num_examples: int, expected_batch_size: int) -> int:
-    """T of `num_epochs` epochs, by the rule of the `Trainer`."""
+    """T of `num_epochs` epochs, by the rule of the `Trainer`. Raises `ValueError` for no positive, finite number."""
+    if not 0 < num_epochs < math.inf:
+        raise ValueError(f"num_epochs={num_epochs:g} is not possible: it must be positive and finite.")
     return math.ceil(num_epochs * steps_per_epoch(num_examples, expected_batch_size))
 
 

@@ -138,8 +138,10 @@ def test_canaries_have_a_wrong_label_and_nobody_is_in_two_parts(fine_tune):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--num_canaries", "3000"], "are more than the 4000 of mnist-5k: lower --num_canaries or --num_members"),
-        (["--dataset_name", "cifar"], "--dataset_name cifar is not known: choose one of mnist-5k"),
+        (["--num_canaries", "3000"], "are more than the 4000 of mnist-5k: lower --num-canaries or --num-members"),
+        (["--num-canaries", "0"], "0 canaries and 600 other records show nothing: give at least 1"),
+        (["--num-members=0"], "300 canaries and 0 other records show nothing"),
+        (["--dataset_name", "cifar"], "--dataset-name cifar is not known: choose one of mnist-5k"),
     ],
 )
 def test_the_command_says_what_is_wrong(changes, message, capsys):

@@ -139,12 +139,17 @@ class FineTune:
 
     def records(self) -> tuple[Dataset, Dataset, Dataset, list[str]]:
         """Canaries, members and others, from one draw and without overlap, and the class prompts."""
+        if min(self.num_canaries, self.num_members) < 1:
+            raise ValueError(
+                f"{self.num_canaries} canaries and {self.num_members} other records show nothing: give at least 1 of "
+                "both as --num-canaries and --num-members, better hundreds."
+            )
         dataset, template = drawn(self.dataset_name), PRESETS[self.dataset_name].template
         ends = np.cumsum([self.num_canaries, self.num_members, self.num_members])
         if ends[-1] > len(dataset):
             raise ValueError(
                 f"{self.num_canaries} canaries and twice {self.num_members} records are more than the {len(dataset)} "
-                f"of {self.dataset_name}: lower --num_canaries or --num_members."
+                f"of {self.dataset_name}: lower --num-canaries or --num-members."
             )
         names = dataset.features["label"].names
         mislabelled = dataset.select(range(ends[0])).map(partial(_mislabel, classes=len(names)), with_indices=True)
@@ -185,7 +190,7 @@ class FineTune:
 def drawn(dataset_name: str) -> Dataset:
     """All training records of a preset in a random order, the same each time. Raises `ValueError` if there is none."""
     if dataset_name not in PRESETS:
-        raise ValueError(f"--dataset_name {dataset_name} is not known: choose one of {', '.join(PRESETS)}.")
+        raise ValueError(f"--dataset-name {dataset_name} is not known: choose one of {', '.join(PRESETS)}.")
     return PRESETS[dataset_name].load()["train"].shuffle(seed=0)
 
 

@@ -24,12 +24,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns the exit code: 0 for success, 1 where the command's answer is no, 2 for input that it cannot use.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_args([_with_dashes(word) for word in (sys.argv[1:] if argv is None else argv)])
     try:
         return arguments.run(arguments)
     except (ImportError, OSError, ValueError) as error:
         print(f"hf-dpclip {arguments.command}: {error}", file=sys.stderr)
         return WRONG_USAGE
+
+
+def _with_dashes(word: str) -> str:
+    """`--num_canaries` is `--num-canaries`, as in scripts of transformers."""
+    name, *value = word.split("=", 1)
+    return "=".join([name.replace("_", "-"), *value]) if word.startswith("--") else word
 
 
 def _parser() -> argparse.ArgumentParser:

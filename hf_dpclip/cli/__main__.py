@@ -1,8 +1,0 @@
-"""`python -m hf_dpclip.cli`, the same as `hf-dpclip`."""
-
-import sys
-
-from . import main
-
-
-sys.exit(main())
