@@ -17,7 +17,8 @@ Your own data and a model from the Hub:
 import copy
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,8 +32,9 @@ from hf_dpclip import DPCLIPTrainer, DPTrainingArguments, ImageTextCollator, lor
 from hf_dpclip.data import caption_by_label, class_prompts, load_pairs
 from hf_dpclip.evaluation import zero_shot_accuracy
 from hf_dpclip.presets import PRESETS
-from hf_dpclip.privacy import STATEMENT_NAME
-from hf_dpclip.resuming import check_resumable
+from hf_dpclip.privacy import LEDGER_NAME, STATEMENT_NAME, Ledger
+from hf_dpclip.records import check_complete
+from hf_dpclip.resuming import check_resumable, last_complete_checkpoint
 
 
 TINY_CLIP = Path(__file__).parent / "tiny-clip"
@@ -47,15 +49,21 @@ DEFAULTS = {
     "learning_rate": 1e-2,
     "lr_scheduler_type": "constant",
     "logging_steps": 20,
-    "save_strategy": "no",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
     "report_to": "none",
     "remove_unused_columns": False,
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
 
 # The captions of the embedded data are ten class prompts, which are public: one pair alone has something to be
-# contrasted with.
-EMBEDDED_DEFAULTS = {"public_negatives": "class_prompts", "microbatch_size": 1, "compare_non_private": True}
+# contrasted with. A run of two minutes needs no checkpoints.
+EMBEDDED_DEFAULTS = {
+    "public_negatives": "class_prompts",
+    "microbatch_size": 1,
+    "compare_non_private": True,
+    "save_strategy": "no",
+}
 
 
 @dataclass
@@ -119,13 +127,12 @@ class Job:
 
 def main():
     disable_progress_bars()
-    try:
+    with errors_in_one_line("train.py"):
         job = prepare(*parse_arguments(sys.argv[1:], ExampleArguments, DEFAULTS, EMBEDDED_DEFAULTS))
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"train.py: {error}")
     score = job.accuracy or (lambda model: job.trainer.evaluate()["eval_loss"])
     before = score(job.trainer.model)
-    job.trainer.train(resume_from_checkpoint=job.trainer.args.resume_from_checkpoint)
+    with errors_in_one_line("train.py"):
+        job.trainer.train(resume_from_checkpoint=job.trainer.args.resume_from_checkpoint)
     scores = {"before": before, "after": score(job.trainer.model)}
     folder = save(job.trainer)
     if job.arguments.compare_non_private and job.accuracy:
@@ -133,6 +140,15 @@ def main():
     if job.trainer.is_world_process_zero():
         report(job, scores, folder)
     PartialState().destroy_process_group()
+
+
+@contextmanager
+def errors_in_one_line(program: str) -> Iterator[None]:
+    """What says by itself what was wrong needs no traceback: wrong input, and packages that are missing."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"{program}: {error}")
 
 
 def parse_arguments(argv: list[str], example_arguments: type, defaults: dict, embedded_defaults: dict) -> tuple:
@@ -156,9 +172,7 @@ def prepare(arguments: ExampleArguments, args: DPTrainingArguments) -> Job:
     set_seed(args.seed)
     processor = load_processor(arguments.model_name_or_path)
     train_dataset, eval_dataset, prompts = load_data(arguments)
-    if arguments.lora_rank:
-        # The adapters live in a folder of their own; the merged model goes to the folder above.
-        args.output_dir = str(Path(args.output_dir, "adapter"))
+    choose_folders(args, bool(arguments.lora_rank))
     trainer = DPCLIPTrainer(
         load_model(arguments),
         args,
@@ -168,15 +182,30 @@ def prepare(arguments: ExampleArguments, args: DPTrainingArguments) -> Job:
         processor,
         public_negatives=load_public_negatives(arguments, prompts),
     )
-
-    if args.resume_from_checkpoint:
-        check_resumable(args.resume_from_checkpoint, trainer.plan)
+    find_checkpoint(trainer)
 
     def accuracy(model) -> float:
         columns = arguments.image_column, arguments.label_column
         return zero_shot_accuracy(model, processor, eval_dataset, prompts, *columns)
 
     return Job(arguments, trainer, accuracy if prompts else None)
+
+
+def choose_folders(args: DPTrainingArguments, has_adapters: bool) -> None:
+    """Adapters live in a folder of their own; the merged model goes to the folder above."""
+    if args.resume_from_checkpoint in ("True", "true", args.output_dir):
+        args.resume_from_checkpoint = True
+    if has_adapters:
+        args.output_dir = str(Path(args.output_dir, "adapter"))
+
+
+def find_checkpoint(trainer: DPCLIPTrainer) -> None:
+    """The checkpoint to go on from, if one was asked for: the last one, or the one that was named."""
+    args = trainer.args
+    if args.resume_from_checkpoint is True:
+        args.resume_from_checkpoint = last_complete_checkpoint(args.output_dir)
+    if args.resume_from_checkpoint:
+        check_resumable(args.resume_from_checkpoint, trainer.plan)
 
 
 def load_processor(name: str):
@@ -199,13 +228,14 @@ def load_model(arguments: ExampleArguments):
 def load_data(arguments: ExampleArguments) -> tuple[Dataset, Dataset, list[str] | None]:
     """The private records, held-out ones, and a prompt for each class (`None` where records have captions)."""
     splits = load_splits(arguments)
-    train, held_out = private_and_held_out(splits, arguments)
+    columns = next(iter(splits.values())).column_names
+    if arguments.label_column is None and arguments.caption_column not in columns:
+        raise ValueError(
+            f"--caption_column {arguments.caption_column} is not a column of {arguments.dataset_name}, which has "
+            f"{columns}: name one, or name a column of class labels with --label_column."
+        )
+    train, held_out = private_and_held_out(splits, arguments, arguments.label_column or arguments.caption_column)
     if arguments.label_column is None:
-        if arguments.caption_column not in train.column_names:
-            raise ValueError(
-                f"--caption_column {arguments.caption_column} is not a column of {arguments.dataset_name}, which has "
-                f"{train.column_names}: name one, or name a column of class labels with --label_column."
-            )
         return train, held_out, None
     template = arguments.prompt_template or "a photo of a {}"
     arguments.caption_column = "caption"
@@ -242,8 +272,8 @@ def load_splits(arguments: ExampleArguments) -> DatasetDict:
     return preset.load()
 
 
-def private_and_held_out(splits: DatasetDict, arguments: ExampleArguments) -> list[Dataset]:
-    """The two datasets, cut down to the sizes asked for."""
+def private_and_held_out(splits: DatasetDict, arguments: ExampleArguments, text_column: str) -> list[Dataset]:
+    """The two datasets, complete, and cut down to the sizes asked for."""
     if arguments.train_split not in splits:
         raise ValueError(f"--train_split {arguments.train_split} is not a split of the dataset ({', '.join(splits)}).")
     if arguments.train_split == arguments.eval_split:
@@ -251,8 +281,11 @@ def private_and_held_out(splits: DatasetDict, arguments: ExampleArguments) -> li
             f"--eval_split {arguments.eval_split} is the split of the private records: name another one, or leave the "
             "option out, and 10 % of the records are held out."
         )
-    pair = [splits[arguments.train_split], splits.get(arguments.eval_split)]
-    if pair[1] is None:
+    pair = [splits[name] for name in (arguments.train_split, arguments.eval_split) if name in splits]
+    for split in pair:
+        # Before any are held out, while their numbers are those of the file.
+        check_complete(split, arguments.image_column, text_column)
+    if len(pair) == 1:
         pair = list(pair[0].train_test_split(test_size=0.1, seed=0).values())
     limits = arguments.max_train_samples, arguments.max_eval_samples
     return [dataset.select(range(min(len(dataset), limit or len(dataset)))) for dataset, limit in zip(pair, limits)]
@@ -326,11 +359,20 @@ def report(job: Job, scores: dict[str, float], folder: Path):
     spent = statement.spent
     print(f"\nPrivacy: ε = {spent.epsilon:.4g} at δ = {spent.delta:.3g} after {spent.steps} steps.")
     print("".join(f"NOT PRIVATE: {reason}\n" for reason in statement.not_private_because))
+    mention_other_runs(job.trainer)
     model = job.trainer.model
     name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
     print(f"from transformers import AutoProcessor, {name}")
     print(f'model = {name}.from_pretrained("{folder}")')
     print(f'processor = AutoProcessor.from_pretrained("{folder}")')
+
+
+def mention_other_runs(trainer: DPCLIPTrainer):
+    """Whoever sees the results of several runs on the same records has seen more than the ε of one."""
+    path = Path(trainer.args.ledger_path or Path(trainer.args.output_dir, LEDGER_NAME))
+    runs = len(Ledger(path).runs())
+    if runs > 1:
+        print(f"{runs} runs are recorded here; what they spent together, `hf-dpclip ledger {path}` tells.\n")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,18 @@ from peft import get_peft_model
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from train import check_limits, load_processor, non_private_arguments, parse_arguments, private_and_held_out, save
+from train import (
+    check_limits,
+    choose_folders,
+    errors_in_one_line,
+    find_checkpoint,
+    load_processor,
+    mention_other_runs,
+    non_private_arguments,
+    parse_arguments,
+    private_and_held_out,
+    save,
+)
 from transformers import CLIPModel, Trainer, set_seed
 
 from hf_dpclip import (
@@ -42,7 +53,6 @@ from hf_dpclip.data import load_pairs
 from hf_dpclip.evaluation import vqa_accuracy
 from hf_dpclip.metrics import VQAAccuracy
 from hf_dpclip.presets import load_easy_vqa
-from hf_dpclip.resuming import check_resumable
 
 
 EASY_VQA = "easy-vqa"
@@ -60,13 +70,14 @@ DEFAULTS = {
     "learning_rate": 2e-2,
     "lr_scheduler_type": "constant",
     "logging_steps": 20,
-    "save_strategy": "no",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
     "report_to": "none",
     "remove_unused_columns": False,
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
 
-EMBEDDED_DEFAULTS = {"compare_non_private": True, "privacy_unit_column": "image_id"}
+EMBEDDED_DEFAULTS = {"compare_non_private": True, "privacy_unit_column": "image_id", "save_strategy": "no"}
 
 
 @dataclass
@@ -114,12 +125,10 @@ class ExampleArguments:
 
 def main():
     disable_progress_bars()
-    try:
+    with errors_in_one_line("train_vqa.py"):
         arguments, args = parse_arguments(sys.argv[1:], ExampleArguments, DEFAULTS, EMBEDDED_DEFAULTS)
         trainer = prepare(arguments, args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"train_vqa.py: {error}")
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     scores = {"CLIP, private": trainer.evaluate()["eval_vqa_accuracy"]}
     folder = save(trainer)
     if arguments.compare_non_private:
@@ -134,9 +143,7 @@ def prepare(arguments: ExampleArguments, args: DPTrainingArguments) -> DPCLIPTra
     set_seed(args.seed)
     processor = load_processor(arguments.model_name_or_path)
     train_dataset, eval_dataset, answers = load_data(arguments)
-    if arguments.trained == "adapters":
-        # The adapters live in a folder of their own; the merged model goes to the folder above.
-        args.output_dir = str(Path(args.output_dir, "adapter"))
+    choose_folders(args, arguments.trained == "adapters")
     model = load_model(arguments, answers)
     columns = arguments.image_column, arguments.question_column, arguments.answer_column
     names = dict(zip(("image_column", "text_column", "answer_column"), columns))
@@ -149,8 +156,7 @@ def prepare(arguments: ExampleArguments, args: DPTrainingArguments) -> DPCLIPTra
         processor,
         compute_metrics=partial(vqa_accuracy, id2label=model.config.id2label),
     )
-    if args.resume_from_checkpoint:
-        check_resumable(args.resume_from_checkpoint, trainer.plan)
+    find_checkpoint(trainer)
     return trainer
 
 
@@ -175,7 +181,7 @@ def load_data(arguments: ExampleArguments) -> tuple[Dataset, Dataset, list[str]]
             "--answers is missing: list what may be answered, as in --answers yes,no,red. A list made from the "
             "private records would give away answers that occur only once."
         )
-    train, held_out = private_and_held_out(splits, arguments)
+    train, held_out = private_and_held_out(splits, arguments, arguments.question_column)
     return train, held_out, arguments.answers.split(",")
 
 
@@ -223,6 +229,7 @@ def report(trainer: DPCLIPTrainer, scores: dict[str, float], folder: Path):
     spent, unit = statement.spent, trainer.args.privacy_unit_column or "record"
     print(f"\nPrivacy of each {unit}: ε = {spent.epsilon:.4g} at δ = {spent.delta:.3g} after {spent.steps} steps.")
     print("".join(f"NOT PRIVATE: {reason}\n" for reason in statement.not_private_because))
+    mention_other_runs(trainer)
     print("from hf_dpclip import CLIPForVisualQuestionAnswering")
     print(f'model = CLIPForVisualQuestionAnswering.from_pretrained("{folder}")')
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 from torch import nn
+from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
@@ -18,6 +19,7 @@ from .arguments import DPTrainingArguments
 from .averaging import load_averages, save_averages
 from .model_card import write_model_card
 from .privacy import STATEMENT_NAME, PrivacyPlan, PrivacyStatement
+from .resuming import check_own_state, fitting
 
 
 # Statistics of the private data that the `Trainer` would log.
@@ -29,6 +31,7 @@ class PublishingTrainer(Trainer):
 
     args: DPTrainingArguments
     model: nn.Module
+    optimizer: Optimizer
     plan: PrivacyPlan | None
     # A `str` where there is a repository. The `Trainer` sets it to `None` first, which is then all that it may be.
     hub_model_id: Any
@@ -95,7 +98,9 @@ class PublishingTrainer(Trainer):
             save_averages(self.callback_handler.callbacks, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with fitting(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            check_own_state(self.optimizer)
         if checkpoint is not None:
             load_averages(self.callback_handler.callbacks, checkpoint, self.model)
 

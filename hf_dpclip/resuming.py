@@ -3,8 +3,11 @@
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from torch.optim import Optimizer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
@@ -53,6 +56,27 @@ def check_resumable(checkpoint: str | Path, plan: PrivacyPlan) -> PrivacyStateme
         )
     _warn_of_lost_steps(Path(checkpoint))
     return statement
+
+
+@contextmanager
+def fitting(checkpoint: str | Path | None) -> Iterator[None]:
+    """A checkpoint is loaded inside. Raises `ValueError` if it is that of another model or optimizer."""
+    try:
+        yield
+    # What torch raises for other shapes, and for other groups of parameters.
+    except (RuntimeError, ValueError) as error:
+        first, *others = str(error).splitlines()
+        raise ValueError(
+            f"{checkpoint} does not fit the model or the optimizer ({' '.join([first, *others[:1]])}): make both as "
+            "they were in the run that is resumed (what is trained, the rank of LoRA, optim), or start a new one."
+        ) from error
+
+
+def check_own_state(optimizer: Optimizer) -> None:
+    """Raises `ValueError` if the settings that an optimizer loaded are those of another kind."""
+    missing = [name for group in optimizer.param_groups for name in optimizer.defaults if name not in group]
+    if missing:
+        raise ValueError(f"its optimizer's state has no {missing[0]}")
 
 
 def differences(first: PrivacyPlan, second: PrivacyPlan) -> list[str]:

@@ -17,7 +17,7 @@ from .privacy import PrivacyPlan, PrivacySpent, PrivacyStatement
 from .privacy.plan import Runs
 from .publishing import PublishingTrainer
 from .reporting import search_summary
-from .resuming import check_resumable, differences, last_complete_checkpoint
+from .resuming import check_resumable, differences, fitting, last_complete_checkpoint
 from .spending import new_run, recorded
 
 
@@ -104,6 +104,7 @@ class RunningTrainer(PublishingTrainer):
         Raises `ValueError` if the checkpoint's plan is not this one.
         """
         self._check_planned()
+        validation.check_best_metric(self)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         self._steps_ahead = self._take_over(resume_from_checkpoint) if resume_from_checkpoint else self.plan.num_steps
@@ -143,6 +144,10 @@ class RunningTrainer(PublishingTrainer):
             best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
             self._load_from_checkpoint(best or checkpoint)
         return TrainOutput(self.state.global_step, math.nan, {})
+
+    def _load_from_checkpoint(self, checkpoint: str, *args, **kwargs) -> None:
+        with fitting(checkpoint):
+            super()._load_from_checkpoint(checkpoint, *args, **kwargs)
 
     @property
     def _planned_steps(self) -> int:

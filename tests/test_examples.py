@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -115,6 +116,30 @@ def test_labelled_images_on_disk_in_full_fine_tuning(tmp_path, monkeypatch, caps
     output = capsys.readouterr().out
     assert "zero-shot accuracy" in output and "without privacy" not in output
     assert (tmp_path / "out" / "privacy.json").is_file()
+
+
+def test_an_interrupted_run_goes_on_by_the_name_of_its_folder_or_without(captioned_csv, tmp_path, monkeypatch, capsys):
+    columns = ["--dataset_name", captioned_csv, "--image_column", "file", "--caption_column", "report"]
+    sizes = ["--per_device_train_batch_size", "8", "--microbatch_size", "4", "--num_train_epochs", "2"]
+    settings = [*columns, *sizes, "--use_cpu", "--output_dir", tmp_path / "out"]
+    run_train(monkeypatch, *settings)
+    # Without being asked for, one per epoch.
+    checkpoints = sorted((tmp_path / "out" / "adapter").glob("checkpoint-*"))
+    assert len(checkpoints) == 2
+    first, last = map(int, (path.name.removeprefix("checkpoint-") for path in checkpoints))
+    shutil.rmtree(checkpoints[1])
+    assert "runs are recorded here" not in capsys.readouterr().out
+    for name in ("True", tmp_path / "out", checkpoints[0]):
+        capsys.readouterr()
+        run_train(monkeypatch, *settings, "--resume_from_checkpoint", name)
+        output = capsys.readouterr().out
+        assert f"of which taken = {first}\n" in output and f"after {last} steps" in output
+        shutil.rmtree(checkpoints[1])
+    # Resumed runs are one run; a second one from the start is another.
+    assert "runs are recorded here" not in output
+    run_train(monkeypatch, *settings, "--max_steps", "1")
+    ledger = re.escape(str(tmp_path / "out" / "adapter" / "_privacy_ledger.jsonl"))
+    assert re.search(rf"2 runs are recorded here; .*`hf-dpclip ledger {ledger}`", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

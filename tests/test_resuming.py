@@ -7,9 +7,10 @@ import shutil
 import pytest
 import torch
 from factories import pairs, tiny_clip
+from peft import get_peft_model
 from transformers import CLIPModel, TrainerCallback
 
-from hf_dpclip import PrivacyStatement
+from hf_dpclip import PrivacyStatement, lora_config
 from hf_dpclip.privacy import Randomness
 from hf_dpclip.resuming import check_resumable, last_complete_checkpoint
 
@@ -206,6 +207,26 @@ def test_another_learning_rate_is_no_other_plan(make_trainer, interrupted):
     trainer = make_trainer(max_steps=4, learning_rate=0.01, **SAVING)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.privacy_spent().steps == 4
+
+
+def adapted(**settings):
+    return get_peft_model(tiny_clip(), lora_config(tiny_clip(), **{"r": 2, **settings}))
+
+
+@pytest.mark.parametrize(
+    "settings, changes, message",
+    [
+        ({"r": 4}, {}, "loading state_dict for PeftModel: .*size mismatch"),
+        ({"text_tower": False}, {}, "a parameter group that doesn't match the size"),
+        ({}, {"optim": "sgd"}, "its optimizer's state has no momentum"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(make_trainer, tmp_path, settings, changes, message):
+    make_trainer(adapted(), max_steps=4, **SAVING).train()
+    other = make_trainer(adapted(**settings), max_steps=4, **{**SAVING, **changes})
+    with pytest.raises(ValueError, match=f"checkpoint-2 does not fit the model .*{message}.*the rank of LoRA, optim"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_a_checkpoint_without_a_statement_is_refused(make_trainer, interrupted):
