@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -12,6 +13,7 @@ from .privacy.plan import CLIPPINGS
 # Arguments that count something.
 WHOLE_NUMBERS = (
     "per_device_train_batch_size",
+    "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "microbatch_size",
     "public_negatives_steps",
@@ -222,10 +224,12 @@ class DPTrainingArguments(TrainingArguments):
 
     def _check_mechanism(self):
         self._check_positive("max_grad_norm", self.max_grad_norm or 0)
+        self._check_positive("learning_rate", self.learning_rate)
         for name in WHOLE_NUMBERS:
             value = getattr(self, name)
             if not ((isinstance(value, int) and value >= 1) or (name in OPTIONAL and value is None)):
-                raise ValueError(f"{name}={value!r} is not possible: it must be a whole number of at least 1.")
+                hint = _type_hint(value)
+                raise ValueError(f"{name}={value!r} is not possible: it must be a whole number of at least 1.{hint}")
         if self.max_records_per_unit is not None and self.privacy_unit_column is None:
             raise ValueError(
                 "max_records_per_unit is set, but a unit is a single record: name the column of its ids with "
@@ -264,7 +268,9 @@ class DPTrainingArguments(TrainingArguments):
 
     def _check_positive(self, name: str, value: float | None):
         if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-            hint = " (Training without noise takes non_private=True.)" if value == 0 and name in NOISE else ""
+            hint = _type_hint(value)
+            if value == 0 and name in NOISE:
+                hint = " (Training without noise takes non_private=True.)"
             raise ValueError(f"{name}={value!r} is not possible: it must be positive and finite.{hint}")
 
     def _check_compatible(self):
@@ -309,3 +315,8 @@ class DPTrainingArguments(TrainingArguments):
                 "GPU with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES=0.",
             ),
         ]
+
+
+def _type_hint(value: Any) -> str:
+    """What is wrong with it if it is not a number of Python, such as text, or a number of numpy."""
+    return "" if isinstance(value, int | float) else f" (It is of type {type(value).__name__}: give a Python number.)"

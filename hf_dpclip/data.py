@@ -15,7 +15,14 @@ from transformers import BatchEncoding, ClapProcessor, ProcessorMixin
 from .records import check_complete, check_picture, check_text, first_record
 
 
-FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+# By the end of a file's name: the builder of `datasets`, and its settings.
+FILE_FORMATS: dict[str, tuple[str, dict[str, str]]] = {
+    ".parquet": ("parquet", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+}
 
 
 @dataclass
@@ -281,8 +288,8 @@ def load_pairs(name: str, image_column: str | None = "image") -> DatasetDict:
     """Image-text pairs by any name that `datasets` knows.
 
     Args:
-        name (`str`): a `.parquet`, `.csv` or `.json` file, a folder written by `save_to_disk`, a folder of images with
-            a `metadata.csv`, or a dataset on the Hub.
+        name (`str`): a `.parquet`, `.csv`, `.tsv` or `.json` file, a folder written by `save_to_disk`, a folder of
+            images with a `metadata.csv`, or a dataset on the Hub.
         image_column (`str`, *optional*, defaults to `"image"`): images, or paths relative to the file that names them.
             `None` takes the columns as they are, without images.
 
@@ -290,18 +297,19 @@ def load_pairs(name: str, image_column: str | None = "image") -> DatasetDict:
     missing image column.
     """
     path = Path(name)
-    if path.suffix in FILE_FORMATS or path.is_file():
+    if path.suffix.lower() in FILE_FORMATS or path.is_file():
         splits = _load_file(path, image_column)
     elif Path(path, "dataset_dict.json").is_file() or Path(path, "state.json").is_file():
         loaded = load_from_disk(name)
         splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
     elif path.is_dir():
-        splits = _load("imagefolder", data_dir=name)
+        splits = _load("imagefolder", name, data_dir=name)
     else:
         splits = load_from_hub(name)
     columns = next(iter(splits.values())).column_names
     if image_column is not None and image_column not in columns:
-        raise ValueError(f"{name} has no image column {image_column!r}, only {columns}: name one of these.")
+        hint = " (Between columns there must be commas.)" if len(columns) == 1 and ";" in columns[0] else ""
+        raise ValueError(f"{name} has no image column {image_column!r}, only {columns}: name one of these.{hint}")
     return splits
 
 
@@ -318,9 +326,10 @@ def load_from_hub(name: str, config: str | None = None) -> DatasetDict:
 def _load_file(path: Path, image_column: str | None) -> DatasetDict:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: check the path (it is relative to {Path.cwd()}).")
-    if path.suffix not in FILE_FORMATS:
+    if path.suffix.lower() not in FILE_FORMATS:
         raise ValueError(f"{path} is in no known format: convert it to one of {', '.join(FILE_FORMATS)}.")
-    dataset = _load(FILE_FORMATS[path.suffix], data_files=str(path))["train"]
+    kind, settings = FILE_FORMATS[path.suffix.lower()]
+    dataset = _load(kind, str(path), data_files=str(path), **settings)["train"]
     if image_column is not None and isinstance(dataset.features.get(image_column), Value):
         paths = [_beside(path, row, image) for row, image in enumerate(dataset[image_column])]
         dataset = (
@@ -338,10 +347,12 @@ def _beside(table: Path, row: int, image: Any) -> str:
     return str(table.parent / image)
 
 
-def _load(kind: str, **where: str) -> DatasetDict:
+def _load(kind: str, place: str, **settings: str) -> DatasetDict:
     try:
-        return load_dataset(kind, **where)
+        return load_dataset(kind, **settings)
     except (DatasetsError, OSError, ValueError) as error:
-        (place,) = where.values()
         reason = error.__cause__ or error
-        raise ValueError(f"{place} cannot be read as {kind} ({reason}): check the file or folder.") from error
+        raise ValueError(
+            f"{place} cannot be read as {kind} ({reason}): check the file or folder, which must have records, and "
+            "text in UTF-8."
+        ) from error

@@ -1,9 +1,11 @@
 """What records must be like: read and looked at before training, so that no work is lost on those that are not."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Value
 from PIL.Image import Image as PILImage
@@ -73,16 +75,19 @@ def check_text(text: Any, column: str) -> str:
 
 
 def check_complete(dataset: Dataset, image_column: str | None, text_column: str | None) -> None:
-    """Raises `ValueError` if a record of a `datasets.Dataset` lacks an image or a text, or has an empty one.
+    """Raises `ValueError` if a record of a `datasets.Dataset` lacks an image or a text, has a blank text, or names an
+    image file that is not there.
 
     Looks at what the table says, and decodes nothing. Other datasets, and those with transforms, are not looked at.
     """
     if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
         return
     if image_column in image_columns(dataset):
-        _check_none_missing(_missing_images(dataset, image_column), "image", image_column)
-    if text_column is not None and _holds_strings(dataset.features[text_column]):
-        _check_none_missing(_missing_texts(dataset, text_column), "text", text_column)
+        _check_none_missing(_missing_images(dataset, image_column), "image", image_column, f"record[{image_column!r}]")
+        _check_files_exist(dataset, image_column)
+    if text_column is not None and _holds_strings(dataset.features.get(text_column)):
+        there = f"record[{text_column!r}]"
+        _check_none_missing(_missing_texts(dataset, text_column), "text", text_column, f"{there} and {there}.strip()")
 
 
 def _read(dataset: Dataset, numbers: list[int]) -> list[Any]:
@@ -96,7 +101,28 @@ def _missing_images(dataset: datasets.Dataset, column: str) -> list[int]:
 
 
 def _missing_texts(dataset: datasets.Dataset, column: str) -> list[int]:
-    return _rows_where(lambda texts: pc.fill_null(pc.equal(texts, ""), True), dataset, column, TEXT_BATCH)
+    return _rows_where(_is_blank, dataset, column, TEXT_BATCH)
+
+
+def _is_blank(texts: Any) -> Any:
+    return pc.fill_null(pc.or_(pc.equal(texts, ""), pc.utf8_is_space(texts)), True)
+
+
+def _check_files_exist(dataset: datasets.Dataset, column: str):
+    missing = _rows_where(_names_no_file, dataset, column, BATCH)
+    if missing:
+        (record,) = dataset.select_columns([column]).with_format("arrow")[missing[:1]][column].to_pylist()
+        raise ValueError(
+            f"record {missing[0]} ({len(missing)} such records) names an image that is not there, {record['path']}: "
+            "put the file there, correct the path, or leave such records out."
+        )
+
+
+def _names_no_file(images: Any) -> pa.Array:
+    is_path = pc.is_null(pc.struct_field(images, "bytes"))
+    paths = pc.if_else(is_path, pc.struct_field(images, "path"), None).to_pylist()
+    # Addresses, of the web or inside an archive, are left to `datasets`.
+    return pa.array([path is not None and "://" not in path and not os.path.exists(path) for path in paths])
 
 
 def _rows_where(condition: Callable, dataset: datasets.Dataset, column: str, batch_size: int) -> list[int]:
@@ -116,11 +142,11 @@ def _holds_strings(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype in STRINGS
 
 
-def _check_none_missing(missing: list[int], kind: str, column: str):
+def _check_none_missing(missing: list[int], kind: str, column: str, condition: str):
     if missing:
         raise ValueError(
             f"record {missing[0]} ({len(missing)} such records) has no {kind} in column {column!r}: leave such "
-            f"records out, as in dataset.filter(lambda record: record[{column!r}])."
+            f"records out, as in dataset.filter(lambda record: {condition})."
         )
 
 

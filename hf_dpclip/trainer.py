@@ -131,9 +131,11 @@ class DPCLIPTrainer(RunningTrainer):
         return PublicNegatives(chunks, self.args.public_negatives_gradient, self.args.public_negatives_steps)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As in the `Trainer`. Raises `ValueError` for the private training dataset."""
+        """As in the `Trainer`. Raises `ValueError` for the private training dataset, and for records that cannot be
+        collated."""
         if not self.args.log_private_statistics:
             validation.check_evaluation_data(self.train_dataset, eval_dataset)
+        validation.check_records(self.data_collator, eval_dataset)
         with self._images_as_they_are():
             return super().get_eval_dataloader(eval_dataset)
 
@@ -141,6 +143,7 @@ class DPCLIPTrainer(RunningTrainer):
         """As in the `Trainer`. Raises `ValueError` for the private training dataset."""
         if not self.args.log_private_statistics:
             validation.check_evaluation_data(self.train_dataset, test_dataset, "test_dataset")
+        validation.check_records(self.data_collator, test_dataset)
         with self._images_as_they_are():
             return super().get_test_dataloader(test_dataset)
 

@@ -23,6 +23,10 @@ from .records import first_record
 from .shared_images import image_columns
 
 
+# What evaluation gives of itself, without `compute_metrics`.
+METRICS_OF_ITSELF = ("loss", "runtime", "samples_per_second", "steps_per_second")
+
+
 def check_call(
     model: nn.Module | None, data_collator: Callable | None, train_dataset: Dataset | None, processing_class: Any
 ) -> None:
@@ -232,6 +236,21 @@ def check_public(train_dataset: Dataset, public_negatives: list[str] | Dataset) 
             f"{shared} of the {len(public_negatives)} public_negatives are records of the private train_dataset: what "
             "they reveal is not covered by the guarantee. Give images and captions of another source, or remove these "
             "records from train_dataset."
+        )
+
+
+def check_best_metric(trainer: Trainer) -> None:
+    """Raises `ValueError` if the best weights are to be told by a metric that evaluation is known not to give."""
+    metric, evaluated = trainer.args.metric_for_best_model, trainer.eval_dataset
+    is_the_trainers = getattr(trainer.evaluate, "__func__", None) is Trainer.evaluate
+    if trainer.args.eval_strategy == "no" or trainer.compute_metrics is not None or not is_the_trainers:
+        return
+    prefixes = [f"{name}_" for name in evaluated] if isinstance(evaluated, dict) else [""]
+    given = [prefix + name for prefix in prefixes for name in METRICS_OF_ITSELF]
+    if metric is not None and metric.removeprefix("eval_") not in given:
+        raise ValueError(
+            f"metric_for_best_model={metric!r} is not among what evaluation gives ({', '.join(given)}): choose one of "
+            "these, or pass compute_metrics."
         )
 
 

@@ -27,6 +27,14 @@ def undecodable(number: int) -> Dataset:
     return with_images(images).cast_column("image", Image())
 
 
+def files(folder) -> list[str]:
+    """The paths of three images."""
+    paths = [str(folder / f"{number}.png") for number in range(3)]
+    for path, picture in zip(paths, pictures(3)):
+        picture.save(path)
+    return paths
+
+
 def questions(answers: list, folder, label2id=None) -> DPCLIPTrainer:
     model = tiny_clip_vqa()
     label2id = label2id or model.config.label2id
@@ -110,6 +118,21 @@ DATA = {
         "record 0 of the dataset cannot be read (FileNotFoundError",
         "leave it out",
     ),
+    "a file that is missing later": (
+        lambda f: processed(f, with_images([*files(f), "nowhere.png"]).cast_column("image", Image())),
+        "record 3 (1 such records) names an image that is not there, nowhere.png",
+        "correct the path, or leave such records out",
+    ),
+    "a file that is missing in a selection": (
+        lambda f: processed(f, with_images([*files(f), "nowhere.png"]).cast_column("image", Image()).select([0, 3])),
+        "record 1 (1 such records) names an image that is not there, nowhere.png",
+        "correct the path, or leave such records out",
+    ),
+    "a blank text": (
+        lambda f: processed(f, with_texts(["a", "b", " \t", "d"])),
+        "record 2 (1 such records) has no text in column 'text'",
+        "dataset.filter(lambda record: record['text'] and record['text'].strip())",
+    ),
     "columns": (lambda f: processed(f, raw_pairs(8)[:]), "train_dataset is a dict", "Dataset.from_dict"),
     "a name": (lambda f: processed(f, "mnist-5k"), "train_dataset is a str", "load one by its name"),
     "tuples": (
@@ -155,6 +178,16 @@ DATA = {
     ),
     "evaluation with other columns": (
         lambda f: processed(f, raw_pairs(8), options={"eval_dataset": raw_pairs(4, "scan")}),
+        "no column 'image'",
+        "image_column=...",
+    ),
+    "evaluation with other columns later": (
+        lambda f: processed(f, raw_pairs(8)).evaluate(raw_pairs(4, "scan")),
+        "no column 'image'",
+        "image_column=...",
+    ),
+    "prediction with other columns": (
+        lambda f: processed(f, raw_pairs(8)).predict(raw_pairs(4, "scan")),
         "no column 'image'",
         "image_column=...",
     ),
@@ -220,14 +253,29 @@ DATA = {
     ),
     "no such file": (lambda f: load_pairs(f"{f}/no.csv"), "no.csv does not exist", "check the path"),
     "an unknown format": (
-        lambda f: load_pairs(table(f, "pairs.tsv", "image\ttext")),
-        "pairs.tsv is in no known format",
+        lambda f: load_pairs(table(f, "pairs.xlsx", "image\ttext")),
+        "pairs.xlsx is in no known format",
         "convert it to one of .parquet, .csv",
     ),
     "an empty table": (
         lambda f: load_pairs(table(f, "pairs.csv", "")),
         "pairs.csv cannot be read as csv",
         "check the file",
+    ),
+    "a table without records": (
+        lambda f: load_pairs(table(f, "pairs.csv", "image,text\n")),
+        "pairs.csv cannot be read as csv",
+        "must have records",
+    ),
+    "a table in another encoding": (
+        lambda f: load_pairs(table(f, "pairs.csv", "image,text\na.png,\xe9\n".encode("latin-1"))),
+        "pairs.csv cannot be read as csv",
+        "text in UTF-8",
+    ),
+    "a table with semicolons": (
+        lambda f: load_pairs(table(f, "pairs.csv", "image;text\na.png;a\n")),
+        "has no image column 'image', only ['image;text']",
+        "there must be commas",
     ),
     "a broken table": (
         lambda f: load_pairs(table(f, "pairs.parquet", b"PAR1 no more")),

@@ -7,6 +7,7 @@ import math
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -42,6 +43,12 @@ ARGUMENTS = [
     ({"max_grad_norm": math.inf}, "max_grad_norm=inf is not possible", "must be positive and finite"),
     ({"max_grad_norm": math.nan}, "max_grad_norm=nan is not possible", "must be positive and finite"),
     ({"max_grad_norm": "1"}, "max_grad_norm='1' is not possible", "must be positive and finite"),
+    ({"learning_rate": 0.0}, "learning_rate=0.0 is not possible", "must be positive and finite"),
+    ({"learning_rate": math.nan}, "learning_rate=nan is not possible", "must be positive and finite"),
+    ({"target_epsilon": np.float32(3)}, "target_epsilon=np.float32(3.0) is not", "type float32: give a Python number"),
+    ({"per_device_train_batch_size": np.int64(8)}, "train_batch_size=np.int64(8)", "type int64: give a Python number"),
+    ({"max_grad_norm": "1"}, "max_grad_norm='1' is not possible", "of type str: give a Python number"),
+    ({"per_device_eval_batch_size": 0}, "eval_batch_size=0 is not possible", "a whole number of at least 1"),
     ({"microbatch_size": 3}, "=3 does not divide per_device_train_batch_size=8", "to a multiple of 3"),
     ({"microbatch_size": 16}, "=16 is computed in chunks of", "set gradient_accumulation_steps=2"),
     ({"microbatch_size": 0}, "microbatch_size=0 is not possible", "a whole number of at least 1"),
@@ -206,6 +213,16 @@ MODELS = {
         "Sequential has no query, value or projection layers",
         "target_modules of your own",
     ),
+    "adapters of rank 0": (
+        lambda f: lora_config(tiny_clip(), r=0),
+        "r=0 is not possible",
+        "a whole number of at least 1",
+    ),
+    "adapters of a rank in words": (
+        lambda f: lora_config(tiny_clip(), r="8"),
+        "r='8' is not possible",
+        "a whole number of at least 1",
+    ),
     "a text tower left out in two ways": (
         lambda f: lora_config(tiny_clip(), text_tower=False, exclude_modules=["visual_projection"]),
         "text_tower=False leaves out the layers of CLIPModel",
@@ -327,6 +344,11 @@ TRAINING = [
     ("--resume_from_checkpoint nowhere", "nowhere/privacy.json does not exist", "Choose a folder checkpoint-"),
     ("--num_train_epochs 0", "num_train_epochs=0.0", "a positive, finite number"),
     ("--noise_multiplier 1e-6", "noise_multiplier=1e-06 is not possible", "expected more"),
+    ("--learning_rate -1", "learning_rate=-1.0 is not possible", "positive and finite"),
+    ("--resume_from_checkpoint True", "no complete checkpoint in", "check output_dir"),
+    ("--ledger_epsilon 0.01", "ledger_epsilon=0.01", "lower target_epsilon"),
+    ("--ledger_path /proc/no/ledger.jsonl", "/proc/no/ledger.jsonl could not be opened", "may be written"),
+    ("--metric_for_best_model f1 --eval_strategy epoch", "is not among what evaluation gives (loss", "choose one"),
     ("--noise_seed -3", "noise_seed=-3 is not possible", "at least 0"),
 ]
 
