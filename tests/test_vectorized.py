@@ -18,6 +18,7 @@ from hf_dpclip.gradients import (
     factored,
     microbatch_gradients,
     obstacle,
+    products,
 )
 from hf_dpclip.gradients.factored import Dense, Outer, SpareMemory
 from hf_dpclip.gradients.layout import Layout
@@ -153,9 +154,9 @@ def as_on_an_accelerator(monkeypatch):
     """Microbatches filled up with zeros, several products at a time, also of layers of one shape, weighted sums from
     narrow parts."""
     monkeypatch.setattr(Layout, "few_products", True)
-    monkeypatch.setattr(factored, "_at_once", lambda a, b: 2)
-    monkeypatch.setattr(factored, "_in_tensor_cores", lambda x, y: True)
-    monkeypatch.setattr(factored, "_matmul", lambda x, y: torch.bmm(x.float(), y.float()))
+    monkeypatch.setattr(products, "_at_once", lambda a, b: 2)
+    monkeypatch.setattr(products, "_in_tensor_cores", lambda x, y: True)
+    monkeypatch.setattr(products, "_matmul", lambda x, y: torch.bmm(x.float(), y.float()))
     monkeypatch.setattr(SpareMemory, "cheaper", lambda _, outer: outer)
 
 
@@ -173,7 +174,7 @@ def test_narrow_factors_are_multiplied_as_if_they_were_wide(rows):
     sizes, factors = [1, 2, 2, 3, 5], torch.rand(5)
     a, b = (torch.randn(13, rows, width).to("cuda", torch.bfloat16) for width in (256, 192))
     narrow = Outer(a, b, Layout(sizes, 13, a.device))
-    assert factored._in_tensor_cores(a, b)
+    assert products._in_tensor_cores(a, b)
     of_each = zip(*(factor.cpu().double().split(sizes) for factor in (a, b)))
     exact = torch.stack([y.flatten(0, 1).T @ x.flatten(0, 1) for x, y in of_each])
     assert torch.allclose(narrow.squared_norms().cpu(), exact.square().sum(dim=(1, 2)), rtol=1e-5)
@@ -184,7 +185,7 @@ def test_narrow_factors_are_multiplied_as_if_they_were_wide(rows):
 
 def test_narrow_parts_lose_nothing():
     exact = torch.randn(10_000) * 10.0 ** torch.arange(-20, 20).repeat(250)
-    parts = [*factored._narrow_parts(exact)]
+    parts = [*products._narrow_parts(exact)]
     assert {part.dtype for part in parts} == {torch.bfloat16}
     assert torch.equal(sum(part.double() for part in parts), exact.double())
 
@@ -218,7 +219,7 @@ def test_products_of_one_shape_are_multiplied_together(monkeypatch):
     monkeypatch.setattr(factored, "SIDE_BY_SIDE", 2 * products[0].num_factors)
     of_each = {number: each.dense() for number, each in products.items()}
     multiplied = []
-    monkeypatch.setattr(factored, "_product", lambda a, b: multiplied.append(len(a)) or b.transpose(1, 2) @ a)
+    monkeypatch.setattr(factored, "product", lambda a, b: multiplied.append(len(a)) or b.transpose(1, 2) @ a)
     together = factored.multiplied_out(products)
     assert sorted(multiplied) == [8, 8, 16]
     assert together.keys() == of_each.keys()

@@ -12,15 +12,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from .factored import Dense, Outer, SpareMemory, Sparse
+from .functions import (
+    RecordedEmbedding,
+    RecordedExpand,
+    RecordedLayerNorm,
+    RecordedLinear,
+    RecordedPatches,
+    is_trainable,
+)
 from .layout import Layout
-
-
-# Elements of a tensor that stay in a CPU's cache beside a few others: 1 MiB.
-CACHED_ELEMENTS = 2**18
 
 
 class Recording:
@@ -57,17 +60,17 @@ class Recording:
         self._contexts.close()
 
     def record(self, parameter: Tensor | None, gradients: Dense | Outer | Sparse) -> None:
-        if _trainable(parameter):
+        if is_trainable(parameter):
             self.gradients[id(parameter)].append(gradients)
 
     def record_rows(self, parameter: Tensor | None, rows: Tensor) -> None:
         """`rows` is `[N, T, *parameter]`: one gradient for each place where the parameter was added or multiplied."""
-        if _trainable(parameter):
+        if is_trainable(parameter):
             self.record_sums(parameter, rows.sum(dim=1))
 
     def record_sums(self, parameter: Tensor | None, rows: Tensor) -> None:
         """`rows` is `[N, *parameter]`: one gradient for each row of the batch."""
-        if _trainable(parameter):
+        if is_trainable(parameter):
             self.record(parameter, Dense(self.layout.sum_rows(rows)))
 
     def holds(self, tensor: Tensor) -> bool:
@@ -119,116 +122,19 @@ class _Dropouts(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-class _Linear(Function):
-    @staticmethod
-    def forward(ctx, recording: Recording, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.recording, ctx.weight, ctx.bias = recording, weight, bias
-        narrow = weight.to(x.dtype)
-        # The input is kept for the weight's gradient alone.
-        ctx.save_for_backward(x if _trainable(weight) else None, narrow)
-        return F.linear(x, narrow, bias)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple:
-        (x, narrow), recording = ctx.saved_tensors, ctx.recording
-        rows = _rows(gradient)
-        if x is not None:
-            recording.record(ctx.weight, recording.spare.cheaper(Outer(_rows(x), rows, recording.layout)))
-        if ctx.bias is not None:
-            recording.record_rows(ctx.bias, rows)
-        of_input = gradient @ narrow if ctx.needs_input_grad[1] else None
-        return None, of_input, None, None
-
-
-class _LayerNorm(Function):
-    @staticmethod
-    def forward(ctx, recording: Recording, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        y, mean, inverse_deviation = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
-        ctx.recording, ctx.weight, ctx.bias = recording, weight, bias
-        ctx.save_for_backward(x, mean, inverse_deviation)
-        return y
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple:
-        (x, mean, inverse_deviation), recording, weight = ctx.saved_tensors, ctx.recording, ctx.weight
-        sums = [
-            (_rows((x - mean).mul_(inverse_deviation).mul_(gradient)).sum(dim=1), _rows(gradient).sum(dim=1))
-            for x, mean, inverse_deviation, gradient in _parts(x, mean, inverse_deviation, gradient)
-        ]
-        of_weight, of_bias = map(torch.cat, zip(*sums))
-        recording.record_sums(weight, of_weight)
-        recording.record_sums(ctx.bias, of_bias)
-        of_input = torch.ops.aten.native_layer_norm_backward(
-            gradient, x, weight.shape, mean, inverse_deviation, weight, ctx.bias, [True, False, False]
-        )
-        return None, of_input[0], None, None, None
-
-
-class _Embedding(Function):
-    @staticmethod
-    def forward(ctx, recording: Recording, indices: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
-        # One row of positions serves the whole batch. It is looked up for each, so that gradients stay apart.
-        indices = indices.expand(recording.layout.num_rows, *indices.shape[1:])
-        ctx.recording, ctx.weight, ctx.padding_idx = recording, weight, padding_idx
-        ctx.save_for_backward(indices)
-        return F.embedding(indices, weight)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple:
-        (indices,), recording, weight = ctx.saved_tensors, ctx.recording, ctx.weight
-        if ctx.padding_idx is not None:
-            # The row of padding is not trained.
-            gradient = gradient.masked_fill((indices == ctx.padding_idx)[..., None], 0)
-        recording.record(weight, Sparse(indices, gradient, len(weight), recording.layout))
-        return None, None, None, None
-
-
-class _Patches(Function):
-    """A convolution of the input images, as the linear layer on their patches that it is."""
-
-    @staticmethod
-    def forward(ctx, recording: Recording, x: Tensor, weight: Tensor, bias: Tensor | None, settings: dict) -> Tensor:
-        ctx.recording, ctx.weight, ctx.bias, ctx.settings = recording, weight, bias, settings
-        ctx.save_for_backward(x)
-        return F.conv2d(x, weight, bias, **settings)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple:
-        (x,), recording = ctx.saved_tensors, ctx.recording
-        rows = gradient.flatten(2).transpose(1, 2)
-        patches = F.unfold(x, ctx.weight.shape[2:], **ctx.settings).transpose(1, 2)
-        recording.record(ctx.weight, recording.spare.cheaper(Outer(patches, rows, recording.layout)))
-        recording.record_rows(ctx.bias, rows)
-        return None, None, None, None, None
-
-
-class _Expand(Function):
-    """A parameter repeated for every row of the batch."""
-
-    @staticmethod
-    def forward(ctx, recording: Recording, parameter: Tensor, sizes: tuple) -> Tensor:
-        ctx.recording, ctx.parameter = recording, parameter
-        return parameter.detach().expand(*sizes)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple:
-        ctx.recording.record_rows(ctx.parameter, gradient.reshape(len(gradient), -1, *ctx.parameter.shape))
-        return None, None, None
-
-
 # The interpreters take the arguments of the functions that they stand for.
 
 
 def _linear(recording: Recording, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if recording.holds(input) and _recordable(weight, bias):
-        return _Linear.apply(recording, _autocast(input), weight, bias)
+        return RecordedLinear.apply(recording, _autocast(input), weight, bias)
     return F.linear(input, weight, bias)
 
 
 def _layer_norm(recording, input, normalized_shape, weight=None, bias=None, eps=1e-5) -> Tensor:
     known = weight is not None and len(normalized_shape) == 1
     if recording.holds(input) and known and _recordable(weight, bias):
-        return _LayerNorm.apply(recording, input.to(weight.dtype), weight, bias, eps)
+        return RecordedLayerNorm.apply(recording, input.to(weight.dtype), weight, bias, eps)
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
@@ -236,8 +142,8 @@ def _embedding(
     recording, input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False
 ) -> Tensor:
     simple = (padding_idx or 0) >= 0 and max_norm is None and not scale_grad_by_freq and not sparse
-    if input.dim() == 2 and input.shape[0] in (1, recording.layout.num_rows) and _trainable(weight) and simple:
-        return _Embedding.apply(recording, input, weight, padding_idx)
+    if input.dim() == 2 and input.shape[0] in (1, recording.layout.num_rows) and is_trainable(weight) and simple:
+        return RecordedEmbedding.apply(recording, input, weight, padding_idx)
     return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
 
 
@@ -245,20 +151,20 @@ def _conv2d(recording, input, weight, bias=None, stride=1, padding=0, dilation=1
     simple = groups == 1 and not isinstance(padding, str) and not input.requires_grad
     if recording.holds(input) and simple and _recordable(weight, bias):
         settings = {"stride": stride, "padding": padding, "dilation": dilation}
-        return _Patches.apply(recording, _autocast(input), weight, bias, settings)
+        return RecordedPatches.apply(recording, _autocast(input), weight, bias, settings)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def _expand(recording: Recording, tensor: Tensor, *sizes: int) -> Tensor:
     expanded = torch.Tensor.expand(tensor, *sizes)
-    if _trainable(tensor) and recording.holds(expanded) and _repeated(tensor, expanded):
-        return _Expand.apply(recording, tensor, expanded.shape)
+    if is_trainable(tensor) and recording.holds(expanded) and _repeated(tensor, expanded):
+        return RecordedExpand.apply(recording, tensor, expanded.shape)
     return expanded
 
 
 def _add(recording: Recording, input: Tensor, other: Tensor | float, *, alpha: float = 1) -> Tensor:
-    if _trainable(other) and recording.holds(input) and _repeated(other, input) and alpha == 1:
-        return input + _Expand.apply(recording, other, input.shape)
+    if is_trainable(other) and recording.holds(input) and _repeated(other, input) and alpha == 1:
+        return input + RecordedExpand.apply(recording, other, input.shape)
     return torch.Tensor.add(input, other, alpha=alpha)
 
 
@@ -289,26 +195,10 @@ def _repeated(tensor: Tensor, batch: Tensor) -> bool:
     return more > 0 and batch.shape[more:] == tensor.shape
 
 
-def _trainable(tensor: Tensor | None) -> bool:
-    return isinstance(tensor, nn.Parameter) and tensor.requires_grad
-
-
 def _recordable(*parameters: Tensor | None) -> bool:
     """Whether some are trainable, and none was computed from trainable ones, whose gradients would not be recorded."""
-    computed = any(each is not None and each.requires_grad and not _trainable(each) for each in parameters)
-    return not computed and any(_trainable(each) for each in parameters)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """`[N, ..., d]` to `[N, T, d]`."""
-    return tensor if tensor.dim() == 3 else tensor.reshape(len(tensor), -1, tensor.shape[-1])
-
-
-def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of the batch, as many at a time as a CPU's cache holds, so that what is made of them stays there."""
-    first = tensors[0]
-    size = max(1, CACHED_ELEMENTS // first[0].numel()) if first.device.type == "cpu" else len(first)
-    return zip(*(tensor.split(size) for tensor in tensors))
+    computed = any(each is not None and each.requires_grad and not is_trainable(each) for each in parameters)
+    return not computed and any(is_trainable(each) for each in parameters)
 
 
 def _autocast(tensor: Tensor) -> Tensor:
