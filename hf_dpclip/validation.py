@@ -97,6 +97,11 @@ def check_dataset(dataset: Dataset) -> None:
         raise ValueError(
             f"train_dataset has several splits ({', '.join(dataset)}): pass one of them, as dataset['train']."
         )
+    if type(dataset).__name__ == "DataFrame":
+        library = type(dataset).__module__.split(".")[0]
+        raise ValueError(
+            f"train_dataset is a DataFrame: convert it with datasets.Dataset.from_{library}(train_dataset)."
+        )
     if isinstance(dataset, dict | str):
         raise ValueError(
             f"train_dataset is a {type(dataset).__name__}, not a dataset: make one of columns with "

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from datasets import Dataset, Image
 from factories import pairs, pictures, raw_pairs, tiny_clip_vqa, tiny_processor
@@ -134,6 +135,11 @@ DATA = {
         "dataset.filter(lambda record: record['text'] and record['text'].strip())",
     ),
     "columns": (lambda f: processed(f, raw_pairs(8)[:]), "train_dataset is a dict", "Dataset.from_dict"),
+    "a data frame": (
+        lambda f: processed(f, pd.DataFrame({"image": pictures(8), "text": ["a"] * 8})),
+        "train_dataset is a DataFrame",
+        "datasets.Dataset.from_pandas(train_dataset)",
+    ),
     "a name": (lambda f: processed(f, "mnist-5k"), "train_dataset is a str", "load one by its name"),
     "tuples": (
         lambda f: processed(f, list(zip(pictures(8), ["a"] * 8))),

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from plans import plan
 from test_import import modules_after
 
@@ -128,6 +129,16 @@ def test_a_revision_of_a_folder_is_unusable_input(publish, capsys):
 def test_a_name_that_is_nowhere_is_unusable_input(tmp_path, capsys):
     assert main(["card", str(tmp_path / "misspelt" / "folder")]) == 2
     assert "check the spelling" in capsys.readouterr().err
+
+
+def test_without_a_connection_nothing_is_said_of_the_model(monkeypatch, capsys):
+    def offline(*args, **kwargs):
+        raise LocalEntryNotFoundError("cannot be reached")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
+    assert main(["card", "someone/private-clip"]) == 2
+    error = capsys.readouterr().err
+    assert "a model that the Hub shows you (cannot be reached): check the spelling and the connection" in error
 
 
 def test_the_command_waits_for_no_training_library(publish):

@@ -83,17 +83,23 @@ def _folder_of(model: str, revision: str | None) -> Path:
 
 def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     from ..privacy import STATEMENT_NAME
     from ..privacy_section import CARD_NAME
 
     try:
         statement = hf_hub_download(repo_id, STATEMENT_NAME, revision=revision)
-    except (HFValidationError, RepositoryNotFoundError) as error:
+    # The last one where there is no connection.
+    except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
-            f"{repo_id} is neither a folder here nor a model that the Hub shows you ({error}): check the spelling, or "
-            "log in with `hf auth login` if it is private."
+            f"{repo_id} is neither a folder here nor a model that the Hub shows you ({error}): check the spelling and "
+            "the connection, or log in with `hf auth login` if it is private."
         ) from error
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"{repo_id} has no {STATEMENT_NAME}, so it claims no privacy ({error}).") from error
