@@ -193,10 +193,11 @@ def prepare(arguments: ExampleArguments, args: DPTrainingArguments) -> Job:
 
 def choose_folders(args: DPTrainingArguments, has_adapters: bool) -> None:
     """Adapters live in a folder of their own; the merged model goes to the folder above."""
-    if args.resume_from_checkpoint in ("True", "true", args.output_dir):
-        args.resume_from_checkpoint = True
+    named, folder = args.resume_from_checkpoint, args.output_dir
     if has_adapters:
-        args.output_dir = str(Path(args.output_dir, "adapter"))
+        args.output_dir = str(Path(folder, "adapter"))
+    if named in ("True", "true") or (named and Path(named) in (Path(folder), Path(args.output_dir))):
+        args.resume_from_checkpoint = True
 
 
 def find_checkpoint(trainer: DPCLIPTrainer) -> None:

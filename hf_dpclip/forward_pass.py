@@ -84,13 +84,13 @@ class AllAtOnce:
 
     def __call__(self, forward_batch: list[Microbatch]) -> list[Tensor]:
         """As [`OneByOne`]. Raises `RuntimeError` if the model allows it no longer."""
-        if self.possible is False:
-            return self.one_by_one(forward_batch)
         groups, others = alike(self.model, forward_batch)
         losses = [loss for group in groups for loss in self._of_group(group)]
         return losses + self.one_by_one(others)
 
     def _of_group(self, microbatches: list[Microbatch]) -> list[Tensor]:
+        if self.possible is False:
+            return self.one_by_one(microbatches)
         try:
             losses, gradients = microbatch_gradients(self.model, microbatches, self.one_by_one.backward)
         except NotVectorizable as reason:

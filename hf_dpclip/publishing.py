@@ -19,7 +19,7 @@ from .arguments import DPTrainingArguments
 from .averaging import load_averages, save_averages
 from .model_card import write_model_card
 from .privacy import STATEMENT_NAME, PrivacyPlan, PrivacyStatement
-from .resuming import check_own_state, fitting
+from .resuming import check_settings, fitting
 
 
 # Statistics of the private data that the `Trainer` would log.
@@ -99,8 +99,9 @@ class PublishingTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with fitting(checkpoint):
+            settings = [set(group) for group in self.optimizer.param_groups]
             super()._load_optimizer_and_scheduler(checkpoint)
-            check_own_state(self.optimizer)
+            check_settings(self.optimizer, settings)
         if checkpoint is not None:
             load_averages(self.callback_handler.callbacks, checkpoint, self.model)
 

@@ -97,7 +97,14 @@ def _read(dataset: Dataset, numbers: list[int]) -> list[Any]:
 
 
 def _missing_images(dataset: datasets.Dataset, column: str) -> list[int]:
-    return _rows_where(lambda images: images.is_null(), dataset, column, BATCH)
+    return _rows_where(_is_empty, dataset, column, BATCH)
+
+
+def _is_empty(images: Any) -> Any:
+    """Whether there is neither a file's content nor a path, of which a missing image may have empty ones."""
+    sizes = (pc.binary_length(pc.struct_field(images, field)) for field in ("bytes", "path"))
+    has_bytes, has_path = (pc.fill_null(pc.greater(size, 0), False) for size in sizes)
+    return pc.invert(pc.or_(has_bytes, has_path))
 
 
 def _missing_texts(dataset: datasets.Dataset, column: str) -> list[int]:
@@ -113,7 +120,7 @@ def _check_files_exist(dataset: datasets.Dataset, column: str):
     if missing:
         (record,) = dataset.select_columns([column]).with_format("arrow")[missing[:1]][column].to_pylist()
         raise ValueError(
-            f"record {missing[0]} ({len(missing)} such records) names an image that is not there, {record['path']}: "
+            f"record {missing[0]} ({len(missing)} such records) names an image that is not there, {record['path']!r}: "
             "put the file there, correct the path, or leave such records out."
         )
 
@@ -122,7 +129,7 @@ def _names_no_file(images: Any) -> pa.Array:
     is_path = pc.is_null(pc.struct_field(images, "bytes"))
     paths = pc.if_else(is_path, pc.struct_field(images, "path"), None).to_pylist()
     # Addresses, of the web or inside an archive, are left to `datasets`.
-    return pa.array([path is not None and "://" not in path and not os.path.exists(path) for path in paths])
+    return pa.array([path is not None and "://" not in path and not os.path.isfile(path) for path in paths])
 
 
 def _rows_where(condition: Callable, dataset: datasets.Dataset, column: str, batch_size: int) -> list[int]:

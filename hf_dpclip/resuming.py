@@ -72,11 +72,11 @@ def fitting(checkpoint: str | Path | None) -> Iterator[None]:
         ) from error
 
 
-def check_own_state(optimizer: Optimizer) -> None:
-    """Raises `ValueError` if the settings that an optimizer loaded are those of another kind."""
-    missing = [name for group in optimizer.param_groups for name in optimizer.defaults if name not in group]
+def check_settings(optimizer: Optimizer, expected: list[set[str]]) -> None:
+    """Raises `ValueError` if the settings that an optimizer loaded lack some of its own: those of another kind."""
+    missing = [name for group, names in zip(optimizer.param_groups, expected) for name in names - group.keys()]
     if missing:
-        raise ValueError(f"its optimizer's state has no {missing[0]}")
+        raise ValueError(f"its optimizer's state has no {min(missing)}")
 
 
 def differences(first: PrivacyPlan, second: PrivacyPlan) -> list[str]:

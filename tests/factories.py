@@ -89,9 +89,12 @@ def tiny_chinese_clip() -> ChineseCLIPModel:
     return ChineseCLIPModel(ChineseCLIPConfig(text_config=text, vision_config=LAYER | IMAGE, projection_dim=8))
 
 
-def tiny_dual_encoder(**settings) -> VisionTextDualEncoderModel:
-    """ViT and BERT."""
-    image, text = ViTConfig(**LAYER, **IMAGE, **WIDE), BertConfig(**(LAYER | TEXT | WITHOUT_DROPOUT | WIDE | settings))
+def tiny_dual_encoder(text_config=BertConfig, **settings) -> VisionTextDualEncoderModel:
+    """ViT and BERT, or another text tower."""
+    image, text = (
+        ViTConfig(**LAYER, **IMAGE, **WIDE),
+        text_config(**(LAYER | TEXT | WITHOUT_DROPOUT | WIDE | settings)),
+    )
     config = VisionTextDualEncoderConfig.from_vision_text_configs(image, text, projection_dim=8)
     return VisionTextDualEncoderModel(config)
 

@@ -21,11 +21,16 @@ def with_images(images: list) -> Dataset:
     return Dataset.from_dict({"image": images, "text": ["a"] * len(images)})
 
 
+def stored(images: list[dict]) -> Dataset:
+    """Images as `datasets` keeps them."""
+    return with_images(images).cast_column("image", Image())
+
+
 def undecodable(number: int) -> Dataset:
     """Eight pairs, of which one image's bytes are none."""
     images = raw_pairs(8).cast_column("image", Image(decode=False))["image"][:]
     images[number] = {"bytes": b"not an image", "path": None}
-    return with_images(images).cast_column("image", Image())
+    return stored(images)
 
 
 def files(folder) -> list[str]:
@@ -121,12 +126,22 @@ DATA = {
     ),
     "a file that is missing later": (
         lambda f: processed(f, with_images([*files(f), "nowhere.png"]).cast_column("image", Image())),
-        "record 3 (1 such records) names an image that is not there, nowhere.png",
+        "record 3 (1 such records) names an image that is not there, 'nowhere.png'",
         "correct the path, or leave such records out",
+    ),
+    "a folder in the place of a file": (
+        lambda f: processed(f, with_images([*files(f), str(f)]).cast_column("image", Image())),
+        "record 3 (1 such records) names an image that is not there",
+        "correct the path, or leave such records out",
+    ),
+    "neither a path nor bytes": (
+        lambda f: processed(f, stored([{"bytes": None, "path": path} for path in [*files(f), None, ""]])),
+        "record 3 (2 such records) has no image in column 'image'",
+        "dataset.filter",
     ),
     "a file that is missing in a selection": (
         lambda f: processed(f, with_images([*files(f), "nowhere.png"]).cast_column("image", Image()).select([0, 3])),
-        "record 1 (1 such records) names an image that is not there, nowhere.png",
+        "record 1 (1 such records) names an image that is not there, 'nowhere.png'",
         "correct the path, or leave such records out",
     ),
     "a blank text": (

@@ -25,10 +25,11 @@ from scripts import ROOT
 from test_chunked import assert_close, gradient, pieces
 from test_vectorized import assert_same
 from torch import nn
+from transformers import RobertaConfig, VisionTextDualEncoderModel, XLMRobertaConfig
 
 from hf_dpclip import PrivacyStatement, freeze_batch_norm, lora_config
 from hf_dpclip.forward_pass import AllAtOnce, choose_forward_pass
-from hf_dpclip.gradients import ContrastiveModel, accumulate_chunked_gradient, alike, contrastive_base
+from hf_dpclip.gradients import ContrastiveModel, accumulate_chunked_gradient, alike, contrastive_base, obstacle
 
 
 def frozen_clap():
@@ -188,6 +189,17 @@ def test_all_at_once_is_the_models_own_loss_one_by_one(name, trained):
     assert_same(make(name, trained), [batch(name, n, seed, length) for seed, (n, length) in sizes])
 
 
+@pytest.mark.parametrize("text_config", [RobertaConfig, XLMRobertaConfig])
+def test_other_text_towers_of_dual_encoders(text_config):
+    model = tiny_dual_encoder(text_config, max_position_embeddings=32)
+    batches = [batch("CLIPModel", n, n, length) for n, length in ((2, 7), (3, 4), (4, 6))]
+    assert obstacle(model) is None
+    contrastive = ContrastiveModel(model, contrastive_base(model), dict)
+    assert alike(contrastive, batches) == ([batches], [])
+    assert_same(model, batches)
+    assert_same(with_adapters(model), batches)
+
+
 @EACH_WAY
 @EACH_KNOWN_ENCODER
 def test_chunks_are_the_models_own_loss_on_the_whole(name, trained):
@@ -245,6 +257,19 @@ def test_texts_that_cannot_be_filled_up_are_not_put_together(make_trainer, name)
     assert alike(trainer._contrastive_model, batches) == ([short, long], [])
     for group in (short, long):
         assert_same(trainer.model, group)
+
+
+def test_what_fills_a_text_up_depends_on_the_tower_that_reads_it():
+    """A mask does not keep SigLIP's tower from reading the last position, nor CLIP's from looking for an end token."""
+    clip = tiny_clip().text_model
+    clip.config.pad_token_id = clip.config.eos_token_id
+    for text_model in (tiny_siglip().text_model, clip):
+        model = VisionTextDualEncoderModel(vision_model=tiny_dual_encoder().vision_model, text_model=text_model)
+        batches = [batch("CLIPModel", 2, seed, length) for seed, length in ((1, 5), (2, 7), (3, 5))]
+        for _, inputs in batches:
+            inputs["input_ids"][0, -1] = 5
+        contrastive = ContrastiveModel(model, contrastive_base(model), dict)
+        assert alike(contrastive, batches) == ([[batches[0], batches[2]], [batches[1]]], [])
 
 
 def test_attention_dropout_is_named(make_trainer, monkeypatch):

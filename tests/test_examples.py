@@ -129,7 +129,7 @@ def test_an_interrupted_run_goes_on_by_the_name_of_its_folder_or_without(caption
     first, last = map(int, (path.name.removeprefix("checkpoint-") for path in checkpoints))
     shutil.rmtree(checkpoints[1])
     assert "runs are recorded here" not in capsys.readouterr().out
-    for name in ("True", tmp_path / "out", checkpoints[0]):
+    for name in ("True", f"{tmp_path / 'out'}/", tmp_path / "out" / "adapter", checkpoints[0]):
         capsys.readouterr()
         run_train(monkeypatch, *settings, "--resume_from_checkpoint", name)
         output = capsys.readouterr().out

@@ -7,7 +7,7 @@ import pytest
 import torch
 from checks import one_update
 from factories import arguments, pairs, tiny_clip, tiny_siglip
-from test_vectorized import Mixing, lora_clip
+from test_vectorized import Mixing, lora_clip, microbatch
 
 from hf_dpclip import DPCLIPTrainer
 from hf_dpclip.forward_pass import AllAtOnce, ChunkByChunk, OneByOne, static_by_default
@@ -72,6 +72,15 @@ def test_dropout_in_filled_up_batches_goes_one_by_one(tmp_path, monkeypatch):
 def test_static_shapes_one_by_one_are_the_same_too(tmp_path, monkeypatch):
     expected = one_by_one(tmp_path, monkeypatch, **MANY)
     assert_close(one_by_one(tmp_path, monkeypatch, static_shapes=True, **MANY), expected)
+
+
+@pytest.mark.parametrize("value", [None, True, ["a", "b"], torch.tensor(1.0), torch.arange(7).repeat(2, 1)], ids=str)
+def test_inputs_that_cannot_be_filled_up_are_left_as_they_are(value):
+    _, inputs = microbatch(2)
+    model = tiny_clip()
+    contrastive = ContrastiveModel(model, contrastive_base(model), dict, static_shapes=True)
+    assert len(contrastive.prepared(inputs)["input_ids"]) == 8
+    assert contrastive.prepared({**inputs, "position_ids": value}) == {**inputs, "position_ids": value}
 
 
 def test_one_microbatch_takes_the_plain_way(tmp_path):

@@ -218,7 +218,7 @@ def adapted(**settings):
     [
         ({"r": 4}, {}, "loading state_dict for PeftModel: .*size mismatch"),
         ({"text_tower": False}, {}, "a parameter group that doesn't match the size"),
-        ({}, {"optim": "sgd"}, "its optimizer's state has no momentum"),
+        ({}, {"optim": "sgd"}, "its optimizer's state has no dampening"),
     ],
     ids=str,
 )
@@ -227,6 +227,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused(make_trainer, tmp_path, setti
     other = make_trainer(adapted(**settings), max_steps=4, **{**SAVING, **changes})
     with pytest.raises(ValueError, match=f"checkpoint-2 does not fit the model .*{message}.*the rank of LoRA, optim"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "sgd", "rmsprop"])
+def test_other_optimizers_are_resumed_too(make_trainer, tmp_path, optim):
+    make_trainer(max_steps=3, optim=optim, **SAVING).train()
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    resumed = make_trainer(max_steps=3, optim=optim, **SAVING)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == resumed.privacy_spent().steps == 3
 
 
 def test_a_checkpoint_without_a_statement_is_refused(make_trainer, interrupted):

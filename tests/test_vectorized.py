@@ -337,6 +337,21 @@ def test_texts_that_would_be_read_up_to_the_filler(end):
         assert_same(model, group)
 
 
+@pytest.mark.parametrize("hidden", [7, 3], ids=["all of it", "its beginning"])
+def test_texts_that_are_hidden_from_themselves(hidden):
+    """Attention that sees nothing is attention to everything, what fills a text up included."""
+    model = tiny_clip()
+    model.set_attn_implementation("eager")
+    batches = [microbatch(2, length=length, seed=length, mask=True) for length in (5, 9, 4, 6)]
+    batches[0][1]["attention_mask"][1, :hidden] = 0
+    # It has no end token, so that its first position is what is read.
+    batches[0][1]["input_ids"][1, -1] = 5
+    groups = groups_of(model, batches)
+    assert groups.keys() == {(5,), (9, 4, 6)}
+    for group in groups.values():
+        assert_same(model, group)
+
+
 def hooked(model):
     model.vision_model.embeddings.register_forward_hook(lambda module, inputs, output: output - output.mean(dim=0))
 

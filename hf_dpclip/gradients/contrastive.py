@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from ..losses import PublicEmbeddings, contrastive_losses, sigmoid_losses
-from .inputs import caption_keys, filled_up, num_rows, pairs_only, text_length
+from .inputs import can_be_filled_up, caption_keys, filled_up, num_rows, pairs_only, text_length
 from .vectorizable import VectorizableModel
 
 
@@ -85,18 +85,17 @@ class ContrastiveModel(VectorizableModel):
         return self.base.config.text_config.pad_token_id
 
     @property
-    def end_token_id(self) -> int | None:
-        return self.base.config.text_config.eos_token_id if isinstance(self.base, WITH_CAUSAL_TEXTS) else None
+    def end_token_id(self) -> int:
+        return self.base.config.text_config.eos_token_id
 
-    def may_fill_texts(self, inputs: dict[str, Any]) -> bool:
-        # SigLIP's embedding of a text is that of its last position; towers that look ahead need a mask.
-        has_mask = isinstance(self.base, WITH_CLIP_LOSS) and "attention_mask" in inputs
-        return has_mask or isinstance(self.base, WITH_CAUSAL_TEXTS)
+    @property
+    def text_tower(self) -> nn.Module:
+        return self.base.text_model
 
     def prepared(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The inputs on the device, filled up if shapes are static."""
+        """The inputs on the device, filled up if shapes are static and it is known how."""
         inputs = self.prepare_inputs(pairs_only(inputs))
-        if not self.static_shapes:
+        if not (self.static_shapes and can_be_filled_up(inputs)):
             return inputs
         longest = self.base.config.text_config.max_position_embeddings
         length = min(_next_multiple(text_length(inputs), TEXT_STEP), longest)

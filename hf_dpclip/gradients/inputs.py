@@ -80,6 +80,12 @@ def filled_up(inputs: dict[str, Any], rows: int, length: int, pad_token_id: int)
     return {name: torch.cat([value, value[:1].expand(missing, *value.shape[1:])]) for name, value in inputs.items()}
 
 
+def can_be_filled_up(inputs: dict[str, Any]) -> bool:
+    """Whether it is known of all inputs what fills them up."""
+    known = ("pixel_values", *TEXT_FILLERS)
+    return all(name in known and isinstance(value, Tensor) for name, value in inputs.items())
+
+
 def end_in_filler(input_ids: Tensor, lengths: Tensor, end_token_id: int) -> Tensor:
     """`[rows]`: whether CLIP would read a text beyond its own length, up to a token that fills it up.
 

@@ -10,7 +10,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..models import CLIPForVisualQuestionAnswering
+from .inputs import end_in_filler
 from .layout import Layout
+
+
+# Files of text towers that look at a text from its beginning to its end token only, so that what follows changes
+# nothing,
+CAUSAL_TEXTS = ("transformers.models.clip.modeling_clip", "transformers.models.metaclip_2.modeling_metaclip_2")
+# and of those whose embedding of a text is that of its first position, and which are told by a mask where it ends.
+FIRST_POSITION_TEXTS = (
+    "transformers.models.altclip.modeling_altclip",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.chinese_clip.modeling_chinese_clip",
+    "transformers.models.roberta.modeling_roberta",
+    "transformers.models.xlm_roberta.modeling_xlm_roberta",
+)
 
 
 class VectorizableModel:
@@ -58,14 +72,33 @@ class VectorizableModel:
         raise NotImplementedError
 
     @property
-    def end_token_id(self) -> int | None:
-        """The token up to which texts are read; `None` if all of a text is."""
+    def end_token_id(self) -> int:
+        """The token up to which texts are read, if the text tower is among `CAUSAL_TEXTS`."""
         raise NotImplementedError
 
-    def may_fill_texts(self, inputs: dict[str, Any]) -> bool:
-        """Whether texts that have their end token can be filled up on the right without changing what the model makes
-        of them."""
+    @property
+    def text_tower(self) -> nn.Module:
+        """What encodes texts."""
         raise NotImplementedError
+
+    def changed_by_filler(self, texts: dict[str, Tensor], lengths: Tensor) -> Tensor:
+        """`[rows]`: whether the model would make something else of a text if it is filled up on the right.
+
+        Args:
+            texts (`dict`): `input_ids`, and `attention_mask` if there is one, filled up by one token at least.
+            lengths (`Tensor` of shape `[rows]`): tokens of each text before that.
+        """
+        mask = texts.get("attention_mask")
+        changed = torch.zeros_like(lengths, dtype=torch.bool)
+        tower = type(self.text_tower).__module__
+        if tower in CAUSAL_TEXTS:
+            changed |= end_in_filler(texts["input_ids"], lengths, self.end_token_id)
+        elif tower not in FIRST_POSITION_TEXTS or mask is None:
+            changed |= True
+        if mask is not None:
+            # A position that sees nothing looks at everything. If all see the first one, there is none.
+            changed |= mask[:, 0] == 0 if mask.dim() == 2 else True
+        return changed
 
     def prepared(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs as the model is given them."""
@@ -99,8 +132,9 @@ class MeanLossModel(VectorizableModel):
     def end_token_id(self) -> int:
         return self.base.config.clip_config.text_config.eos_token_id
 
-    def may_fill_texts(self, inputs: dict[str, Any]) -> bool:
-        return True
+    @property
+    def text_tower(self) -> nn.Module:
+        return self.base.clip.text_model
 
     def prepared(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return self.prepare_inputs(inputs)

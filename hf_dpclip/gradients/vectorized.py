@@ -15,7 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..seeding import seeded
 from .factored import Dense, Joined, Outer, Sparse, multiplied_out
-from .inputs import NotVectorizable, concatenated, end_in_filler, num_rows, pairs_only, row_shapes, text_length
+from .inputs import NotVectorizable, concatenated, num_rows, pairs_only, row_shapes, text_length
 from .layout import Layout
 from .recording import Recording
 from .vectorizable import VectorizableModel
@@ -34,10 +34,12 @@ ROW_WISE_FILES = (
     "transformers.models.chinese_clip.modeling_chinese_clip",
     "transformers.models.clip.modeling_clip",
     "transformers.models.metaclip_2.modeling_metaclip_2",
+    "transformers.models.roberta.modeling_roberta",
     "transformers.models.siglip.modeling_siglip",
     "transformers.models.siglip2.modeling_siglip2",
     "transformers.models.vision_text_dual_encoder.modeling_vision_text_dual_encoder",
     "transformers.models.vit.modeling_vit",
+    "transformers.models.xlm_roberta.modeling_xlm_roberta",
     "transformers.activations",
     "peft.peft_model",
     "peft.tuners.lora.model",
@@ -96,11 +98,10 @@ def alike(model: VectorizableModel, microbatches: list[Microbatch]) -> tuple[lis
     others: list[Microbatch] = []
     for microbatch in microbatches:
         (known if _is_known(model, pairs_only(microbatch[1])) else others).append(microbatch)
-    groups: dict[tuple, list[Microbatch]] = defaultdict(list)
-    batches = [pairs_only(inputs) for _, inputs in known]
-    for microbatch, inputs, length in zip(known, batches, _fixed_lengths(model, batches)):
-        groups[row_shapes(inputs), length].append(microbatch)
-    return list(groups.values()), others
+    by_shape: dict[frozenset, list[Microbatch]] = defaultdict(list)
+    for microbatch in known:
+        by_shape[row_shapes(pairs_only(microbatch[1]))].append(microbatch)
+    return [group for microbatches in by_shape.values() for group in _by_length(model, microbatches)], others
 
 
 def microbatch_gradients(
@@ -177,23 +178,30 @@ def _is_known(model: VectorizableModel, inputs: dict[str, Any]) -> bool:
     return has_rows and model.needed_inputs <= inputs.keys()
 
 
-def _fixed_lengths(model: VectorizableModel, batches: list[dict[str, Any]]) -> list[int | None]:
-    """The length that each batch's texts must keep, as filling them up would change what the model makes of them;
-    `None` if it would not."""
-    lengths = [text_length(inputs) for inputs in batches]
-    if len(set(lengths)) < 2:
-        # None is filled up.
-        return [*lengths]
-    # What dropout draws depends on the shape.
-    fixed = [model.has_dropout or not model.may_fill_texts(inputs) for inputs in batches]
-    if model.end_token_id is not None and not all(fixed):
-        texts = [{"input_ids": inputs["input_ids"]} for inputs in batches]
-        longer = concatenated(texts, max(lengths) + 1, model.pad_token_id)["input_ids"]
-        sizes = [len(inputs["input_ids"]) for inputs in batches]
-        of_row = torch.tensor(lengths).repeat_interleave(torch.tensor(sizes)).to(longer.device)
-        beyond = end_in_filler(longer, of_row, model.end_token_id).cpu().split(sizes)
-        fixed = [each or bool(rows.any()) for each, rows in zip(fixed, beyond)]
-    return [length if each else None for length, each in zip(lengths, fixed)]
+def _by_length(model: VectorizableModel, microbatches: list[Microbatch]) -> list[list[Microbatch]]:
+    """Those whose texts can be filled up without changing what the model makes of them; of all others, those of one
+    length."""
+    lengths = [text_length(inputs) for _, inputs in microbatches]
+    if len(set(lengths)) == 1:
+        return [microbatches]
+    groups: dict[int | None, list[Microbatch]] = defaultdict(list)
+    for microbatch, length, is_changed in zip(microbatches, lengths, _changed_by_filler(model, microbatches)):
+        groups[length if is_changed else None].append(microbatch)
+    return list(groups.values())
+
+
+def _changed_by_filler(model: VectorizableModel, microbatches: list[Microbatch]) -> list[bool]:
+    if model.has_dropout:
+        # What is drawn depends on the shape.
+        return [True] * len(microbatches)
+    names = ("input_ids", "attention_mask")
+    texts = [{name: inputs[name] for name in names if name in inputs} for _, inputs in microbatches]
+    lengths, sizes = [text_length(each) for each in texts], [len(each["input_ids"]) for each in texts]
+    filled = concatenated(texts, max(lengths) + 1, model.pad_token_id)
+    of_row = torch.tensor(lengths).repeat_interleave(torch.tensor(sizes)).to(filled["input_ids"].device)
+    # One question to the device for all of them.
+    changed = model.changed_by_filler(filled, of_row).cpu()
+    return [bool(rows.any()) for rows in changed.split(sizes)]
 
 
 def _one_for_each(parameter: nn.Parameter, count: int) -> Tensor:
