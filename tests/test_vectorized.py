@@ -498,7 +498,7 @@ def test_an_input_that_only_some_have_is_not_lost():
 kinds_of_microbatches = st.tuples(st.integers(1, 4), st.integers(1, 6), st.booleans(), st.booleans())
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(kinds=st.lists(kinds_of_microbatches, min_size=1, max_size=6), dropout=st.sampled_from([0.0, 0.4]))
 def test_whatever_is_drawn_together_each_counts_as_it_would_alone(kinds, dropout):
     """Texts of all lengths, with and without a mask or an end token."""
