@@ -65,10 +65,11 @@ def fitting(checkpoint: str | Path | None) -> Iterator[None]:
         yield
     # What torch raises for other shapes, and for other groups of parameters.
     except (RuntimeError, ValueError) as error:
-        first, *others = str(error).splitlines()
+        # Of many parameters, the first is enough.
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
         raise ValueError(
-            f"{checkpoint} does not fit the model or the optimizer ({' '.join([first, *others[:1]])}): make both as "
-            "they were in the run that is resumed (what is trained, the rank of LoRA, optim), or start a new one."
+            f"{checkpoint} does not fit the model or the optimizer ({reason}): make both as they were in the run that "
+            "is resumed (what is trained, the rank of LoRA, optim), or start a new one."
         ) from error
 
 
