@@ -133,19 +133,22 @@ class DPCLIPTrainer(RunningTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As in the `Trainer`. Raises `ValueError` for the private training dataset, and for records that cannot be
         collated."""
-        if not self.args.log_private_statistics:
-            validation.check_evaluation_data(self.train_dataset, eval_dataset)
-        validation.check_records(self.data_collator, eval_dataset)
+        self._check_evaluated(eval_dataset, "eval_dataset")
         with self._images_as_they_are():
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """As in the `Trainer`. Raises `ValueError` for the private training dataset."""
-        if not self.args.log_private_statistics:
-            validation.check_evaluation_data(self.train_dataset, test_dataset, "test_dataset")
-        validation.check_records(self.data_collator, test_dataset)
+        self._check_evaluated(test_dataset, "test_dataset")
         with self._images_as_they_are():
             return super().get_test_dataloader(test_dataset)
+
+    def _check_evaluated(self, dataset: Any, name: str) -> None:
+        if not self.args.log_private_statistics:
+            validation.check_evaluation_data(self.train_dataset, dataset, name)
+        # What the trainer was made with, of which the `Trainer` gives one by its name, was checked then.
+        if dataset is not self.eval_dataset and not isinstance(dataset, str):
+            validation.check_records(self.data_collator, dataset)
 
     @contextmanager
     def _images_as_they_are(self) -> Iterator[None]:

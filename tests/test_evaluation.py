@@ -5,9 +5,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from factories import pairs, tiny_clip
+from factories import pairs, raw_pairs, tiny_clip
 from transformers import EvalPrediction
+from wrong_calls import processed
 
+from hf_dpclip import ImageTextCollator
 from hf_dpclip.evaluation import keep_embeddings, retrieval_recall, vqa_accuracy
 
 
@@ -67,3 +69,18 @@ def test_ids_must_be_as_many_as_records():
 def test_answers_are_those_of_the_largest_logits():
     prediction = EvalPrediction(np.asarray([[0.1, 0.9], [0.8, 0.2], [0.3, 0.4]]), np.asarray([1, 1, 1]))
     assert vqa_accuracy(prediction, {0: "no", 1: "yes"}) == {"vqa_accuracy": pytest.approx(2 / 3)}
+
+
+def test_records_are_looked_at_once_and_those_of_several_datasets_by_name(tmp_path, monkeypatch):
+    looked_at = []
+    check = ImageTextCollator.check_records
+    monkeypatch.setattr(
+        ImageTextCollator, "check_records", lambda *args: looked_at.append(len(args[1])) or check(*args)
+    )
+    held_out = {"near": raw_pairs(4), "far": raw_pairs(6)}
+    trainer = processed(tmp_path, raw_pairs(8), options={"eval_dataset": held_out})
+    assert looked_at == [8, 4, 6]
+    assert {"eval_near_loss", "eval_far_loss"} <= trainer.evaluate().keys()
+    assert looked_at == [8, 4, 6]
+    trainer.evaluate(raw_pairs(5))
+    assert looked_at == [8, 4, 6, 5]
