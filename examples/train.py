@@ -32,9 +32,10 @@ from hf_dpclip import DPCLIPTrainer, DPTrainingArguments, ImageTextCollator, lor
 from hf_dpclip.data import caption_by_label, class_prompts, load_pairs
 from hf_dpclip.evaluation import zero_shot_accuracy
 from hf_dpclip.presets import PRESETS
-from hf_dpclip.privacy import LEDGER_NAME, STATEMENT_NAME, Ledger
+from hf_dpclip.privacy import STATEMENT_NAME
 from hf_dpclip.records import check_complete
 from hf_dpclip.resuming import check_resumable, last_complete_checkpoint
+from hf_dpclip.spending import ledger_of
 
 
 TINY_CLIP = Path(__file__).parent / "tiny-clip"
@@ -370,10 +371,10 @@ def report(job: Job, scores: dict[str, float], folder: Path):
 
 def mention_other_runs(trainer: DPCLIPTrainer):
     """Whoever sees the results of several runs on the same records has seen more than the ε of one."""
-    path = Path(trainer.args.ledger_path or Path(trainer.args.output_dir, LEDGER_NAME))
-    runs = len(Ledger(path).runs())
+    ledger = ledger_of(trainer)
+    runs = len(ledger.runs())
     if runs > 1:
-        print(f"{runs} runs are recorded here; what they spent together, `hf-dpclip ledger {path}` tells.\n")
+        print(f"{runs} runs are recorded here; what they spent together, `hf-dpclip ledger {ledger.path}` tells.\n")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ class AllAtOnce:
 
     def __call__(self, forward_batch: list[Microbatch]) -> list[Tensor]:
         """As [`OneByOne`]. Raises `RuntimeError` if the model allows it no longer."""
-        groups, others = alike(self.model, forward_batch)
+        groups, others = ([], forward_batch) if self.possible is False else alike(self.model, forward_batch)
         losses = [loss for group in groups for loss in self._of_group(group)]
         return losses + self.one_by_one(others)
 

@@ -24,6 +24,11 @@ def new_run() -> str:
     return uuid.uuid4().hex
 
 
+def ledger_of(trainer: "DPCLIPTrainer") -> Ledger:
+    """Where the trainer's runs are recorded."""
+    return Ledger(trainer.args.ledger_path or Path(trainer.output_dir, LEDGER_NAME))
+
+
 @contextmanager
 def recorded(trainer: "DPCLIPTrainer", run: str, planned: int) -> Iterator[Callable[[], None]]:
     """Records the steps that are taken inside. Yields what is to be called before each of them.
@@ -61,7 +66,7 @@ def _begin(trainer: "DPCLIPTrainer", run: str, planned: int) -> Recording | None
 
 def _begin_here(trainer: "DPCLIPTrainer", run: str, planned: int) -> Recording:
     args, dataset, statement = trainer.args, trainer.train_dataset, trainer.privacy_statement()
-    return Ledger(args.ledger_path or Path(trainer.output_dir, LEDGER_NAME)).begin(
+    return ledger_of(trainer).begin(
         run,
         statement.plan,
         planned,

@@ -94,14 +94,12 @@ def alike(model: VectorizableModel, microbatches: list[Microbatch]) -> tuple[lis
     Which of the two a microbatch is depends on nothing but itself; so does what the model makes of it in its group,
     where texts are filled up only if that changes nothing.
     """
-    known: list[Microbatch] = []
+    by_shape: dict[frozenset, list[Microbatch]] = defaultdict(list)
     others: list[Microbatch] = []
     for microbatch in microbatches:
-        (known if _is_known(model, pairs_only(microbatch[1])) else others).append(microbatch)
-    by_shape: dict[frozenset, list[Microbatch]] = defaultdict(list)
-    for microbatch in known:
-        by_shape[row_shapes(pairs_only(microbatch[1]))].append(microbatch)
-    return [group for microbatches in by_shape.values() for group in _by_length(model, microbatches)], others
+        inputs = pairs_only(microbatch[1])
+        (by_shape[row_shapes(inputs)] if _is_known(model, inputs) else others).append(microbatch)
+    return [group for similar in by_shape.values() for group in _by_length(model, similar)], others
 
 
 def microbatch_gradients(
