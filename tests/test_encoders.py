@@ -200,6 +200,19 @@ def test_other_text_towers_of_dual_encoders(text_config):
     assert_same(with_adapters(model), batches)
 
 
+@EACH_KNOWN_ENCODER
+def test_the_size_of_the_largest_hidden_state(name):
+    """But for a position that stands for the whole image, which some have beside the patches."""
+    model, (_, inputs) = make(name), batch(name, 3)
+    widest = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda module, args, output: widest.append(output.numel() // 3))
+    model(**inputs)
+    contrastive = ContrastiveModel(model, contrastive_base(model), dict)
+    assert contrastive.hidden_state_size(inputs) <= max(widest) <= contrastive.hidden_state_size(inputs) * 5 / 4
+
+
 @EACH_WAY
 @EACH_KNOWN_ENCODER
 def test_chunks_are_the_models_own_loss_on_the_whole(name, trained):

@@ -11,7 +11,7 @@ from test_vectorized import Mixing, lora_clip, microbatch
 
 from hf_dpclip import DPCLIPTrainer
 from hf_dpclip.forward_pass import AllAtOnce, ChunkByChunk, OneByOne, static_by_default
-from hf_dpclip.gradients import ContrastiveModel, contrastive_base
+from hf_dpclip.gradients import ContrastiveModel, contrastive_base, microbatch_gradients
 
 
 REPRODUCIBLE = {"non_private": True, "noise_seed": 3, "max_grad_norm": 0.5, "per_device_train_batch_size": 16}
@@ -51,6 +51,23 @@ def test_all_at_once_is_one_by_one(tmp_path, monkeypatch, make, overrides):
     update, trainer = one_update(tmp_path, model=make(), **settings)
     assert way(trainer) is AllAtOnce
     assert trainer._forward_pass.possible
+    assert_close(update, expected)
+
+
+@pytest.mark.parametrize("make", [tiny_clip, lora_clip], ids=["full", "lora"])
+def test_several_passes_are_one_pass(tmp_path, monkeypatch, make):
+    """Which a CPU makes of a forward batch that is large."""
+    expected, _ = one_update(tmp_path, model=make(), **MANY)
+    passes = []
+
+    def counting(*args):
+        passes.append(args)
+        return microbatch_gradients(*args)
+
+    monkeypatch.setattr("hf_dpclip.forward_pass.microbatch_gradients", counting)
+    monkeypatch.setattr("hf_dpclip.gradients.grouping.CPU_STATE", 2**10)
+    update, trainer = one_update(tmp_path, model=make(), **MANY)
+    assert trainer._forward_pass.possible and len(passes) > 1
     assert_close(update, expected)
 
 

@@ -81,16 +81,8 @@ class ContrastiveModel(VectorizableModel):
         return config.vision_config.hidden_size if self._sigmoid else config.projection_dim
 
     @property
-    def pad_token_id(self) -> int:
-        return self.base.config.text_config.pad_token_id
-
-    @property
-    def end_token_id(self) -> int:
-        return self.base.config.text_config.eos_token_id
-
-    @property
-    def text_tower(self) -> nn.Module:
-        return self.base.text_model
+    def towers(self) -> PreTrainedModel:
+        return self.base
 
     def prepared(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs on the device, filled up if shapes are static and it is known how."""

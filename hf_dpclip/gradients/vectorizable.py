@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..models import CLIPForVisualQuestionAnswering
-from .inputs import end_in_filler
+from .inputs import end_in_filler, text_length
 from .layout import Layout
 
 
@@ -37,7 +37,7 @@ class VectorizableModel:
         static_shapes (`bool`): whether batches are filled up to a few fixed sizes.
     """
 
-    needed_inputs = frozenset({"input_ids"})
+    needed_inputs = frozenset({"input_ids", "pixel_values"})
 
     def __init__(
         self,
@@ -67,19 +67,26 @@ class VectorizableModel:
         return []
 
     @property
+    def towers(self) -> PreTrainedModel:
+        """The model of `text_model` and `vision_model`, whose configuration has one for each."""
+        raise NotImplementedError
+
+    @property
     def pad_token_id(self) -> int:
         """What texts are filled up with."""
-        raise NotImplementedError
+        return self.towers.config.text_config.pad_token_id
 
     @property
     def end_token_id(self) -> int:
         """The token up to which texts are read, if the text tower is among `CAUSAL_TEXTS`."""
-        raise NotImplementedError
+        return self.towers.config.text_config.eos_token_id
 
-    @property
-    def text_tower(self) -> nn.Module:
-        """What encodes texts."""
-        raise NotImplementedError
+    def hidden_state_size(self, inputs: dict[str, Any]) -> int:
+        """Elements of the largest hidden state of one row: all positions of a text, or all patches of an image, in the
+        widest layer."""
+        vision, text = self.towers.config.vision_config, self.towers.config.text_config
+        patches = inputs["pixel_values"][0].numel() // (vision.num_channels * vision.patch_size**2)
+        return max(patches * vision.intermediate_size, text_length(inputs) * text.intermediate_size)
 
     def changed_by_filler(self, texts: dict[str, Tensor], lengths: Tensor) -> Tensor:
         """`[rows]`: whether the model would make something else of a text if it is filled up on the right.
@@ -90,7 +97,7 @@ class VectorizableModel:
         """
         mask = texts.get("attention_mask")
         changed = torch.zeros_like(lengths, dtype=torch.bool)
-        tower = type(self.text_tower).__module__
+        tower = type(self.towers.text_model).__module__
         if tower in CAUSAL_TEXTS:
             changed |= end_in_filler(texts["input_ids"], lengths, self.end_token_id)
         elif tower not in FIRST_POSITION_TEXTS or mask is None:
@@ -122,19 +129,11 @@ class MeanLossModel(VectorizableModel):
     """A model whose loss is the mean of `record_losses`, each of which depends on its own record only."""
 
     base: CLIPForVisualQuestionAnswering
-    needed_inputs = frozenset({"input_ids", "labels"})
+    needed_inputs = frozenset({"input_ids", "pixel_values", "labels"})
 
     @property
-    def pad_token_id(self) -> int:
-        return self.base.config.clip_config.text_config.pad_token_id
-
-    @property
-    def end_token_id(self) -> int:
-        return self.base.config.clip_config.text_config.eos_token_id
-
-    @property
-    def text_tower(self) -> nn.Module:
-        return self.base.clip.text_model
+    def towers(self) -> PreTrainedModel:
+        return self.base.clip
 
     def prepared(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return self.prepare_inputs(inputs)

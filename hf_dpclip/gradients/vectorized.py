@@ -2,7 +2,6 @@
 
 import pickle
 import random
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from operator import itemgetter
 from typing import Any
@@ -15,14 +14,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..seeding import seeded
 from .factored import Dense, Joined, Outer, Sparse, multiplied_out
-from .inputs import NotVectorizable, concatenated, num_rows, pairs_only, row_shapes, text_length
+from .grouping import Microbatch
+from .inputs import NotVectorizable, concatenated, num_rows, pairs_only, text_length
 from .layout import Layout
 from .recording import Recording
 from .vectorizable import VectorizableModel
 
-
-# The seed of a microbatch's randomness, and its collated inputs.
-Microbatch = tuple[int, dict[str, Any]]
 
 # Modules that treat every row of a batch by itself, whose layers dimension 0 tells apart: some by class, others by the
 # file that defines them.
@@ -86,20 +83,6 @@ class MicrobatchGradients:
             gradients = self._gradients.pop(id(parameter), None)
             total = sums.get(id(parameter)) if gradients is None else gradients.weighted_sum(factors, some_are_zero)
             yield None if total is None else total.view_as(parameter)
-
-
-def alike(model: VectorizableModel, microbatches: list[Microbatch]) -> tuple[list[list[Microbatch]], list[Microbatch]]:
-    """Groups of microbatches that one pass can take together, and those that have to be computed one by one.
-
-    Which of the two a microbatch is depends on nothing but itself; so does what the model makes of it in its group,
-    where texts are filled up only if that changes nothing.
-    """
-    by_shape: dict[frozenset, list[Microbatch]] = defaultdict(list)
-    others: list[Microbatch] = []
-    for microbatch in microbatches:
-        inputs = pairs_only(microbatch[1])
-        (by_shape[row_shapes(inputs)] if _is_known(model, inputs) else others).append(microbatch)
-    return [group for similar in by_shape.values() for group in _by_length(model, similar)], others
 
 
 def microbatch_gradients(
@@ -168,38 +151,6 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
-
-
-def _is_known(model: VectorizableModel, inputs: dict[str, Any]) -> bool:
-    """Whether there is all that the loss needs, and nothing but rows."""
-    has_rows = all(isinstance(value, Tensor) and value.dim() > 0 for value in inputs.values())
-    return has_rows and model.needed_inputs <= inputs.keys()
-
-
-def _by_length(model: VectorizableModel, microbatches: list[Microbatch]) -> list[list[Microbatch]]:
-    """Those whose texts can be filled up without changing what the model makes of them; of all others, those of one
-    length."""
-    lengths = [text_length(inputs) for _, inputs in microbatches]
-    if len(set(lengths)) == 1:
-        return [microbatches]
-    groups: dict[int | None, list[Microbatch]] = defaultdict(list)
-    for microbatch, length, is_changed in zip(microbatches, lengths, _changed_by_filler(model, microbatches)):
-        groups[length if is_changed else None].append(microbatch)
-    return list(groups.values())
-
-
-def _changed_by_filler(model: VectorizableModel, microbatches: list[Microbatch]) -> list[bool]:
-    if model.has_dropout:
-        # What is drawn depends on the shape.
-        return [True] * len(microbatches)
-    names = ("input_ids", "attention_mask")
-    texts = [{name: inputs[name] for name in names if name in inputs} for _, inputs in microbatches]
-    lengths, sizes = [text_length(each) for each in texts], [len(each["input_ids"]) for each in texts]
-    filled = concatenated(texts, max(lengths) + 1, model.pad_token_id)
-    of_row = torch.tensor(lengths).repeat_interleave(torch.tensor(sizes)).to(filled["input_ids"].device)
-    # One question to the device for all of them.
-    changed = model.changed_by_filler(filled, of_row).cpu()
-    return [bool(rows.any()) for rows in changed.split(sizes)]
 
 
 def _one_for_each(parameter: nn.Parameter, count: int) -> Tensor:

@@ -1,0 +1,84 @@
+"""Which microbatches of a forward batch are computed together."""
+
+from collections import defaultdict
+from itertools import accumulate
+from math import ceil
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .inputs import concatenated, num_rows, pairs_only, row_shapes, text_length
+from .vectorizable import VectorizableModel
+
+
+# The seed of a microbatch's randomness, and its collated inputs.
+Microbatch = tuple[int, dict[str, Any]]
+# Elements of a pass's largest hidden state, 16 MiB, beyond which a CPU takes less time for two passes than for one:
+# larger ones leave its caches, and glibc asks the system for their memory anew each time.
+CPU_STATE = 2**22
+
+
+def alike(model: VectorizableModel, microbatches: list[Microbatch]) -> tuple[list[list[Microbatch]], list[Microbatch]]:
+    """Groups of microbatches, each for a pass of its own, and those that have to be computed one by one.
+
+    Which of the two a microbatch is depends on nothing but itself; so does what the model makes of it in its group,
+    where texts are filled up only if that changes nothing.
+    """
+    by_shape: dict[frozenset, list[Microbatch]] = defaultdict(list)
+    others: list[Microbatch] = []
+    for microbatch in microbatches:
+        inputs = pairs_only(microbatch[1])
+        (by_shape[row_shapes(inputs)] if _is_known(model, inputs) else others).append(microbatch)
+    fitting = [group for similar in by_shape.values() for group in _by_length(model, similar)]
+    return [group for each in fitting for group in _in_cache(model, each)], others
+
+
+def _is_known(model: VectorizableModel, inputs: dict[str, Any]) -> bool:
+    """Whether there is all that the loss needs, and nothing but rows."""
+    has_rows = all(isinstance(value, Tensor) and value.dim() > 0 for value in inputs.values())
+    return has_rows and model.needed_inputs <= inputs.keys()
+
+
+def _by_length(model: VectorizableModel, microbatches: list[Microbatch]) -> list[list[Microbatch]]:
+    """Those whose texts can be filled up without changing what the model makes of them; of all others, those of one
+    length."""
+    lengths = [text_length(inputs) for _, inputs in microbatches]
+    if len(set(lengths)) == 1:
+        return [microbatches]
+    groups: dict[int | None, list[Microbatch]] = defaultdict(list)
+    for microbatch, length, is_changed in zip(microbatches, lengths, _changed_by_filler(model, microbatches)):
+        groups[length if is_changed else None].append(microbatch)
+    return list(groups.values())
+
+
+def _changed_by_filler(model: VectorizableModel, microbatches: list[Microbatch]) -> list[bool]:
+    if model.has_dropout:
+        # What is drawn depends on the shape.
+        return [True] * len(microbatches)
+    names = ("input_ids", "attention_mask")
+    texts = [{name: inputs[name] for name in names if name in inputs} for _, inputs in microbatches]
+    lengths, sizes = [text_length(each) for each in texts], [len(each["input_ids"]) for each in texts]
+    filled = concatenated(texts, max(lengths) + 1, model.pad_token_id)
+    of_row = torch.tensor(lengths).repeat_interleave(torch.tensor(sizes)).to(filled["input_ids"].device)
+    # One question to the device for all of them.
+    changed = model.changed_by_filler(filled, of_row).cpu()
+    return [bool(rows.any()) for rows in changed.split(sizes)]
+
+
+def _in_cache(model: VectorizableModel, microbatches: list[Microbatch]) -> list[list[Microbatch]]:
+    """On a CPU, as few groups of about the same number of rows as have no hidden state beyond `CPU_STATE`."""
+    if model.trainable[0].device.type != "cpu":
+        return [microbatches]
+    rows = [num_rows(inputs) for _, inputs in microbatches]
+    state = sum(rows) * max(model.hidden_state_size(inputs) for _, inputs in microbatches)
+    count = ceil(state / CPU_STATE)
+    if count == 1:
+        return [microbatches]
+    groups: dict[int, list[Microbatch]] = defaultdict(list)
+    # Those of one size together, which are multiplied together.
+    in_order = sorted(zip(rows, microbatches), key=itemgetter(0))
+    for end, (_, microbatch) in zip(accumulate(sorted(rows)), in_order):
+        groups[(end - 1) * count // sum(rows)].append(microbatch)
+    return list(groups.values())

@@ -1,0 +1,59 @@
+"""How many microbatches a CPU computes in one pass."""
+
+import pytest
+import torch
+from factories import tiny_clip, tiny_clip_vqa
+from hypothesis import given
+from hypothesis import strategies as st
+from test_vectorized import microbatches
+
+from hf_dpclip.gradients import ContrastiveModel, MeanLossModel, alike, grouping
+
+
+SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=12)
+
+
+def contrastive():
+    model = tiny_clip()
+    return ContrastiveModel(model, model, dict)
+
+
+def rows(group):
+    return sum(len(inputs["input_ids"]) for _, inputs in group)
+
+
+@given(SIZES, st.integers(1, 40))
+def test_no_pass_is_larger_than_it_may_be(sizes, most):
+    """But for less than one microbatch: those of one pass are not chosen, they are the next ones in order of size."""
+    model, batches = contrastive(), microbatches(sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouping, "CPU_STATE", most * model.hidden_state_size(batches[0][1]))
+        groups, others = alike(model, batches)
+    assert others == []
+    assert sorted(seed for group in groups for seed, _ in group) == sorted(seed for seed, _ in batches)
+    assert all(rows(group) < most + max(sizes) for group in groups)
+    assert len(groups) <= -(-sum(sizes) // most)
+
+
+def test_what_fits_is_one_pass():
+    batches = microbatches([3, 1, 2])
+    assert alike(contrastive(), batches) == ([batches], [])
+
+
+def test_an_accelerator_takes_everything_in_one_pass(monkeypatch):
+    monkeypatch.setattr(grouping, "CPU_STATE", 1)
+    batches = microbatches([3, 1, 2])
+    model = contrastive()
+    assert len(alike(model, batches)[0]) == 3
+    model.trainable = [parameter.to("meta") for parameter in model.trainable]
+    assert alike(model, batches) == ([batches], [])
+
+
+def test_answers_to_questions_are_as_large_as_the_clip_inside(monkeypatch):
+    answering, batch = tiny_clip_vqa(), microbatches([4])[0][1]
+    model = MeanLossModel(answering, answering, dict)
+    size = model.hidden_state_size(batch)
+    assert size == ContrastiveModel(answering.clip, answering.clip, dict).hidden_state_size(batch)
+    monkeypatch.setattr(grouping, "CPU_STATE", 2 * size)
+    records = [(seed, {**inputs, "labels": torch.zeros(1, dtype=int)}) for seed, inputs in microbatches([1] * 6)]
+    assert [rows(group) for group in alike(model, records)[0]] == [2, 2, 2]
