@@ -57,3 +57,12 @@ def test_answers_to_questions_are_as_large_as_the_clip_inside(monkeypatch):
     monkeypatch.setattr(grouping, "CPU_STATE", 2 * size)
     records = [(seed, {**inputs, "labels": torch.zeros(1, dtype=int)}) for seed, inputs in microbatches([1] * 6)]
     assert [rows(group) for group in alike(model, records)[0]] == [2, 2, 2]
+
+
+def test_patches_may_have_two_sides():
+    model, batch = contrastive(), microbatches([1], length=1)[0][1]
+    size, side = model.hidden_state_size(batch), model.base.config.vision_config.patch_size
+    model.base.config.vision_config.patch_size = (side, side)
+    assert model.hidden_state_size(batch) == size
+    model.base.config.vision_config.patch_size = (side, side // 2)
+    assert model.hidden_state_size(batch) == 2 * size

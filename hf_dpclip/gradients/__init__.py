@@ -1,10 +1,10 @@
 """How the gradients of microbatches are computed. Knows models, knows nothing of privacy.
 
 `plain` is right for every model: one forward and one backward pass per microbatch. For CLIP's loss, and for one that
-is a mean over records, `vectorized` takes one pass for all microbatches (`vectorizable` says what is to be known of a
-model, `recording` sees the uses of its parameters, `functions` has their backward passes, `factored` keeps what norms
-and sums need, and `products` multiplies it). For CLIP's loss, `chunked` takes a microbatch that is larger than memory
-in pieces. All give the same gradients.
+is a mean over records, `vectorized` takes one pass for many microbatches (`grouping` says which, `vectorizable` what
+is to be known of a model, `recording` sees the uses of its parameters, `functions` has their backward passes,
+`factored` keeps what norms and sums need, and `products` multiplies it). For CLIP's loss, `chunked` takes a
+microbatch that is larger than memory in pieces. All give the same gradients.
 """
 
 from .chunked import accumulate_chunked_gradient

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -85,7 +86,9 @@ class VectorizableModel:
         """Elements of the largest hidden state of one row: all positions of a text, or all patches of an image, in the
         widest layer."""
         vision, text = self.towers.config.vision_config, self.towers.config.text_config
-        patches = inputs["pixel_values"][0].numel() // (vision.num_channels * vision.patch_size**2)
+        # Patches may have two sides.
+        patch = vision.num_channels * int(np.prod(np.broadcast_to(vision.patch_size, 2)))
+        patches = inputs["pixel_values"][0].numel() // patch
         return max(patches * vision.intermediate_size, text_length(inputs) * text.intermediate_size)
 
     def changed_by_filler(self, texts: dict[str, Tensor], lengths: Tensor) -> Tensor:
