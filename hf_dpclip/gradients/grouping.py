@@ -3,7 +3,6 @@
 from collections import defaultdict
 from itertools import accumulate
 from math import ceil
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -71,14 +70,15 @@ def _in_cache(model: VectorizableModel, microbatches: list[Microbatch]) -> list[
     """On a CPU, as few groups of about the same number of rows as have no hidden state beyond `CPU_STATE`."""
     if model.trainable[0].device.type != "cpu":
         return [microbatches]
-    rows = [num_rows(inputs) for _, inputs in microbatches]
-    state = sum(rows) * max(model.hidden_state_size(inputs) for _, inputs in microbatches)
-    count = ceil(state / CPU_STATE)
+    # Those of one size together, which are multiplied together.
+    in_order = sorted(microbatches, key=lambda microbatch: num_rows(microbatch[1]))
+    ends = list(accumulate(num_rows(inputs) for _, inputs in in_order))
+    # Their images are of one shape.
+    longest = max((inputs for _, inputs in microbatches), key=text_length)
+    count = ceil(ends[-1] * model.hidden_state_size(longest) / CPU_STATE)
     if count == 1:
         return [microbatches]
     groups: dict[int, list[Microbatch]] = defaultdict(list)
-    # Those of one size together, which are multiplied together.
-    in_order = sorted(zip(rows, microbatches), key=itemgetter(0))
-    for end, (_, microbatch) in zip(accumulate(sorted(rows)), in_order):
-        groups[(end - 1) * count // sum(rows)].append(microbatch)
+    for end, microbatch in zip(ends, in_order):
+        groups[(end - 1) * count // ends[-1]].append(microbatch)
     return list(groups.values())
