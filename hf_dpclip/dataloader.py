@@ -201,7 +201,7 @@ class RecordNumbers(Dataset):
         return forward_batch
 
 
-class Chunks:
+class LoadedChunks:
     """The collated chunks of one microbatch, each with a seed of its own. Whenever they are gone through they are read
     anew, unless an accelerator leaves the host's memory to them.
 
@@ -217,6 +217,10 @@ class Chunks:
         pieces = [records[first : first + size] for first in range(0, len(records), size)]
         seeds = np.random.SeedSequence([seed, args.process_index]).generate_state(max(len(pieces), 1)).tolist()
         self.loader = make_dataloader(dataset, [[chunk] for chunk in zip(seeds, pieces)], args, keeps=True)
+        self.num_chunks = len(pieces)
+
+    def __len__(self) -> int:
+        return self.num_chunks
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         for forward_batch in self.loader:

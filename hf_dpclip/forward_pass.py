@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .arguments import DPTrainingArguments
-from .dataloader import Chunks, ForwardBatch, MicrobatchDataset
+from .dataloader import ForwardBatch, LoadedChunks, MicrobatchDataset
 from .gradients import (
     ContrastiveModel,
     MeanLossModel,
@@ -139,7 +139,7 @@ class ChunkByChunk:
         gathering = (self._gather, self.accelerator.process_index) if spans else ()
         losses = []
         for seed, records in forward_batch:
-            chunks = Chunks(self.dataset, seed, records, self.args)
+            chunks = LoadedChunks(self.dataset, seed, records, self.args)
             with adding():
                 losses.append(accumulate_chunked_gradient(self.model, chunks, self.accelerator.backward, *gathering))
         return losses

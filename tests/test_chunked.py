@@ -41,16 +41,35 @@ def test_the_gradient_of_the_pieces_is_that_of_the_whole(make, size, static_shap
     assert_close(gradient(model), expected)
 
 
-def test_dropout_is_the_same_in_both_passes():
-    """Masks that differed would give the gradient of a loss that was never computed. In one piece it can be known."""
+@pytest.mark.parametrize("size", [6, 2, 4])
+def test_dropout_is_the_same_in_both_passes(size):
+    """Masks that differed would give the gradient of a loss that was never computed."""
     model = lora_clip(lora_dropout=0.4).train()
-    seed, inputs = microbatch(6)
-    torch.manual_seed(seed)
-    model(**inputs, return_loss=True).loss.backward()
-    expected = gradient(model)
+    _, inputs = microbatch(6)
+    chunks = pieces(inputs, size)
     contrastive = ContrastiveModel(model, contrastive_base(model), dict)
-    accumulate_chunked_gradient(contrastive, [(seed, inputs)], torch.Tensor.backward)
+    embeddings = [embeddings_drawn_with(seed, contrastive, chunk) for seed, chunk in chunks]
+    images, texts = (torch.cat(each) for each in zip(*embeddings))
+    contrastive.loss(images, texts, contrastive.temperature, contrastive.captions(inputs)).backward()
+    expected = gradient(model)
+    accumulate_chunked_gradient(contrastive, chunks, torch.Tensor.backward)
     assert_close(gradient(model), expected)
+
+
+def embeddings_drawn_with(seed, contrastive, inputs):
+    torch.manual_seed(seed)
+    return contrastive.encode(inputs)
+
+
+@pytest.mark.parametrize("size, expected", [(6, 1), (5, 3), (2, 5)])
+def test_the_last_chunk_is_computed_once_and_the_others_twice(size, expected):
+    model = tiny_clip()
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    contrastive = ContrastiveModel(model, contrastive_base(model), dict)
+    accumulate_chunked_gradient(contrastive, pieces(microbatch(6)[1], size), torch.Tensor.backward)
+    assert len(passes) == expected
+    assert sum(passes) == (expected + 1) // 2
 
 
 def test_nothing_drawn():

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from hf_dpclip import DPTrainingArguments, PrivacyPlan
 from hf_dpclip.dataloader import (
-    Chunks,
     ForwardBatchSampler,
+    LoadedChunks,
     MicrobatchDataset,
     PrivacyUnits,
     RecordNumbers,
@@ -256,9 +256,10 @@ def test_an_accelerator_leaves_chunks_in_the_hosts_memory(device, times_read, tm
     monkeypatch.setattr("hf_dpclip.dataloader.send_to_device", lambda forward_batch, *_, **__: forward_batch)
     read = []
     collated = MicrobatchDataset(range(100), lambda records: read.extend(records) or {"records": list(records)})
-    chunks = Chunks(collated, 7, np.arange(20, 30), args)
+    chunks = LoadedChunks(collated, 7, np.arange(20, 30), args)
     first, second = list(chunks), list(chunks)
     assert first == second
+    assert len(chunks) == len(first)
     assert [inputs["records"] for _, inputs in first] == [[20, 21, 22, 23], [24, 25, 26, 27], [28, 29]]
     assert read == times_read * list(range(20, 30))
 

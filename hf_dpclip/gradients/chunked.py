@@ -1,7 +1,7 @@
 """The exact gradient of one microbatch that does not fit into memory, chunk by chunk and over several processes."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,22 +14,30 @@ from .contrastive import ContrastiveModel
 Gather = Callable[[Tensor], tuple[Tensor, int]]
 
 
+class Chunks(Protocol):
+    """The seed of the randomness and the collated inputs of each chunk, the same whenever they are gone through."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]: ...
+
+
 def accumulate_chunked_gradient(
     model: ContrastiveModel,
-    chunks: Iterable[tuple[int, dict[str, Any]]],
+    chunks: Chunks,
     backward: Callable[[Tensor], None],
     gather: Gather | None = None,
     process: int = 0,
 ) -> Tensor:
     """Leaves the gradient of the contrastive loss on all chunks together in `Parameter.grad`.
 
-    The loss needs the embeddings only, which are small. They are computed chunk by chunk without a graph; the gradient
-    of the loss with respect to them is carried on to the parameters in a second pass, again chunk by chunk.
+    The loss needs the embeddings only, which are small. They are computed chunk by chunk without a graph, but for the
+    last chunk, whose graph there is memory for; the gradient of the loss with respect to them is carried on to the
+    parameters, for the other chunks in a second pass. A single chunk is gone through once.
 
     Args:
         model ([`ContrastiveModel`]): the model in training.
-        chunks (`Iterable`): the seed of the randomness and the collated inputs of each chunk. Gone through twice, and
-            must give the same twice.
+        chunks ([`Chunks`]): of the microbatch, this process's share of it.
         backward (`Callable`): runs the backward pass, e.g. `Accelerator.backward`.
         gather (`Callable`, *optional*): puts the rows of all processes together, where a microbatch spans several
             processes. What is then left in `Parameter.grad` is this process's part of the sum.
@@ -38,7 +46,8 @@ def accumulate_chunked_gradient(
 
     Reference: Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup (2021).
     """
-    own, captions = _embeddings(model, chunks)
+    embeddings, captions = _embeddings(model, chunks)
+    own = torch.cat([_no_rows(model), *(chunk.detach().float() for chunk in embeddings)])
     rows, first = gather(own) if gather else (own, 0)
     if len(rows) == 0:
         return torch.zeros((), device=own.device)
@@ -47,28 +56,38 @@ def accumulate_chunked_gradient(
     temperature = model.temperature if process == 0 else [each.detach() for each in model.temperature]
     loss = model.loss(*rows.chunk(2, dim=1), temperature, captions)
     backward(loss)
-    _carry_on(model, chunks, rows.grad[first : first + len(own)])
+    _carry_on(model, chunks, embeddings, rows.grad[first : first + len(own)])
     return loss.detach()
 
 
-def _embeddings(model: ContrastiveModel, chunks: Iterable[tuple[int, dict[str, Any]]]) -> tuple[Tensor, Tensor]:
-    """`[rows, 2 d]`: the image embeddings of all chunks, and beside them the text embeddings; the captions' keys."""
-    device = model.base.logit_scale.device
-    embeddings = [torch.empty(0, 2 * model.embedding_size, device=device)]
-    captions = [torch.empty(0, dtype=torch.int64, device=device)]
-    with torch.no_grad():
-        for seed, inputs in chunks:
-            with seeded(seed):
-                embeddings.append(torch.cat(model.encode(inputs), dim=1).float())
-            captions.append(model.captions(inputs))
-    return torch.cat(embeddings), torch.cat(captions)
+def _no_rows(model: ContrastiveModel) -> Tensor:
+    return torch.empty(0, 2 * model.embedding_size, device=model.base.logit_scale.device)
 
 
-def _carry_on(model: ContrastiveModel, chunks: Iterable[tuple[int, dict[str, Any]]], gradients: Tensor) -> None:
+def _embeddings(model: ContrastiveModel, chunks: Chunks) -> tuple[list[Tensor], Tensor]:
+    """`[rows, 2 d]` of each chunk, image embeddings beside those of the texts; and the captions' keys of all."""
+    embeddings = []
+    captions = [torch.empty(0, dtype=torch.int64, device=model.base.logit_scale.device)]
+    for number, (seed, inputs) in enumerate(chunks, start=1):
+        with torch.set_grad_enabled(number == len(chunks)):
+            embeddings.append(_encode(model, seed, inputs))
+        captions.append(model.captions(inputs))
+    return embeddings, torch.cat(captions)
+
+
+def _encode(model: ContrastiveModel, seed: int, inputs: dict[str, Any]) -> Tensor:
+    with seeded(seed):
+        return torch.cat(model.encode(inputs), dim=1)
+
+
+def _carry_on(model: ContrastiveModel, chunks: Chunks, embeddings: list[Tensor], gradients: Tensor) -> None:
     """From the gradient with respect to the embeddings to that with respect to the parameters."""
-    first = 0
-    for seed, inputs in chunks:
-        with seeded(seed):
-            embeddings = torch.cat(model.encode(inputs), dim=1)
-        embeddings.backward(gradients[first : first + len(embeddings)].to(embeddings.dtype))
-        first += len(embeddings)
+    if not embeddings:
+        return
+    last = embeddings.pop()
+    *parts, of_last = gradients.split([*map(len, embeddings), len(last)])
+    last.backward(of_last.to(last.dtype))
+    # The parts first: none is left when the last chunk would be read again.
+    for part, (seed, inputs) in zip(parts, chunks):
+        chunk = _encode(model, seed, inputs)
+        chunk.backward(part.to(chunk.dtype))
