@@ -55,7 +55,9 @@ def test_there_are_two_processes_and_their_microbatches_add_up(run):
     assert run["facts"][0]["num_microbatches"] == 4
 
 
-@pytest.mark.parametrize("name", ["noisy", "exact", "spanning", "averaged", "empty", "secure"])
+@pytest.mark.parametrize(
+    "name", ["noisy", "exact", "exact in buckets", "spanning", "spanning in buckets", "averaged", "empty", "secure"]
+)
 def test_weights_are_identical_on_all_processes(run, name):
     first, second = (results[name] for results in run["results"])
     assert np.array_equal(first, second)
@@ -80,18 +82,34 @@ def test_a_microbatch_that_spans_the_processes_takes_the_two_halves_of_one_reduc
         assert [(name.split("_")[0], moved) for name, moved in large] == [("reduce", size), ("all", size)]
 
 
-@pytest.mark.parametrize("name", ["spanning noise", "spanning secure noise"])
-def test_noise_is_added_once_where_a_microbatch_spans_the_processes(run, name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "spanning noise",
+        "spanning secure noise",
+        "spanning noise in buckets",
+        "noise in buckets",
+        "secure noise in buckets",
+    ],
+)
+def test_every_coordinate_is_noised_once_by_one_process(run, name):
     first, second = (torch.tensor(results[name]) for results in run["results"])
     assert torch.equal(first, second)
     check_noise_law(first, 2.0)
     check_uncorrelated(*first[:20_000].chunk(2))
 
 
-def test_the_parts_of_a_spanning_microbatch_are_clipped_together(run):
+@pytest.mark.parametrize("name", ["spanning sums", "spanning sums in buckets"])
+def test_the_parts_of_a_spanning_microbatch_are_clipped_together(run, name):
     expected = torch.tensor([0.3, 0, 0, 0, 0.4]) + torch.tensor([0.6, 0, 0, 0, 0.8])
     for results in run["results"]:
-        assert torch.allclose(torch.tensor(results["spanning sums"]), expected, atol=1e-6)
+        assert torch.allclose(torch.tensor(results[name]), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["exact", "spanning"])
+def test_buckets_change_nothing(run, name):
+    for results in run["results"]:
+        assert np.allclose(results[f"{name} in buckets"], results[name], rtol=1e-5, atol=1e-7)
 
 
 def test_microbatches_that_span_the_processes_are_not_released_with_others(run):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import Parameter
 
 from hf_dpclip.privacy import GaussianMechanism, PrivacyPlan, Randomness, clip_
-from hf_dpclip.privacy.mechanism import _chunks
+from hf_dpclip.privacy.reduction import flat_chunks
 
 
 def plan(num_microbatches=4, max_grad_norm=1.0, noise_multiplier=0.0, clipping="flat"):
@@ -178,7 +178,7 @@ def test_noise_in_many_chunks_has_the_same_law(monkeypatch):
 @given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=12), limit=st.integers(1, 12))
 def test_chunks_hold_every_coordinate_once(sizes, limit):
     tensors = [torch.zeros(size) for size in sizes]
-    chunks = _chunks(tensors, limit)
+    chunks = flat_chunks(tensors, limit)
     assert all(sum(map(len, pieces)) <= limit for pieces in chunks)
     for piece in (piece for pieces in chunks for piece in pieces):
         piece.add_(1)

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from torch.nn.utils import get_total_norm
 
 from .plan import PrivacyPlan
+from .reduction import all_gather_, all_reduce_, flat_chunks, reduce_scatter
 
 
 # γ of automatic clipping: small gradients are scaled up to almost C, those far below γ stay small.
@@ -93,8 +94,8 @@ class GaussianMechanism:
         self.process = process
         self.num_processes = num_processes
         self._sum: list[Tensor | None] = [None] * len(self.parameters)
-        # The same of microbatches that span the processes, of which each keeps its own slice.
-        self._slice_of_sum: Tensor | None = None
+        # The same of microbatches that span the processes, of which each keeps its own slices.
+        self._slices_of_sum: list[Tensor] | None = None
         self._noise_threads = ThreadPoolExecutor(len(generators))
 
     @contextmanager
@@ -130,12 +131,15 @@ class GaussianMechanism:
         self._take_gradients()
         yield
         gradients = [_zeros(p) if g is None else g for p, g in zip(self.parameters, self._take_gradients())]
-        own = self._slice_of(gradients)
-        square = _norm([own]).square()
+        own = reduce_scatter(gradients, self.num_processes)
+        square = _norm(own).square()
         torch.distributed.all_reduce(square)
-        if not _scale_([own], clip_factors(square.sqrt(), self.plan)):
-            own.zero_()
-        self._slice_of_sum = _add(self._slice_of_sum, own)
+        if not _scale_(own, clip_factors(square.sqrt(), self.plan)):
+            torch._foreach_zero_(own)
+        if self._slices_of_sum is None:
+            self._slices_of_sum = own
+        else:
+            torch._foreach_add_(self._slices_of_sum, own)
 
     def release(self) -> None:
         """Sets every `Parameter.grad` to (sum of clipped gradients over all processes + noise) / K.
@@ -151,7 +155,7 @@ class GaussianMechanism:
             parameter.grad = total.to(parameter.dtype)
 
     def _noised_sums(self) -> list[Tensor]:
-        own, self._slice_of_sum = self._slice_of_sum, None
+        own, self._slices_of_sum = self._slices_of_sum, None
         if own is not None:
             if any(total is not None for total in self._sum):
                 raise RuntimeError("a release cannot hold both microbatches that span the processes and others")
@@ -164,38 +168,21 @@ class GaussianMechanism:
         return sums
 
     def _noised_and_reduced(self, sums: list[Tensor]) -> list[Tensor]:
-        """One all-reduce of one flat tensor, to which each process has added the noise of its own slice."""
-        flat = torch.cat([total.flatten() for total in sums])
-        self._add_noise_([torch.tensor_split(flat, self.num_processes)[self.process]])
-        torch.distributed.all_reduce(flat)
-        return self._split(flat)
+        """One all-reduce, before which each process has added the noise of its own slice of each tensor."""
+        self._add_noise_([total.view(-1).tensor_split(self.num_processes)[self.process] for total in sums])
+        all_reduce_(sums)
+        return sums
 
-    def _slice_of(self, tensors: list[Tensor]) -> Tensor:
-        """Of the sum over all processes the slice that belongs to this one, all of one length: what an all-reduce
-        would send in its first half."""
-        missing = -sum(map(torch.numel, tensors)) % self.num_processes
-        flat = torch.cat([*(tensor.flatten() for tensor in tensors), tensors[0].new_zeros(missing)])
-        own = flat.new_empty(len(flat) // self.num_processes)
-        # Since torch 2.13 the older name is deprecated.
-        new_name = getattr(torch.distributed, "reduce_scatter_single", None)
-        (new_name or torch.distributed.reduce_scatter_tensor)(own, flat)
-        return own
-
-    def _noised_and_gathered(self, own: Tensor) -> list[Tensor]:
-        """The slices of all processes, to each of which its own has added noise: the second half of an all-reduce."""
-        self._add_noise_([own])
-        flat = own.new_empty(len(own) * self.num_processes)
-        torch.distributed.all_gather(list(flat.chunk(self.num_processes)), own)
-        return self._split(flat)
-
-    def _split(self, flat: Tensor) -> list[Tensor]:
-        sizes = [parameter.numel() for parameter in self.parameters]
-        pieces = flat[: sum(sizes)].split(sizes)
-        return [piece.view_as(parameter) for piece, parameter in zip(pieces, self.parameters)]
+    def _noised_and_gathered(self, own: list[Tensor]) -> list[Tensor]:
+        """The slices of all processes, to each of which its own has added noise."""
+        self._add_noise_(own)
+        sums = [_zeros(parameter) for parameter in self.parameters]
+        all_gather_(sums, own, self.num_processes)
+        return sums
 
     def _add_noise_(self, tensors: list[Tensor]) -> None:
         """Adds an independent draw from N(0, (σΔ)²) to every coordinate, each stream to its share of them."""
-        chunks = _chunks(tensors, NOISE_CHUNK if tensors[0].device.type == "cpu" else ACCELERATOR_NOISE_CHUNK)
+        chunks = flat_chunks(tensors, NOISE_CHUNK if tensors[0].device.type == "cpu" else ACCELERATOR_NOISE_CHUNK)
         if len(self.generators) == 1 or len(chunks) <= len(self.generators):
             # Handing them out would take longer, and on a GPU leave the stream that the rest of the step is in.
             return self._add_share_of_noise_(chunks, self.generators[0])
@@ -216,20 +203,6 @@ class GaussianMechanism:
         for parameter in self.parameters:
             parameter.grad = None
         return gradients
-
-
-def _chunks(tensors: list[Tensor], size: int) -> list[list[Tensor]]:
-    """Flat views of all tensors, in lists of at most `size` coordinates, so that small tensors share one."""
-    chunks: list[list[Tensor]] = []
-    room = 0
-    flat = [tensor.view(-1) for tensor in tensors]
-    for piece in (piece for each in flat for piece in (each.split(size) if len(each) > size else [each])):
-        if not chunks or len(piece) > room:
-            chunks.append([])
-            room = size
-        chunks[-1].append(piece)
-        room -= len(piece)
-    return chunks
 
 
 def _scale_(gradients: list[Tensor], factor: Tensor) -> bool:

@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 from .mechanism import NOISE_CHUNK, GaussianMechanism
 from .plan import PrivacyPlan
+from .reduction import reduce_scatter
 
 
 # Grid points in one standard deviation of the noise, at least: rounding to them adds a 10^-7 of its variance at most.
@@ -54,7 +55,7 @@ class SecureGaussianMechanism(GaussianMechanism):
     def _noised_and_reduced(self, sums: list[Tensor]) -> list[Tensor]:
         """Noise after the sums are added up: what was rounded earlier would leave the grid when other processes' sums
         are added."""
-        return self._noised_and_gathered(self._slice_of(sums))
+        return self._noised_and_gathered(reduce_scatter(sums, self.num_processes))
 
     def _add_noise_(self, tensors: list[Tensor]) -> None:
         """Adds an independent draw from N(0, (σΔ)²) to every coordinate and rounds to the grid."""

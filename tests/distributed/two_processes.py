@@ -91,6 +91,15 @@ def spanning_noise(kind: type[GaussianMechanism]) -> torch.Tensor:
     return weight.grad * 4
 
 
+def noise_alone(kind: type[GaussianMechanism]) -> torch.Tensor:
+    """K times a release of no microbatch; of one parameter there are fewer coordinates than processes."""
+    plan = PrivacyPlan(1000, 16, 4, num_steps=1, noise_multiplier=1.0)
+    weights = [torch.nn.Parameter(torch.zeros(size)) for size in (4_000, 1, 15_000, 2_001)]
+    mechanism = kind(plan, weights, Randomness().noise(), PartialState().process_index, 2)
+    mechanism.release()
+    return torch.cat([weight.grad for weight in weights]) * 4
+
+
 def refuses_a_mixture() -> bool:
     """Whether a release is refused where only some of its microbatches span the processes."""
     mechanism, weight = mechanism_of_one(GaussianMechanism, 5)
@@ -181,6 +190,10 @@ def mostly_empty(folder: Path) -> torch.Tensor:
     return flat_weights(model)
 
 
+def buckets_of(size: int):
+    return mock.patch("hf_dpclip.privacy.reduction.BUCKET", size)
+
+
 def main():
     folder, process = Path(sys.argv[1]), os.environ["RANK"]
     results = {
@@ -196,6 +209,17 @@ def main():
         "refuses a mixture": refuses_a_mixture(),
         "draws": draws(folder),
     }
+    with buckets_of(1001):
+        in_buckets = {
+            "exact": exact_update(folder / "buckets").numpy(),
+            "spanning": spanning_update(folder / "buckets").numpy(),
+            "spanning noise": spanning_noise(GaussianMechanism).numpy(),
+            "noise": noise_alone(GaussianMechanism).numpy(),
+            "secure noise": noise_alone(SecureGaussianMechanism).numpy(),
+        }
+    with buckets_of(2):
+        in_buckets["spanning sums"] = spanning_sums().numpy()
+    results |= {f"{name} in buckets": result for name, result in in_buckets.items()}
     np.savez(folder / f"process-{process}.npz", **results)
     PartialState().destroy_process_group()
 

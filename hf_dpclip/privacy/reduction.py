@@ -1,0 +1,67 @@
+"""Sums over several processes, a bucket at a time: all coordinates side by side would take as much memory again."""
+
+import torch
+from torch import Tensor
+
+
+# Coordinates in a bucket, 32 MiB: enough that starting does not count.
+BUCKET = 2**23
+
+
+def all_reduce_(tensors: list[Tensor]) -> None:
+    """Replaces tensors by their sums over all processes. Every coordinate is sent once."""
+    for pieces in flat_chunks(tensors, BUCKET):
+        bucket = _side_by_side(pieces, 1)
+        torch.distributed.all_reduce(bucket)
+        _put_back(bucket, pieces)
+
+
+def reduce_scatter(tensors: list[Tensor], num_processes: int) -> list[Tensor]:
+    """Of the sums over all processes the slices that belong to this one: of each bucket one, as long as that of any
+    other process. What an all-reduce would send in its first half."""
+    # Since torch 2.13 the older name is deprecated.
+    new_name = getattr(torch.distributed, "reduce_scatter_single", None)
+    slices = []
+    for pieces in flat_chunks(tensors, BUCKET):
+        bucket = _side_by_side(pieces, num_processes)
+        own = bucket.new_empty(len(bucket) // num_processes)
+        (new_name or torch.distributed.reduce_scatter_tensor)(own, bucket)
+        slices.append(own)
+    return slices
+
+
+def all_gather_(tensors: list[Tensor], slices: list[Tensor], num_processes: int) -> None:
+    """Fills tensors with the slices of all processes, as `reduce_scatter` made them of tensors of the same shapes: the
+    second half of an all-reduce."""
+    for pieces, own in zip(flat_chunks(tensors, BUCKET), slices, strict=True):
+        bucket = own.new_empty(len(own) * num_processes)
+        torch.distributed.all_gather(list(bucket.chunk(num_processes)), own)
+        _put_back(bucket, pieces)
+
+
+def flat_chunks(tensors: list[Tensor], size: int) -> list[list[Tensor]]:
+    """Flat views of all tensors, in lists of at most `size` coordinates, so that small tensors share one."""
+    chunks: list[list[Tensor]] = []
+    room = 0
+    flat = [tensor.view(-1) for tensor in tensors]
+    for piece in (piece for each in flat for piece in (each.split(size) if len(each) > size else [each])):
+        if not chunks or len(piece) > room:
+            chunks.append([])
+            room = size
+        chunks[-1].append(piece)
+        room -= len(piece)
+    return chunks
+
+
+def _side_by_side(pieces: list[Tensor], factor: int) -> Tensor:
+    """In one tensor, filled up with zeros to a multiple of `factor`; a piece that is one by itself is not copied."""
+    missing = -sum(map(len, pieces)) % factor
+    if len(pieces) == 1 and missing == 0:
+        return pieces[0]
+    return torch.cat([*pieces, pieces[0].new_zeros(missing)])
+
+
+def _put_back(bucket: Tensor, pieces: list[Tensor]) -> None:
+    if bucket is not pieces[0]:
+        sizes = [len(piece) for piece in pieces]
+        torch._foreach_copy_(pieces, bucket[: sum(sizes)].split(sizes))
