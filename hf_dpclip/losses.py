@@ -61,8 +61,15 @@ def contrastive_losses(
         known_images, known_texts = blocks.same_as_public(public)
         over_images.append((scales * for_texts).masked_fill(known_images, -torch.inf))
         over_texts.append((scales * for_images).masked_fill(known_texts, -torch.inf))
-    normalisers = sum(torch.cat(over, dim=2).logsumexp(dim=2) for over in (over_images, over_texts))
+    normalisers = _logsumexp(over_images) + _logsumexp(over_texts)
     return blocks.means(normalisers / 2 - logits.diagonal(dim1=1, dim2=2))
+
+
+def _logsumexp(parts: list[Tensor]) -> Tensor:
+    """Over the last dimension of all parts together."""
+    # One microbatch may be large: a single part is not copied.
+    together = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return together.logsumexp(dim=2)
 
 
 def sigmoid_losses(

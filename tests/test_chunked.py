@@ -61,13 +61,13 @@ def embeddings_drawn_with(seed, contrastive, inputs):
     return contrastive.encode(inputs)
 
 
-@pytest.mark.parametrize("size, expected", [(6, 1), (5, 3), (2, 5)])
-def test_the_last_chunk_is_computed_once_and_the_others_twice(size, expected):
+@pytest.mark.parametrize("rows, size, expected", [(6, 6, 1), (6, 5, 3), (6, 2, 5), (8, 1, 15), (9, 1, 18)])
+def test_of_a_few_chunks_the_last_is_computed_once_and_the_others_twice(rows, size, expected):
     model = tiny_clip()
     passes = []
     model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
     contrastive = ContrastiveModel(model, contrastive_base(model), dict)
-    accumulate_chunked_gradient(contrastive, pieces(microbatch(6)[1], size), torch.Tensor.backward)
+    accumulate_chunked_gradient(contrastive, pieces(microbatch(rows)[1], size), torch.Tensor.backward)
     assert len(passes) == expected
     assert sum(passes) == (expected + 1) // 2
 

@@ -12,6 +12,9 @@ from .contrastive import ContrastiveModel
 
 # From the rows of this process to those of all processes, and the number of the first own one among them.
 Gather = Callable[[Tensor], tuple[Tensor, int]]
+# Chunks up to which the graph of the last one is kept for the second pass. With more of them that saves little, and
+# the logits of all pairs, beside which it is kept, take as much memory.
+FEW_CHUNKS = 8
 
 
 class Chunks(Protocol):
@@ -31,9 +34,9 @@ def accumulate_chunked_gradient(
 ) -> Tensor:
     """Leaves the gradient of the contrastive loss on all chunks together in `Parameter.grad`.
 
-    The loss needs the embeddings only, which are small. They are computed chunk by chunk without a graph, but for the
-    last chunk, whose graph there is memory for; the gradient of the loss with respect to them is carried on to the
-    parameters, for the other chunks in a second pass. A single chunk is gone through once.
+    The loss needs the embeddings only, which are small. They are computed chunk by chunk without a graph; the gradient
+    of the loss with respect to them is carried on to the parameters in a second pass, again chunk by chunk. Of a few
+    chunks the last keeps its graph and is computed once, a single one too.
 
     Args:
         model ([`ContrastiveModel`]): the model in training.
@@ -69,10 +72,14 @@ def _embeddings(model: ContrastiveModel, chunks: Chunks) -> tuple[list[Tensor], 
     embeddings = []
     captions = [torch.empty(0, dtype=torch.int64, device=model.base.logit_scale.device)]
     for number, (seed, inputs) in enumerate(chunks, start=1):
-        with torch.set_grad_enabled(number == len(chunks)):
+        with torch.set_grad_enabled(number == len(chunks) and _keeps_last_graph(chunks)):
             embeddings.append(_encode(model, seed, inputs))
         captions.append(model.captions(inputs))
     return embeddings, torch.cat(captions)
+
+
+def _keeps_last_graph(chunks: Chunks) -> bool:
+    return 0 < len(chunks) <= FEW_CHUNKS
 
 
 def _encode(model: ContrastiveModel, seed: int, inputs: dict[str, Any]) -> Tensor:
@@ -82,12 +89,13 @@ def _encode(model: ContrastiveModel, seed: int, inputs: dict[str, Any]) -> Tenso
 
 def _carry_on(model: ContrastiveModel, chunks: Chunks, embeddings: list[Tensor], gradients: Tensor) -> None:
     """From the gradient with respect to the embeddings to that with respect to the parameters."""
-    if not embeddings:
-        return
-    last = embeddings.pop()
-    *parts, of_last = gradients.split([*map(len, embeddings), len(last)])
-    last.backward(of_last.to(last.dtype))
-    # The parts first: none is left when the last chunk would be read again.
+    parts = list(gradients.split([len(chunk) for chunk in embeddings]))
+    if _keeps_last_graph(chunks):
+        _backward(embeddings.pop(), parts.pop())
+    # The parts first: where none is left, no chunk is read.
     for part, (seed, inputs) in zip(parts, chunks):
-        chunk = _encode(model, seed, inputs)
-        chunk.backward(part.to(chunk.dtype))
+        _backward(_encode(model, seed, inputs), part)
+
+
+def _backward(embeddings: Tensor, gradients: Tensor) -> None:
+    embeddings.backward(gradients.to(embeddings.dtype))
