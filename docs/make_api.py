@@ -20,6 +20,7 @@ MODULES = [
     "trainer",
     "runs",
     "arguments",
+    "collators",
     "data",
     "models.lora",
     "models.clip_vqa",

@@ -28,7 +28,8 @@ from transformers.utils import cached_file
 
 from hf_dpclip import PrivacyPlan, PrivacyStatement
 from hf_dpclip.advice import HOPELESS_SIGNAL_TO_NOISE, advice, is_hopeless, total_signal_to_noise
-from hf_dpclip.data import class_prompts, encoded_texts
+from hf_dpclip.collators import encoded_texts
+from hf_dpclip.data import class_prompts
 from hf_dpclip.planning import steps_in
 from hf_dpclip.privacy import STATEMENT_NAME
 from hf_dpclip.privacy_section import privacy_section

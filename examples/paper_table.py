@@ -29,7 +29,8 @@ from train import TINY_CLIP, ExampleArguments, load_model, load_processor
 from transformers import ProcessorMixin, Trainer, TrainingArguments, set_seed
 
 from hf_dpclip import DPCLIPTrainer, DPTrainingArguments, ImageTextCollator, WeightAveraging
-from hf_dpclip.data import caption_by_label, class_prompts, encoded_texts
+from hf_dpclip.collators import encoded_texts
+from hf_dpclip.data import caption_by_label, class_prompts
 from hf_dpclip.evaluation import zero_shot_accuracy
 from hf_dpclip.presets import PRESETS
 

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     # The same names for type checkers, which do not run `__getattr__`.
     from .arguments import DPTrainingArguments as DPTrainingArguments
     from .averaging import WeightAveraging as WeightAveraging
-    from .data import AudioTextCollator as AudioTextCollator
-    from .data import ImageTextCollator as ImageTextCollator
-    from .data import VisualQuestionCollator as VisualQuestionCollator
+    from .collators import AudioTextCollator as AudioTextCollator
+    from .collators import ImageTextCollator as ImageTextCollator
+    from .collators import VisualQuestionCollator as VisualQuestionCollator
     from .models import CLIPForVisualQuestionAnswering as CLIPForVisualQuestionAnswering
     from .models import CLIPVQAConfig as CLIPVQAConfig
     from .models import freeze_batch_norm as freeze_batch_norm
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME_OF = {
-    "AudioTextCollator": "data",
+    "AudioTextCollator": "collators",
     "CLIPForVisualQuestionAnswering": "models",
     "CLIPVQAConfig": "models",
     "DPCLIPTrainer": "trainer",
     "DPTrainingArguments": "arguments",
-    "ImageTextCollator": "data",
+    "ImageTextCollator": "collators",
     "PrivacyPlan": "privacy",
     "PrivacySpent": "privacy",
     "PrivacyStatement": "privacy",
-    "VisualQuestionCollator": "data",
+    "VisualQuestionCollator": "collators",
     "WeightAveraging": "averaging",
     "freeze_batch_norm": "models",
     "lora_config": "models",

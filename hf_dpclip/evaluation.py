@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import EvalPrediction, ProcessorMixin
 
-from .data import encoded_texts
+from .collators import encoded_texts
 from .metrics import RetrievalRecall, VQAAccuracy, ZeroShotAccuracy
 from .records import unreadable
 

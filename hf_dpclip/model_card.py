@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from . import __version__
-from .data import text_settings
+from .collators import text_settings
 from .figures import plot_privacy_utility
 from .models import CLIPForVisualQuestionAnswering, base_model
 from .privacy_section import CARD_NAME, NOT_PRIVATE, privacy_section

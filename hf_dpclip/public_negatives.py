@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from datasets import Dataset, Image
 
-from .data import ImageTextCollator, encoded_texts
+from .collators import ImageTextCollator, encoded_texts
 from .gradients import ContrastiveModel
 from .gradients.inputs import num_rows, pairs_only
 from .losses import PublicEmbeddings

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers import trainer as hf_trainer
 
-from . import validation
+from . import data_validation, validation
 from .arguments import DPTrainingArguments
-from .data import ImageTextCollator, PairCollator, default_collator
+from .collators import ImageTextCollator, PairCollator, default_collator
 from .dataloader import ForwardBatchSampler, MicrobatchDataset, PrivacyUnits, RecordNumbers, make_dataloader
 from .forward_pass import choose_forward_pass, make_contrastive_model
 from .gradients import contrastive_base
@@ -92,7 +92,7 @@ class DPCLIPTrainer(RunningTrainer):
         validation.check_environment(self)
         validation.check_model(self.model)
         if data_collator is None:
-            validation.check_encoded(self.contrastive_base, train_dataset)
+            data_validation.check_encoded(self.contrastive_base, train_dataset)
         validation.check_loss_is_known(args, self.contrastive_base, public_negatives is not None)
         self.public_negatives = None if public_negatives is None else self._encode_public(public_negatives)
         self._begin_first_run(None if train_dataset is None else self._make_plan())
@@ -115,17 +115,17 @@ class DPCLIPTrainer(RunningTrainer):
     def _make_plan(self) -> PrivacyPlan:
         args = self.args
         if not args.log_private_statistics:
-            validation.check_evaluation_data(self.train_dataset, self.eval_dataset)
+            data_validation.check_evaluation_data(self.train_dataset, self.eval_dataset)
         contrasts_in_batch = self.can_return_loss and self.compute_loss_func is None and self.public_negatives is None
         validation.check_loss_decomposes(args.expected_batch_size // args.num_microbatches, contrasts_in_batch)
-        validation.check_records(self.data_collator, self.train_dataset, self.eval_dataset)
+        data_validation.check_records(self.data_collator, self.train_dataset, self.eval_dataset)
         longest = self.contrastive_base and self.contrastive_base.config.text_config.max_position_embeddings
-        validation.check_pairs_are_read(base_model(self.model), self.data_collator, longest)
+        data_validation.check_pairs_are_read(base_model(self.model), self.data_collator, longest)
         self._units = PrivacyUnits(self.train_dataset, args.privacy_unit_column, args.max_records_per_unit)
         return make_plan(args, len(self._units))
 
     def _encode_public(self, public: list[str] | Dataset) -> PublicNegatives:
-        validation.check_public(self.train_dataset, public)
+        data_validation.check_public(self.train_dataset, public)
         size = self.args.per_device_train_batch_size
         chunks = encode_public_negatives(public, self.data_collator, self.processing_class, size)
         return PublicNegatives(chunks, self.args.public_negatives_gradient, self.args.public_negatives_steps)
@@ -145,10 +145,10 @@ class DPCLIPTrainer(RunningTrainer):
 
     def _check_evaluated(self, dataset: Any, name: str) -> None:
         if not self.args.log_private_statistics:
-            validation.check_evaluation_data(self.train_dataset, dataset, name)
+            data_validation.check_evaluation_data(self.train_dataset, dataset, name)
         # What the trainer was made with, of which the `Trainer` gives one by its name, was checked then.
         if dataset is not self.eval_dataset and not isinstance(dataset, str):
-            validation.check_records(self.data_collator, dataset)
+            data_validation.check_records(self.data_collator, dataset)
 
     @contextmanager
     def _images_as_they_are(self) -> Iterator[None]:

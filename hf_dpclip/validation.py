@@ -1,6 +1,5 @@
 """Refusals: what the guarantee does not cover is an error before the first step, with the remedy in its message."""
 
-import inspect
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,16 +9,13 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ProcessorMixin, Trainer
 from transformers.trainer_utils import HPSearchBackend
 
 from .arguments import DPTrainingArguments
-from .data import ImageTextCollator, PairCollator, VisualQuestionCollator, tokenizer_of
+from .data_validation import check_dataset
 from .gradients.contrastive import WITH_CAUSAL_TEXTS
-from .models import CLIPForVisualQuestionAnswering
-from .public_negatives import shared_rows
-from .records import first_record
 from .shared_images import image_columns
 
 
@@ -91,90 +87,6 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def check_dataset(dataset: Dataset) -> None:
-    """Raises `ValueError` for a dataset that Poisson sampling cannot draw from."""
-    if isinstance(dataset, dict) and all(isinstance(split, Dataset | datasets.Dataset) for split in dataset.values()):
-        raise ValueError(
-            f"train_dataset has several splits ({', '.join(dataset)}): pass one of them, as dataset['train']."
-        )
-    if type(dataset).__name__ == "DataFrame":
-        library = type(dataset).__module__.split(".")[0]
-        raise ValueError(
-            f"train_dataset is a DataFrame: convert it with datasets.Dataset.from_{library}(train_dataset)."
-        )
-    if isinstance(dataset, dict | str):
-        raise ValueError(
-            f"train_dataset is a {type(dataset).__name__}, not a dataset: make one of columns with "
-            "datasets.Dataset.from_dict, and load one by its name with hf_dpclip.data.load_pairs."
-        )
-    if not _has_random_access(dataset):
-        raise ValueError(
-            f"{type(dataset).__name__} has no random access, which Poisson sampling needs: load the dataset with "
-            "streaming=False, or materialise it with datasets.Dataset.from_generator."
-        )
-    if len(dataset) == 0:
-        raise ValueError("train_dataset is empty: check the split, and what filters have left of it.")
-
-
-def check_records(collator: Callable, *collated: Dataset | dict[str, Dataset] | None) -> None:
-    """Raises `ValueError` for records that a collator of ours cannot collate, those of evaluation included."""
-    if not isinstance(collator, PairCollator):
-        return
-    for candidate in collated:
-        for dataset in candidate.values() if isinstance(candidate, dict) else [candidate]:
-            if _has_random_access(dataset) and len(dataset) > 0:
-                collator.check_records(dataset)
-
-
-def check_encoded(model: PreTrainedModel | None, dataset: Dataset | None) -> None:
-    """Raises `ValueError` for records that no collator encodes and that lack what a model of pairs reads."""
-    if model is None or dataset is None:
-        return
-    names = [*first_record(dataset)]
-    missing = [name for name in ("pixel_values", "input_ids") if name not in names]
-    if missing:
-        raise ValueError(
-            f"records have no {missing[0]!r} (they have {names}), which {type(model).__name__} reads: pass a "
-            "processor as processing_class to encode images and texts, or encode them before."
-        )
-
-
-def check_pairs_are_read(model: nn.Module, collator: Callable, tokens: int | None) -> None:
-    """Raises `ValueError` where the model cannot take what an [`ImageTextCollator`] makes of records.
-
-    `tokens` are those of the longest text that the model reads, where that is known.
-    """
-    if not isinstance(collator, ImageTextCollator):
-        return
-    parameters = inspect.signature(model.forward).parameters
-    # Those of transformers take options of the attention by any name.
-    anything = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    reads_anything = anything and not isinstance(model, PreTrainedModel)
-    columns = {"pixel_values": collator.image_column, "input_ids": collator.text_column}
-    unread = [name for name, column in columns.items() if column is not None and name not in parameters]
-    if unread and not reads_anything:
-        raise ValueError(
-            f"{type(model).__name__} reads no {unread[0]}: choose a model of images and texts, e.g. CLIPModel, or "
-            "pass a data_collator that makes what it reads."
-        )
-    if isinstance(collator, VisualQuestionCollator) and isinstance(model, CLIPForVisualQuestionAnswering):
-        _check_labels(collator.label2id, model.config.num_labels)
-    if tokens is not None and collator.text_column is not None:
-        _check_text_length(tokenizer_of(collator.processor).model_max_length, tokens)
-
-
-def check_evaluation_data(
-    train_dataset: Dataset, evaluated: Dataset | dict[str, Dataset] | None, name: str = "eval_dataset"
-) -> None:
-    """Raises `ValueError` if metrics would be computed on the private records themselves."""
-    candidates = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
-    if train_dataset is not None and any(candidate is train_dataset for candidate in candidates):
-        raise ValueError(
-            f"{name} is the private training dataset, so its metrics would be raw statistics of private records: "
-            "hold records out with train_test_split, or set log_private_statistics=True on public data."
-        )
-
-
 def check_environment(trainer: Trainer) -> None:
     """Raises `ValueError` for launcher settings that the arguments do not show, and devices that will not do."""
     launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
@@ -233,17 +145,6 @@ def check_loss_is_known(
         )
 
 
-def check_public(train_dataset: Dataset, public_negatives: list[str] | Dataset) -> None:
-    """Raises `ValueError` for public negatives that are recognised as private records."""
-    shared = shared_rows(train_dataset, public_negatives)
-    if shared:
-        raise ValueError(
-            f"{shared} of the {len(public_negatives)} public_negatives are records of the private train_dataset: what "
-            "they reveal is not covered by the guarantee. Give images and captions of another source, or remove these "
-            "records from train_dataset."
-        )
-
-
 def check_best_metric(trainer: Trainer) -> None:
     """Raises `ValueError` if the best weights are to be told by a metric that evaluation is known not to give."""
     metric, evaluated = trainer.args.metric_for_best_model, trainer.eval_dataset
@@ -289,27 +190,6 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Parame
                 "the optimizer holds trainable parameters that are not the model's: their gradients would be neither "
                 "clipped nor noised. Make them part of the model, or remove them from the optimizer."
             )
-
-
-def _check_labels(label2id: dict[str, int], num_labels: int):
-    beyond = [label for label in label2id.values() if not 0 <= label < num_labels]
-    if beyond:
-        raise ValueError(
-            f"label2id has label {beyond[0]}, but the model gives {num_labels} answers: pass model.config.label2id."
-        )
-
-
-def _check_text_length(cut_at: int, read: int):
-    if cut_at > read:
-        raise ValueError(
-            f"the tokenizer cuts texts at {cut_at} tokens, but the model reads at most {read}: set "
-            f"processor.tokenizer.model_max_length = {read}."
-        )
-
-
-def _has_random_access(dataset: Any) -> bool:
-    indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    return indexed and not isinstance(dataset, IterableDataset)
 
 
 def _keeps_statistics(module: nn.Module) -> bool:

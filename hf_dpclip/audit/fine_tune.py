@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoProcessor
 
 from ..arguments import DPTrainingArguments
-from ..data import ImageTextCollator, caption_by_label, class_prompts, encoded_texts
+from ..collators import ImageTextCollator, encoded_texts
+from ..data import caption_by_label, class_prompts
 from ..models import lora_config
 from ..presets import PRESETS
 from ..trainer import DPCLIPTrainer
