@@ -209,15 +209,17 @@ class LoadedChunks:
         dataset ([`MicrobatchDataset`]): where the records are.
         seed (`int`): the microbatch's. Chunk seeds follow from it, so that every reading draws the same.
         records (`np.ndarray`): the microbatch's record numbers, this process's share of them.
-        args ([`DPTrainingArguments`]): the size of a chunk, the rank, and how data is loaded.
+        args ([`DPTrainingArguments`]): the expected size of a chunk, the rank, and how data is loaded.
     """
 
     def __init__(self, dataset: MicrobatchDataset, seed: int, records: np.ndarray, args: DPTrainingArguments):
-        size = args.per_device_train_batch_size
-        pieces = [records[first : first + size] for first in range(0, len(records), size)]
-        seeds = np.random.SeedSequence([seed, args.process_index]).generate_state(max(len(pieces), 1)).tolist()
-        self.loader = make_dataloader(dataset, [[chunk] for chunk in zip(seeds, pieces)], args, keeps=True)
-        self.num_chunks = len(pieces)
+        # As many as there are of the expected size: a sample that is a little larger makes them larger, as it does
+        # forward batches of whole microbatches, and not one more.
+        count = max(1, round(len(records) / args.per_device_train_batch_size))
+        seeds = np.random.SeedSequence([seed, args.process_index]).generate_state(count).tolist()
+        chunks = [[(seed, piece)] for seed, piece in zip(seeds, np.array_split(records, count)) if len(piece) > 0]
+        self.num_chunks = len(chunks)
+        self.loader = make_dataloader(dataset, chunks, args, keeps=True)
 
     def __len__(self) -> int:
         return self.num_chunks

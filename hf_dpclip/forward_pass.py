@@ -25,7 +25,7 @@ from .gradients import (
 )
 from .gradients.contrastive import WITH_CAUSAL_TEXTS
 from .privacy import GaussianMechanism
-from .seeding import seeded
+from .seeding import preserved_generators, seeded
 
 
 if TYPE_CHECKING:
@@ -140,7 +140,8 @@ class ChunkByChunk:
         losses = []
         for seed, records in forward_batch:
             chunks = LoadedChunks(self.dataset, seed, records, self.args)
-            with adding():
+            # Loaders draw a number whenever they are gone through: how often would show how many records there are.
+            with adding(), preserved_generators():
                 losses.append(accumulate_chunked_gradient(self.model, chunks, self.accelerator.backward, *gathering))
         return losses
 

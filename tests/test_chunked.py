@@ -72,6 +72,18 @@ def test_of_a_few_chunks_the_last_is_computed_once_and_the_others_twice(rows, si
     assert sum(passes) == (expected + 1) // 2
 
 
+@pytest.mark.parametrize("size", [13, 4])
+def test_the_temperature_alone_can_be_trained(size):
+    model = tiny_clip().requires_grad_(False)
+    model.logit_scale.requires_grad_()
+    _, inputs = microbatch(13)
+    model(**inputs, return_loss=True).loss.backward()
+    expected = gradient(model)
+    contrastive = ContrastiveModel(model, contrastive_base(model), dict)
+    accumulate_chunked_gradient(contrastive, pieces(inputs, size), torch.Tensor.backward)
+    assert_close(gradient(model), expected)
+
+
 def test_nothing_drawn():
     model = tiny_clip()
     contrastive = ContrastiveModel(model, contrastive_base(model), dict)

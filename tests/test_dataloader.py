@@ -260,8 +260,22 @@ def test_an_accelerator_leaves_chunks_in_the_hosts_memory(device, times_read, tm
     first, second = list(chunks), list(chunks)
     assert first == second
     assert len(chunks) == len(first)
-    assert [inputs["records"] for _, inputs in first] == [[20, 21, 22, 23], [24, 25, 26, 27], [28, 29]]
+    assert [inputs["records"] for _, inputs in first] == [[20, 21, 22, 23, 24], [25, 26, 27, 28, 29]]
     assert read == times_read * list(range(20, 30))
+
+
+@pytest.mark.parametrize(
+    "records, expected", [(0, []), (1, [1]), (5, [5]), (6, [3, 3]), (11, [4, 4, 3]), (13, [5, 4, 4])]
+)
+def test_chunks_are_as_many_as_expected_and_about_equal(records, expected, tmp_path):
+    args = arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=3, microbatch_size=12)
+    collated = MicrobatchDataset(range(100), lambda records: {"records": list(records)})
+    chunks = LoadedChunks(collated, 7, np.arange(records), args)
+    read = [inputs["records"] for _, inputs in chunks]
+    assert len(chunks) == len(read)
+    assert [len(chunk) for chunk in read] == expected
+    assert [number for chunk in read for number in chunk] == list(range(records))
+    assert len({seed for seed, _ in chunks}) == len(read)
 
 
 # ---- In the trainer ----

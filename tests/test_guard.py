@@ -1,5 +1,6 @@
 """What users of `Trainer` do, and what would silently break the guarantee: refused, or marked, or without effect."""
 
+import numpy as np
 import pytest
 import torch
 from checks import Given, check_bounded, vectors
@@ -78,6 +79,27 @@ def test_the_saved_generator_state_does_not_show_the_batch(tmp_path, monkeypatch
     # One base seed for the data loader is drawn whatever the batch.
     torch.empty((), dtype=torch.int64).random_()
     assert torch.equal(states[0], torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("drawn", [0, 1, 4, 5, 8, 30])
+def test_nor_does_it_show_how_many_chunks_there_were(tmp_path, monkeypatch, drawn):
+    monkeypatch.setattr("hf_dpclip.trainer.PoissonSampler.draw", lambda self: [np.arange(drawn)])
+    args = arguments(
+        tmp_path,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        microbatch_size=8,
+        max_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    trainer = DPCLIPTrainer(tiny_clip(), args, train_dataset=pairs(40))
+    torch.manual_seed(0)
+    trainer.train()
+    state = torch.load(tmp_path / "checkpoint-1" / "rng_state.pth", weights_only=False)["cpu"]
+    torch.manual_seed(0)
+    torch.empty((), dtype=torch.int64).random_()
+    assert torch.equal(state, torch.random.get_rng_state())
 
 
 # ---- The clipping bound ----

@@ -12,8 +12,8 @@ from .contrastive import ContrastiveModel
 
 # From the rows of this process to those of all processes, and the number of the first own one among them.
 Gather = Callable[[Tensor], tuple[Tensor, int]]
-# Chunks up to which the graph of the last one is kept for the second pass. With more of them that saves little, and
-# the logits of all pairs, beside which it is kept, take as much memory.
+# Chunks of a process by itself up to which the graph of the last one is kept for the second pass. With more of them
+# that saves little, and the logits of all pairs, beside which it is kept, take as much memory.
 FEW_CHUNKS = 8
 
 
@@ -36,7 +36,7 @@ def accumulate_chunked_gradient(
 
     The loss needs the embeddings only, which are small. They are computed chunk by chunk without a graph; the gradient
     of the loss with respect to them is carried on to the parameters in a second pass, again chunk by chunk. Of a few
-    chunks the last keeps its graph and is computed once, a single one too.
+    chunks the last keeps its graph and is computed once; so is a single one, of several processes too.
 
     Args:
         model ([`ContrastiveModel`]): the model in training.
@@ -49,7 +49,8 @@ def accumulate_chunked_gradient(
 
     Reference: Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup (2021).
     """
-    embeddings, captions = _embeddings(model, chunks)
+    keeps_last = 0 < len(chunks) <= (1 if gather else FEW_CHUNKS)
+    embeddings, captions = _embeddings(model, chunks, keeps_last)
     own = torch.cat([_no_rows(model), *(chunk.detach().float() for chunk in embeddings)])
     rows, first = gather(own) if gather else (own, 0)
     if len(rows) == 0:
@@ -59,7 +60,12 @@ def accumulate_chunked_gradient(
     temperature = model.temperature if process == 0 else [each.detach() for each in model.temperature]
     loss = model.loss(*rows.chunk(2, dim=1), temperature, captions)
     backward(loss)
-    _carry_on(model, chunks, embeddings, rows.grad[first : first + len(own)])
+    parts = list(rows.grad[first : first + len(own)].split([len(chunk) for chunk in embeddings]))
+    if keeps_last:
+        _backward(embeddings.pop(), parts.pop())
+    # The parts first: where none is left, no chunk is read.
+    for part, (seed, inputs) in zip(parts, chunks):
+        _backward(_encode(model, seed, inputs), part)
     return loss.detach()
 
 
@@ -67,19 +73,15 @@ def _no_rows(model: ContrastiveModel) -> Tensor:
     return torch.empty(0, 2 * model.embedding_size, device=model.base.logit_scale.device)
 
 
-def _embeddings(model: ContrastiveModel, chunks: Chunks) -> tuple[list[Tensor], Tensor]:
+def _embeddings(model: ContrastiveModel, chunks: Chunks, keeps_last: bool) -> tuple[list[Tensor], Tensor]:
     """`[rows, 2 d]` of each chunk, image embeddings beside those of the texts; and the captions' keys of all."""
     embeddings = []
     captions = [torch.empty(0, dtype=torch.int64, device=model.base.logit_scale.device)]
     for number, (seed, inputs) in enumerate(chunks, start=1):
-        with torch.set_grad_enabled(number == len(chunks) and _keeps_last_graph(chunks)):
+        with torch.set_grad_enabled(keeps_last and number == len(chunks)):
             embeddings.append(_encode(model, seed, inputs))
         captions.append(model.captions(inputs))
     return embeddings, torch.cat(captions)
-
-
-def _keeps_last_graph(chunks: Chunks) -> bool:
-    return 0 < len(chunks) <= FEW_CHUNKS
 
 
 def _encode(model: ContrastiveModel, seed: int, inputs: dict[str, Any]) -> Tensor:
@@ -87,15 +89,7 @@ def _encode(model: ContrastiveModel, seed: int, inputs: dict[str, Any]) -> Tenso
         return torch.cat(model.encode(inputs), dim=1)
 
 
-def _carry_on(model: ContrastiveModel, chunks: Chunks, embeddings: list[Tensor], gradients: Tensor) -> None:
-    """From the gradient with respect to the embeddings to that with respect to the parameters."""
-    parts = list(gradients.split([len(chunk) for chunk in embeddings]))
-    if _keeps_last_graph(chunks):
-        _backward(embeddings.pop(), parts.pop())
-    # The parts first: where none is left, no chunk is read.
-    for part, (seed, inputs) in zip(parts, chunks):
-        _backward(_encode(model, seed, inputs), part)
-
-
 def _backward(embeddings: Tensor, gradients: Tensor) -> None:
-    embeddings.backward(gradients.to(embeddings.dtype))
+    """From the gradient with respect to embeddings to that with respect to the parameters, if any are trained."""
+    if embeddings.requires_grad:
+        embeddings.backward(gradients.to(embeddings.dtype))

@@ -67,7 +67,8 @@ def _changed_by_filler(model: VectorizableModel, microbatches: list[Microbatch])
 
 
 def _in_cache(model: VectorizableModel, microbatches: list[Microbatch]) -> list[list[Microbatch]]:
-    """On a CPU, as few groups of about the same number of rows as have no hidden state beyond `CPU_STATE`."""
+    """On a CPU, groups of about the same number of rows, whose hidden states are larger than `CPU_STATE` by less than
+    that of one microbatch."""
     if model.trainable[0].device.type != "cpu":
         return [microbatches]
     # Those of one size together, which are multiplied together.

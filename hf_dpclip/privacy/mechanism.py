@@ -168,7 +168,7 @@ class GaussianMechanism:
         return sums
 
     def _noised_and_reduced(self, sums: list[Tensor]) -> list[Tensor]:
-        """One all-reduce, before which each process has added the noise of its own slice of each tensor."""
+        """The sums of all processes, to each of which its own has added the noise of its slice of each tensor."""
         self._add_noise_([total.view(-1).tensor_split(self.num_processes)[self.process] for total in sums])
         all_reduce_(sums)
         return sums
