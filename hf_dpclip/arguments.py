@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .incompatible_options import check_options
 from .privacy.accounting import ACCOUNTANTS
 from .privacy.plan import CLIPPINGS
 
@@ -161,7 +162,7 @@ class DPTrainingArguments(TrainingArguments):
         self._check_mechanism()
         self._check_length()
         self._check_microbatch_size()
-        self._check_compatible()
+        check_options(self)
 
     @property
     def expected_batch_size(self) -> int:
@@ -272,49 +273,6 @@ class DPTrainingArguments(TrainingArguments):
             if value == 0 and name in NOISE:
                 hint = " (Training without noise takes non_private=True.)"
             raise ValueError(f"{name}={value!r} is not possible: it must be positive and finite.{hint}")
-
-    def _check_compatible(self):
-        for refused, message in self._incompatible():
-            if refused:
-                raise ValueError(message)
-
-    def _incompatible(self) -> list[tuple[bool, str]]:
-        """(whether it is set, what is wrong with it and how to mend it) for each option that breaks the guarantee."""
-        optimizer = str(getattr(self.optim, "value", self.optim))
-        steps_early = "layerwise" in optimizer or "lomo" in optimizer
-        shows_batch = self.include_num_input_tokens_seen != "no" or not self.skip_memory_metrics
-        return [
-            (self.fp16, "fp16 scales the loss, and with it the gradients to be clipped: use bf16=True instead."),
-            (bool(self.fsdp), "FSDP reduces gradients before they are clipped: use DDP (torchrun), with LoRA."),
-            (self.parallelism_config is not None, "parallelism_config is not supported: use DDP (torchrun)."),
-            (
-                self.auto_find_batch_size,
-                "auto_find_batch_size changes the sampling probability during the run: set "
-                "per_device_train_batch_size to what fits, and gradient_accumulation_steps for the rest.",
-            ),
-            (
-                self.train_sampling_strategy != "random",
-                f"train_sampling_strategy={self.train_sampling_strategy!r} replaces Poisson sampling: remove it.",
-            ),
-            (
-                steps_early,
-                f"optim={optimizer!r} updates weights during the backward pass, before the noise: use adamw_torch.",
-            ),
-            (
-                shows_batch and not self.log_private_statistics,
-                "token counts and memory metrics reveal realised batch sizes: leave "
-                "include_num_input_tokens_seen='no' and skip_memory_metrics=True.",
-            ),
-            (
-                bool(self.debug) and not self.log_private_statistics,
-                f"debug={self.debug} prints activations of private records and stops where they overflow: remove it.",
-            ),
-            (
-                self.n_gpu > 1,
-                "torch.nn.DataParallel mixes the gradients of all GPUs before they are clipped: start one process per "
-                "GPU with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES=0.",
-            ),
-        ]
 
 
 def _type_hint(value: Any) -> str:

@@ -1,0 +1,53 @@
+"""Options of `TrainingArguments` that break the guarantee: refused."""
+
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .arguments import DPTrainingArguments
+
+
+def check_options(args: "DPTrainingArguments") -> None:
+    """Raises `ValueError` for the first option that breaks the guarantee."""
+    for refused, message in _incompatible(args):
+        if refused:
+            raise ValueError(message)
+
+
+def _incompatible(args: "DPTrainingArguments") -> list[tuple[bool, str]]:
+    """(whether it is set, what is wrong with it and how to mend it) for each such option."""
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    steps_early = "layerwise" in optimizer or "lomo" in optimizer
+    shows_batch = args.include_num_input_tokens_seen != "no" or not args.skip_memory_metrics
+    return [
+        (args.fp16, "fp16 scales the loss, and with it the gradients to be clipped: use bf16=True instead."),
+        (bool(args.fsdp), "FSDP reduces gradients before they are clipped: use DDP (torchrun), with LoRA."),
+        (args.parallelism_config is not None, "parallelism_config is not supported: use DDP (torchrun)."),
+        (
+            args.auto_find_batch_size,
+            "auto_find_batch_size changes the sampling probability during the run: set "
+            "per_device_train_batch_size to what fits, and gradient_accumulation_steps for the rest.",
+        ),
+        (
+            args.train_sampling_strategy != "random",
+            f"train_sampling_strategy={args.train_sampling_strategy!r} replaces Poisson sampling: remove it.",
+        ),
+        (
+            steps_early,
+            f"optim={optimizer!r} updates weights during the backward pass, before the noise: use adamw_torch.",
+        ),
+        (
+            shows_batch and not args.log_private_statistics,
+            "token counts and memory metrics reveal realised batch sizes: leave "
+            "include_num_input_tokens_seen='no' and skip_memory_metrics=True.",
+        ),
+        (
+            bool(args.debug) and not args.log_private_statistics,
+            f"debug={args.debug} prints activations of private records and stops where they overflow: remove it.",
+        ),
+        (
+            args.n_gpu > 1,
+            "torch.nn.DataParallel mixes the gradients of all GPUs before they are clipped: start one process per "
+            "GPU with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES=0.",
+        ),
+    ]
