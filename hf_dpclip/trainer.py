@@ -21,7 +21,7 @@ from transformers import trainer as hf_trainer
 from . import data_validation, validation
 from .arguments import DPTrainingArguments
 from .collators import ImageTextCollator, PairCollator, default_collator
-from .dataloader import ForwardBatchSampler, MicrobatchDataset, PrivacyUnits, RecordNumbers, make_dataloader
+from .dataloader import ForwardBatchSampler, MicrobatchDataset, RecordNumbers, make_dataloader
 from .forward_pass import choose_forward_pass, make_contrastive_model
 from .gradients import contrastive_base
 from .guard import StepGuard
@@ -34,6 +34,7 @@ from .privacy import (
     Randomness,
     SecureGaussianMechanism,
 )
+from .privacy_units import PrivacyUnits
 from .public_negatives import PublicNegatives, encode_public_negatives
 from .reporting import PrivacyCallback, privacy_progress
 from .runs import RunningTrainer

@@ -14,11 +14,11 @@ from hf_dpclip.dataloader import (
     ForwardBatchSampler,
     LoadedChunks,
     MicrobatchDataset,
-    PrivacyUnits,
     RecordNumbers,
     make_dataloader,
 )
 from hf_dpclip.privacy import PoissonSampler
+from hf_dpclip.privacy_units import PrivacyUnits
 
 
 class Scripted:

@@ -8,8 +8,9 @@ from datasets import Dataset
 from factories import arguments
 
 from hf_dpclip import DPCLIPTrainer, PrivacyPlan
-from hf_dpclip.dataloader import ForwardBatchSampler, PrivacyUnits
+from hf_dpclip.dataloader import ForwardBatchSampler
 from hf_dpclip.privacy import PoissonSampler, Randomness
+from hf_dpclip.privacy_units import PrivacyUnits
 
 
 # The id with many records, the last in order: without it, the other units keep their numbers.

@@ -1,0 +1,69 @@
+"""Whom the guarantee protects as a whole: single records, or all that share an id."""
+
+from collections.abc import Sequence
+
+import datasets
+import numpy as np
+from torch.utils.data import Dataset
+
+
+class PrivacyUnits:
+    """Which records belong to which privacy unit.
+
+    Args:
+        dataset: a map-style dataset.
+        column (`str`, *optional*): the column whose values are the units; by default each record is a unit of its own.
+        max_records (`int`, *optional*): records with which a unit takes part at most, whenever it is drawn.
+
+    Raises `ValueError` if `column` is not a column of ids.
+    """
+
+    def __init__(self, dataset: Dataset, column: str | None = None, max_records: int | None = None):
+        self.dataset = dataset
+        self.max_records = max_records
+        self.num_records = len(dataset)
+        self._records = None if column is None else _records_by_value(dataset, column)
+
+    def __len__(self) -> int:
+        """n, the number of privacy units."""
+        return self.num_records if self._records is None else len(self._records)
+
+    def records(self, units: np.ndarray, seed: int) -> np.ndarray:
+        """The numbers of the records with which the given units take part, both 1-dimensional.
+
+        Args:
+            units (`np.ndarray`): the units of one microbatch.
+            seed (`int`): the microbatch's. A unit with more than `max_records` takes part with a uniformly random
+                subset, drawn from it: the same on every process, and nothing that another microbatch depends on.
+        """
+        if self._records is None or len(units) == 0:
+            return units
+        of_unit = [self._records[unit] for unit in units]
+        if self.max_records is not None:
+            generator = np.random.default_rng(seed)
+            of_unit = [_subset(records, self.max_records, generator) for records in of_unit]
+        return np.concatenate(of_unit)
+
+
+def _records_by_value(dataset: Dataset, column: str) -> Sequence[np.ndarray]:
+    """The records that share a value of `column`, one array per value."""
+    names = dataset.column_names if isinstance(dataset, datasets.Dataset) else []
+    if column not in names:
+        raise ValueError(
+            f"privacy_unit_column={column!r} is not a column of the training dataset (it has {names or 'none'}): "
+            "name one of its columns, or leave privacy_unit_column unset to protect single records."
+        )
+    values = dataset.with_format(None)[column][:]
+    if not all(isinstance(value, str | int) for value in values):
+        raise ValueError(
+            f"privacy_unit_column={column!r} has values that are neither strings nor whole numbers: give every record "
+            "the id of its unit; a record that belongs to nobody else needs an id of its own."
+        )
+    _, unit_of_record = np.unique(values, return_inverse=True)
+    order = np.argsort(unit_of_record, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(unit_of_record))[:-1])
+
+
+def _subset(records: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
+    """All of them if they are few enough."""
+    return records if len(records) <= size else generator.choice(records, size=size, replace=False, shuffle=False)
