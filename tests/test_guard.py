@@ -6,6 +6,7 @@ import torch
 from checks import Given, check_bounded, vectors
 from datasets import DatasetDict
 from factories import arguments, pairs, tiny_clip
+from test_vectorized import lora_clip
 from torch import nn
 from transformers import TrainerCallback
 
@@ -81,19 +82,22 @@ def test_the_saved_generator_state_does_not_show_the_batch(tmp_path, monkeypatch
     assert torch.equal(states[0], torch.random.get_rng_state())
 
 
+@pytest.mark.parametrize("microbatch_size", [2, 4, 8], ids=["all at once", "one by one", "chunks"])
 @pytest.mark.parametrize("drawn", [0, 1, 4, 5, 8, 30])
-def test_nor_does_it_show_how_many_chunks_there_were(tmp_path, monkeypatch, drawn):
-    monkeypatch.setattr("hf_dpclip.trainer.PoissonSampler.draw", lambda self: [np.arange(drawn)])
+def test_nor_does_it_however_microbatches_are_computed(tmp_path, monkeypatch, drawn, microbatch_size):
+    """Dropout draws, and a loader of chunks does whenever it is gone through."""
+    count = 8 // microbatch_size
+    monkeypatch.setattr("hf_dpclip.trainer.PoissonSampler.draw", lambda self: np.array_split(np.arange(drawn), count))
     args = arguments(
         tmp_path,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
-        microbatch_size=8,
+        microbatch_size=microbatch_size,
         max_steps=1,
         save_strategy="steps",
         save_steps=1,
     )
-    trainer = DPCLIPTrainer(tiny_clip(), args, train_dataset=pairs(40))
+    trainer = DPCLIPTrainer(lora_clip(lora_dropout=0.4), args, train_dataset=pairs(40))
     torch.manual_seed(0)
     trainer.train()
     state = torch.load(tmp_path / "checkpoint-1" / "rng_state.pth", weights_only=False)["cpu"]
