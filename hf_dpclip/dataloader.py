@@ -176,11 +176,10 @@ class LoadedChunks:
         count = max(1, round(len(records) / args.per_device_train_batch_size))
         seeds = np.random.SeedSequence([seed, args.process_index]).generate_state(count).tolist()
         chunks = [[(seed, piece)] for seed, piece in zip(seeds, np.array_split(records, count)) if len(piece) > 0]
-        self.num_chunks = len(chunks)
         self.loader = make_dataloader(dataset, chunks, args, keeps=True)
 
     def __len__(self) -> int:
-        return self.num_chunks
+        return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         for forward_batch in self.loader:

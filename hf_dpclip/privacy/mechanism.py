@@ -176,7 +176,7 @@ class GaussianMechanism:
     def _noised_and_gathered(self, own: list[Tensor]) -> list[Tensor]:
         """The slices of all processes, to each of which its own has added noise."""
         self._add_noise_(own)
-        sums = [_zeros(parameter) for parameter in self.parameters]
+        sums = [torch.empty(p.shape, dtype=torch.float32, device=p.device) for p in self.parameters]
         all_gather_(sums, own, self.num_processes)
         return sums
 

@@ -20,12 +20,12 @@ def reduce_scatter(tensors: list[Tensor], num_processes: int) -> list[Tensor]:
     """Of the sums over all processes the slices that belong to this one: of each bucket one, as long as that of any
     other process. What an all-reduce would send in its first half."""
     # Since torch 2.13 the older name is deprecated.
-    new_name = getattr(torch.distributed, "reduce_scatter_single", None)
+    scatter = getattr(torch.distributed, "reduce_scatter_single", None) or torch.distributed.reduce_scatter_tensor
     slices = []
     for pieces in flat_chunks(tensors, BUCKET):
         bucket = _side_by_side(pieces, num_processes)
         own = bucket.new_empty(len(bucket) // num_processes)
-        (new_name or torch.distributed.reduce_scatter_tensor)(own, bucket)
+        scatter(own, bucket)
         slices.append(own)
     return slices
 

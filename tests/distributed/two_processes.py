@@ -66,16 +66,16 @@ def noisy_update(folder: Path) -> torch.Tensor:
     return update
 
 
-def mechanism_of_one(kind: type[GaussianMechanism], size: int) -> tuple[GaussianMechanism, torch.nn.Parameter]:
-    """For one parameter, zero, with K = 4."""
+def mechanism_of(kind: type[GaussianMechanism], *sizes: int) -> tuple[GaussianMechanism, list[torch.nn.Parameter]]:
+    """For parameters of these sizes, zero, with K = 4."""
     plan = PrivacyPlan(1000, 16, 4, num_steps=1, noise_multiplier=1.0)
-    weight = torch.nn.Parameter(torch.zeros(size))
-    return kind(plan, [weight], Randomness().noise(), PartialState().process_index, 2), weight
+    weights = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
+    return kind(plan, weights, Randomness().noise(), PartialState().process_index, 2), weights
 
 
 def secure_release() -> torch.Tensor:
     """K times a release on a grid, of a sum of 0.3 of its widths from each process."""
-    mechanism, weight = mechanism_of_one(SecureGaussianMechanism, 20_000)
+    mechanism, (weight,) = mechanism_of(SecureGaussianMechanism, 20_000)
     with mechanism.microbatch():
         weight.grad = torch.full_like(weight, 0.3 * grid_width(mechanism.plan))
     mechanism.release()
@@ -84,7 +84,7 @@ def secure_release() -> torch.Tensor:
 
 def spanning_noise(kind: type[GaussianMechanism]) -> torch.Tensor:
     """K times a release of one microbatch that spans the processes and is dropped, as its gradient is not finite."""
-    mechanism, weight = mechanism_of_one(kind, 20_001)
+    mechanism, (weight,) = mechanism_of(kind, 20_001)
     with mechanism.spanning_microbatch():
         weight.grad = torch.full_like(weight, torch.nan)
     mechanism.release()
@@ -93,16 +93,14 @@ def spanning_noise(kind: type[GaussianMechanism]) -> torch.Tensor:
 
 def noise_alone(kind: type[GaussianMechanism]) -> torch.Tensor:
     """K times a release of no microbatch; of one parameter there are fewer coordinates than processes."""
-    plan = PrivacyPlan(1000, 16, 4, num_steps=1, noise_multiplier=1.0)
-    weights = [torch.nn.Parameter(torch.zeros(size)) for size in (4_000, 1, 15_000, 2_001)]
-    mechanism = kind(plan, weights, Randomness().noise(), PartialState().process_index, 2)
+    mechanism, weights = mechanism_of(kind, 4_000, 1, 15_000, 2_001)
     mechanism.release()
     return torch.cat([weight.grad for weight in weights]) * 4
 
 
 def refuses_a_mixture() -> bool:
     """Whether a release is refused where only some of its microbatches span the processes."""
-    mechanism, weight = mechanism_of_one(GaussianMechanism, 5)
+    mechanism, (weight,) = mechanism_of(GaussianMechanism, 5)
     for microbatch in (mechanism.microbatch, mechanism.spanning_microbatch):
         with microbatch():
             weight.grad = torch.ones_like(weight)
