@@ -147,7 +147,7 @@ class Seen:
         self.first = gradients if self.first is None else self.first
 
     def add(self, norms, weighted_sum):
-        gradients = [*weighted_sum(torch.eye(len(norms))[0])]
+        gradients = [*weighted_sum(torch.eye(len(norms))[0], [None] * len(self.parameters))]
         self.first = gradients if self.first is None else self.first
         assert torch.allclose(_flat(gradients).double().norm(), norms[0])
 

@@ -293,6 +293,36 @@ def test_a_gradient_that_is_not_finite_stays_in_its_microbatch(ways, joined, req
         assert torch.allclose(total, expected, rtol=1e-5, atol=ROUNDING * scale)
 
 
+@pytest.mark.parametrize("make", [tiny_clip, lora_clip])
+@pytest.mark.parametrize("ways", ["as_on_a_cpu", "as_on_an_accelerator"])
+def test_sums_are_added_to_totals(make, ways, request):
+    """In their memory: what is new to the process takes longer to reach than to fill."""
+    if ways == "as_on_an_accelerator":
+        request.getfixturevalue(ways)
+    model, batches, factors = make().train(), microbatches([2, 3, 3, 4]), torch.tensor([0.5, 0.0, 0.25, 1.0])
+    passes = [all_at_once(model, batches)[1] for _ in range(4)]
+    once = [*passes[0].weighted_sum(factors)]
+    totals = [*passes[1].weighted_sum(factors)]
+    twice = [*passes[2].weighted_sum(factors, totals)]
+    assert [total.data_ptr() for total in twice] == [total.data_ptr() for total in totals]
+    for first, both in zip(once, twice):
+        assert torch.allclose(both, 2 * first, rtol=1e-5, atol=ROUNDING * float(passes[0].norms.max()))
+    kept = [total.clone() for total in twice]
+    unchanged = [*passes[3].weighted_sum(torch.zeros(4), twice)]
+    assert all(map(torch.equal, unchanged, kept))
+
+
+def test_the_total_of_a_parameter_without_gradient_stays():
+    model = tiny_clip().train()
+    model.unused = nn.Parameter(torch.ones(3))
+    gradients = [all_at_once(model, microbatches([2, 3]))[1] for _ in range(2)]
+    parameters, factors = gradients[0].parameters, torch.ones(2)
+    nothing = dict(zip(parameters, gradients[0].weighted_sum(factors)))
+    totals = dict(zip(parameters, gradients[1].weighted_sum(factors, map(torch.ones_like, parameters))))
+    assert nothing[model.unused] is None
+    assert torch.equal(totals[model.unused], torch.ones(3))
+
+
 @pytest.mark.parametrize("layer", ["fc1", "layer_norm1", "patch_embedding"])
 def test_a_weight_that_is_computed_is_not_passed_over(layer):
     """Its bias alone would be recorded, and the gradient of what the weight is computed from be lost."""

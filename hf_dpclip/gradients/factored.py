@@ -1,7 +1,9 @@
 """The gradients of many microbatches with respect to one parameter, in forms that give norms and weighted sums.
 
-`weighted_sum(factors, some_are_zero)` returns Σ_k factors[k] · gradient k. A factor of zero drops a microbatch even if
-its gradient is not finite. Whether there is one is asked once for all parameters: the answer comes from the device.
+`weighted_sum(factors, some_are_zero, total)` returns total + Σ_k factors[k] · gradient k. It is added in place: memory
+that is new to the process would take longer than the sum. Without a total (`None`) it is the first sum. A factor of
+zero drops a microbatch even if its gradient is not finite. Whether there is one is asked once for all parameters: the
+answer comes from the device.
 """
 
 from collections import defaultdict
@@ -11,7 +13,13 @@ import torch
 from torch import Tensor
 
 from .layout import Layout
-from .products import multiply_into, product, squared_norms_of_matrices, squared_norms_of_products, weighted_product
+from .products import (
+    multiply_into,
+    product,
+    squared_norms_of_matrices,
+    squared_norms_of_products,
+    weighted_product,
+)
 
 
 # Elements of the gradients of one parameter up to which they share a tensor with others: copying them costs less than
@@ -47,12 +55,15 @@ class Dense:
         row = self.gradients.shape[-1] if self.gradients.dim() > 1 else 1
         return squared_norms_of_matrices(self.gradients.reshape(len(self.gradients), -1, row))
 
-    def weighted_sum(self, factors: Tensor, some_are_zero: bool) -> Tensor:
+    def weighted_sum(self, factors: Tensor, some_are_zero: bool, total: Tensor | None = None) -> Tensor:
         """In the shape of the parameter."""
         gradients = self.gradients
         if some_are_zero:
             gradients, factors = gradients[factors != 0], factors[factors != 0]
-        return torch.tensordot(factors, gradients, dims=1)
+        if total is None:
+            return torch.tensordot(factors, gradients, dims=1)
+        total.view(-1).addmv_(gradients.reshape(len(gradients), -1).T, factors)
+        return total
 
     def dense(self) -> Tensor:
         """`[K, *parameter]`."""
@@ -77,7 +88,7 @@ class Joined:
         return self._rows.squared_norms()
 
     def weighted_sums(self, factors: Tensor, some_are_zero: bool) -> dict[int, Tensor]:
-        """One for each parameter, flat."""
+        """One for each parameter, flat, not yet added to anything."""
         sizes = list(self._sizes.values())
         total = self._rows.weighted_sum(factors, some_are_zero).flatten()
         return dict(zip(self._sizes, total[: sum(sizes)].split(sizes)))
@@ -106,13 +117,14 @@ class Outer:
         groups = zip(self.layout.matrices(self.activations), self.layout.matrices(self.output_gradients))
         return torch.cat([squared_norms_of_products(a, b) for a, b in groups])
 
-    def weighted_sum(self, factors: Tensor, some_are_zero: bool) -> Tensor:
-        """`[p, d]`: one product over all rows."""
+    def weighted_sum(self, factors: Tensor, some_are_zero: bool, total: Tensor | None = None) -> Tensor:
+        """`[p, d]`, or in the shape of the total: one product over all rows."""
         of_row = factors[self.layout.microbatch_of_row]
         a, b = self.activations[: self.layout.num_owned], self.output_gradients[: self.layout.num_owned]
         if some_are_zero:
             a, b, of_row = a[of_row != 0], b[of_row != 0], of_row[of_row != 0]
-        return weighted_product(a.flatten(0, 1), b.flatten(0, 1), of_row.repeat_interleave(a.shape[1]))
+        matrix = None if total is None else total.view(b.shape[-1], a.shape[-1])
+        return weighted_product(a.flatten(0, 1), b.flatten(0, 1), of_row.repeat_interleave(a.shape[1]), matrix)
 
     @property
     def num_factors(self) -> int:
@@ -215,12 +227,12 @@ class Sparse:
         squares = squared_norms_of_matrices(self.gradients[:, None])
         return squares.new_zeros(self.layout.num_microbatches).index_add_(0, self.microbatch, squares)
 
-    def weighted_sum(self, factors: Tensor, some_are_zero: bool) -> Tensor:
+    def weighted_sum(self, factors: Tensor, some_are_zero: bool, total: Tensor | None = None) -> Tensor:
         """In the shape of the table."""
         of_row, rows, index = factors[self.microbatch], self.gradients, self.index
         if some_are_zero:
             rows, index, of_row = rows[of_row != 0], index[of_row != 0], of_row[of_row != 0]
-        table = rows.new_zeros(self.num_embeddings, rows.shape[-1])
+        table = rows.new_zeros(self.num_embeddings, rows.shape[-1]) if total is None else total
         return table.index_add_(0, index, rows * of_row[:, None])
 
     def dense(self) -> Tensor:

@@ -33,15 +33,21 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.bmm(b.float().transpose(1, 2), a.float(), out=out)
 
 
-def weighted_product(a: Tensor, b: Tensor, factors: Tensor) -> Tensor:
-    """bᵀ diag(factors) a, float32, of matrices `[rows, d]` and `[rows, p]`."""
+def weighted_product(a: Tensor, b: Tensor, factors: Tensor, total: Tensor | None) -> Tensor:
+    """bᵀ diag(factors) a of matrices `[rows, d]` and `[rows, p]`, float32, [`added`] to the total."""
     # The factors go to the one with fewer columns.
     to_b = b.shape[1] <= a.shape[1]
     scaled = (b if to_b else a).float() * factors[:, None]
     if not _in_tensor_cores(a, b):
-        return scaled.T @ a.float() if to_b else b.float().T @ scaled
+        left, right = (scaled, a.float()) if to_b else (b.float(), scaled)
+        return left.T @ right if total is None else total.addmm_(left.T, right)
     pairs = ((part, a) if to_b else (b, part) for part in _narrow_parts(scaled))
-    return sum(_matmul(left.T[None], right[None])[0] for left, right in pairs)
+    return added(total, sum(_matmul(left.T[None], right[None])[0] for left, right in pairs))
+
+
+def added(total: Tensor | None, tensor: Tensor) -> Tensor:
+    """Their sum, in the memory of `total` if there is one, and else of `tensor`."""
+    return tensor if total is None else total.add_(tensor)
 
 
 def squared_norms_of_matrices(matrices: Tensor) -> Tensor:

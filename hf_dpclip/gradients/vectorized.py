@@ -2,7 +2,8 @@
 
 import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
 from operator import itemgetter
 from typing import Any
 
@@ -17,6 +18,7 @@ from .factored import Dense, Joined, Outer, Sparse, multiplied_out
 from .grouping import Microbatch
 from .inputs import NotVectorizable, concatenated, num_rows, pairs_only, text_length
 from .layout import Layout
+from .products import added
 from .recording import Recording
 from .vectorizable import VectorizableModel
 
@@ -70,19 +72,23 @@ class MicrobatchGradients:
         squares = [each.squared_norms() for each in (*self._gradients.values(), *self._joined)]
         self.norms = torch.stack(squares).sum(dim=0).sqrt()
 
-    def weighted_sum(self, factors: Tensor) -> Iterator[Tensor | None]:
-        """Σ_k factors[k] · gradient k of each parameter in turn, float32; `None` where no gradient arrived.
+    def weighted_sum(self, factors: Tensor, totals: Iterable[Tensor | None] = repeat(None)) -> Iterator[Tensor | None]:
+        """Σ_k factors[k] · gradient k of each parameter in turn, float32, added to its total, in place, if it has one.
+        Where no gradient arrived, the total is returned as it is.
 
         A factor of 0 drops a microbatch even if its gradient is not finite. What was kept of a parameter, or of all
         small ones together, is released as soon as the sum is out, hence this can be asked once.
         """
         factors = factors.float()
         some_are_zero = bool((factors == 0).any())
-        sums = self._joined.pop().weighted_sums(factors, some_are_zero) if self._joined else {}
-        for parameter in self.parameters:
-            gradients = self._gradients.pop(id(parameter), None)
-            total = sums.get(id(parameter)) if gradients is None else gradients.weighted_sum(factors, some_are_zero)
-            yield None if total is None else total.view_as(parameter)
+        small = self._joined.pop().weighted_sums(factors, some_are_zero) if self._joined else {}
+        for parameter, total in zip(self.parameters, totals):
+            if id(parameter) in small:
+                total = added(total, small[id(parameter)].view_as(parameter))
+            elif id(parameter) in self._gradients:
+                total = self._gradients.pop(id(parameter)).weighted_sum(factors, some_are_zero, total)
+                total = total.view_as(parameter)
+            yield total
 
 
 def microbatch_gradients(

@@ -108,20 +108,23 @@ class GaussianMechanism:
         if present and clip_(present, self.plan):
             self._sum = [_add(total, gradient) for total, gradient in zip(self._sum, gradients)]
 
-    def add(self, norms: Tensor, weighted_sum: Callable[[Tensor], Iterable[Tensor | None]]) -> None:
+    def add(
+        self, norms: Tensor, weighted_sum: Callable[[Tensor, list[Tensor | None]], Iterable[Tensor | None]]
+    ) -> None:
         """Clips the gradients g_1 .. g_k of several microbatches and adds them to the sum, where only this is known:
 
         Args:
             norms (`Tensor` of shape `[k]`): the norm of each g_j over all parameters together.
-            weighted_sum (`Callable`): from k factors f to Σ_j f_j · g_j, one float32 tensor per parameter, or `None`
-                for those without a gradient. A factor of 0 leaves its microbatch out even if g_j is not finite.
+            weighted_sum (`Callable`): from k factors f and a total for each parameter, `None` where nothing was added
+                so far, to the totals plus Σ_j f_j · g_j, in place or not, float32; `None` where there is nothing
+                still. A factor of 0 leaves its microbatch out even if g_j is not finite.
 
         Formal guarantees:
             The contribution of each microbatch has L2 norm at most C, provided that `norms` and `weighted_sum` are
             what they are said to be and that g_j depends on the records of microbatch j only.
         """
-        gradients = weighted_sum(clip_factors(norms, self.plan))
-        self._sum = [_add(total, gradient) for total, gradient in zip(self._sum, gradients, strict=True)]
+        totals = weighted_sum(clip_factors(norms, self.plan), self._sum)
+        self._sum = [total for _, total in zip(self.parameters, totals, strict=True)]
 
     @contextmanager
     def spanning_microbatch(self) -> Iterator[None]:
