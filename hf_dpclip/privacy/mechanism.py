@@ -94,8 +94,10 @@ class GaussianMechanism:
         self.process = process
         self.num_processes = num_processes
         self._sum: list[Tensor | None] = [None] * len(self.parameters)
-        # The same of microbatches that span the processes, of which each keeps its own slices.
+        # The same of microbatches that span the processes, of which each keeps its own slices, and memory for the
+        # slices of all: what is new to the process would take longer to reach than to fill.
         self._slices_of_sum: list[Tensor] | None = None
+        self._gathered: list[Tensor] = []
         self._noise_threads = ThreadPoolExecutor(len(generators))
 
     @contextmanager
@@ -132,9 +134,11 @@ class GaussianMechanism:
         are added up over the processes before the sum is clipped. Between two releases, all microbatches span the
         processes, or none does."""
         self._take_gradients()
+        self._gathered = []
         yield
         gradients = [_zeros(p) if g is None else g for p, g in zip(self.parameters, self._take_gradients())]
         own = reduce_scatter(gradients, self.num_processes)
+        self._gathered = gradients
         square = _norm(own).square()
         torch.distributed.all_reduce(square)
         if not _scale_(own, clip_factors(square.sqrt(), self.plan)):
@@ -159,10 +163,11 @@ class GaussianMechanism:
 
     def _noised_sums(self) -> list[Tensor]:
         own, self._slices_of_sum = self._slices_of_sum, None
+        memory, self._gathered = self._gathered, []
         if own is not None:
             if any(total is not None for total in self._sum):
                 raise RuntimeError("a release cannot hold both microbatches that span the processes and others")
-            return self._noised_and_gathered(own)
+            return self._noised_and_gathered(own, memory)
         sums = [_zeros(p) if total is None else total for p, total in zip(self.parameters, self._sum)]
         self._sum = [None] * len(self.parameters)
         if self.num_processes > 1:
@@ -176,12 +181,11 @@ class GaussianMechanism:
         all_reduce_(sums)
         return sums
 
-    def _noised_and_gathered(self, own: list[Tensor]) -> list[Tensor]:
-        """The slices of all processes, to each of which its own has added noise."""
+    def _noised_and_gathered(self, own: list[Tensor], memory: list[Tensor]) -> list[Tensor]:
+        """The slices of all processes, to each of which its own has added noise, in this memory."""
         self._add_noise_(own)
-        sums = [torch.empty(p.shape, dtype=torch.float32, device=p.device) for p in self.parameters]
-        all_gather_(sums, own, self.num_processes)
-        return sums
+        all_gather_(memory, own, self.num_processes)
+        return memory
 
     def _add_noise_(self, tensors: list[Tensor]) -> None:
         """Adds an independent draw from N(0, (σΔ)²) to every coordinate, each stream to its share of them."""

@@ -55,7 +55,7 @@ class SecureGaussianMechanism(GaussianMechanism):
     def _noised_and_reduced(self, sums: list[Tensor]) -> list[Tensor]:
         """Noise after the sums are added up: what was rounded earlier would leave the grid when other processes' sums
         are added."""
-        return self._noised_and_gathered(reduce_scatter(sums, self.num_processes))
+        return self._noised_and_gathered(reduce_scatter(sums, self.num_processes), sums)
 
     def _add_noise_(self, tensors: list[Tensor]) -> None:
         """Adds an independent draw from N(0, (σΔ)²) to every coordinate and rounds to the grid."""
