@@ -29,7 +29,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from hf_dpclip import DPCLIPTrainer, DPTrainingArguments, ImageTextCollator, lora_config
-from hf_dpclip.data import caption_by_label, class_prompts, load_pairs
+from hf_dpclip.data import caption_by_label, class_prompts, hold_out, load_pairs
 from hf_dpclip.evaluation import zero_shot_accuracy
 from hf_dpclip.presets import PRESETS
 from hf_dpclip.privacy import STATEMENT_NAME
@@ -172,7 +172,7 @@ def prepare(arguments: ExampleArguments, args: DPTrainingArguments) -> Job:
     """Loads model and data, and lets every part check what it was given before any work is done."""
     set_seed(args.seed)
     processor = load_processor(arguments.model_name_or_path)
-    train_dataset, eval_dataset, prompts = load_data(arguments)
+    train_dataset, eval_dataset, prompts = load_data(arguments, args.privacy_unit_column)
     choose_folders(args, bool(arguments.lora_rank))
     trainer = DPCLIPTrainer(
         load_model(arguments),
@@ -227,7 +227,7 @@ def load_model(arguments: ExampleArguments):
     return model
 
 
-def load_data(arguments: ExampleArguments) -> tuple[Dataset, Dataset, list[str] | None]:
+def load_data(arguments: ExampleArguments, unit: str | None) -> tuple[Dataset, Dataset, list[str] | None]:
     """The private records, held-out ones, and a prompt for each class (`None` where records have captions)."""
     splits = load_splits(arguments)
     columns = next(iter(splits.values())).column_names
@@ -236,7 +236,8 @@ def load_data(arguments: ExampleArguments) -> tuple[Dataset, Dataset, list[str] 
             f"--caption_column {arguments.caption_column} is not a column of {arguments.dataset_name}, which has "
             f"{columns}: name one, or name a column of class labels with --label_column."
         )
-    train, held_out = private_and_held_out(splits, arguments, arguments.label_column or arguments.caption_column)
+    text_column = arguments.label_column or arguments.caption_column
+    train, held_out = private_and_held_out(splits, arguments, text_column, unit)
     if arguments.label_column is None:
         return train, held_out, None
     template = arguments.prompt_template or "a photo of a {}"
@@ -274,8 +275,13 @@ def load_splits(arguments: ExampleArguments) -> DatasetDict:
     return preset.load()
 
 
-def private_and_held_out(splits: DatasetDict, arguments: ExampleArguments, text_column: str) -> list[Dataset]:
-    """The two datasets, complete, and cut down to the sizes asked for."""
+def private_and_held_out(
+    splits: DatasetDict, arguments: ExampleArguments, text_column: str, unit: str | None
+) -> list[Dataset]:
+    """The two datasets, complete, and cut down to the sizes asked for.
+
+    Where the second has to be taken from the first, records of one `unit` (by default, of one image) stay together.
+    """
     if arguments.train_split not in splits:
         raise ValueError(f"--train_split {arguments.train_split} is not a split of the dataset ({', '.join(splits)}).")
     if arguments.train_split == arguments.eval_split:
@@ -288,7 +294,9 @@ def private_and_held_out(splits: DatasetDict, arguments: ExampleArguments, text_
         # Before any are held out, while their numbers are those of the file.
         check_complete(split, arguments.image_column, text_column)
     if len(pair) == 1:
-        pair = list(pair[0].train_test_split(test_size=0.1, seed=0).values())
+        # If there is no such unit, the trainer says so.
+        column = unit if unit in pair[0].column_names else arguments.image_column
+        pair = list(hold_out(pair[0], column).values())
     limits = arguments.max_train_samples, arguments.max_eval_samples
     return [dataset.select(range(min(len(dataset), limit or len(dataset)))) for dataset, limit in zip(pair, limits)]
 

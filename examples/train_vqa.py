@@ -142,7 +142,7 @@ def prepare(arguments: ExampleArguments, args: DPTrainingArguments) -> DPCLIPTra
     """Loads model and data, and lets every part check what it was given before any work is done."""
     set_seed(args.seed)
     processor = load_processor(arguments.model_name_or_path)
-    train_dataset, eval_dataset, answers = load_data(arguments)
+    train_dataset, eval_dataset, answers = load_data(arguments, args.privacy_unit_column)
     choose_folders(args, arguments.trained == "adapters")
     model = load_model(arguments, answers)
     columns = arguments.image_column, arguments.question_column, arguments.answer_column
@@ -169,7 +169,7 @@ def load_model(arguments: ExampleArguments, answers: list[str]):
     return model
 
 
-def load_data(arguments: ExampleArguments) -> tuple[Dataset, Dataset, list[str]]:
+def load_data(arguments: ExampleArguments, unit: str | None) -> tuple[Dataset, Dataset, list[str]]:
     """The private records, held-out ones, and the possible answers, which are public."""
     if arguments.dataset_name == EASY_VQA:
         splits = load_easy_vqa()
@@ -181,7 +181,7 @@ def load_data(arguments: ExampleArguments) -> tuple[Dataset, Dataset, list[str]]
             "--answers is missing: list what may be answered, as in --answers yes,no,red. A list made from the "
             "private records would give away answers that occur only once."
         )
-    train, held_out = private_and_held_out(splits, arguments, arguments.question_column)
+    train, held_out = private_and_held_out(splits, arguments, arguments.question_column, unit)
     return train, held_out, arguments.answers.split(",")
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -61,7 +62,8 @@ class DPTrainingArguments(TrainingArguments):
         secure_noise (`bool`, *optional*, defaults to `False`): draws the noise in float64 from the operating system's
             cryptographic generator, and releases multiples of a public grid width only.
         ledger_path (`str`, *optional*, defaults to `_privacy_ledger.jsonl` in `output_dir`): the file in which every
-            run records what it spends. Runs that share it add up (`hf-dpclip ledger`).
+            run records what it spends. Runs that share it add up (`hf-dpclip ledger`). Inside `output_dir`, its path
+            must begin with an underscore, since other files there are uploaded to the Hub.
         ledger_dataset (`str`, *optional*): a name for the training dataset in the ledger. Runs without a name count as
             runs on the same records.
         ledger_epsilon (`float`, *optional*): the ε that all runs on the dataset may spend together. A run that could
@@ -162,6 +164,7 @@ class DPTrainingArguments(TrainingArguments):
         self._check_mechanism()
         self._check_length()
         self._check_microbatch_size()
+        self._check_ledger_path()
         check_options(self)
 
     @property
@@ -265,6 +268,18 @@ class DPTrainingArguments(TrainingArguments):
                 f"are {total // batch} per step (gradient_accumulation_steps and processes): choose a multiple of "
                 f"{batch} that divides the expected batch size {total}, or set gradient_accumulation_steps="
                 f"{math.ceil(size / batch / self.world_size)}."
+            )
+
+    def _check_ledger_path(self):
+        if not self.ledger_path:
+            return
+        folder, path = Path(self.output_dir or "").resolve(), Path(self.ledger_path).resolve()
+        inside = path.relative_to(folder).parts if path.is_relative_to(folder) else ()
+        if inside and not inside[0].startswith("_"):
+            raise ValueError(
+                f"ledger_path={self.ledger_path!r} is in output_dir, which push_to_hub uploads, and a ledger holds a "
+                "fingerprint of the private records: keep it elsewhere, or let its name begin with an underscore, "
+                "which uploads leave out."
             )
 
     def _check_positive(self, name: str, value: float | None):

@@ -17,6 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
+from .privacy import PrivacyStatement
 from .privacy.statement import STATEMENT_NAME, write_whole
 
 
@@ -67,6 +68,15 @@ def seal(checkpoint: Path, step: int) -> None:
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     digests = {path.relative_to(checkpoint).as_posix(): _digest(path) for path in files}
     write_whole(Path(checkpoint, SEAL_NAME), {"step": step, "sha256": digests})
+
+
+def restate(checkpoint: Path, statement: PrivacyStatement) -> None:
+    """Replaces what a checkpoint says of its weights, under its seal if it has one."""
+    statement.save(checkpoint)
+    sealed = _sealed(checkpoint)
+    if sealed["sha256"]:
+        sealed["sha256"][STATEMENT_NAME] = _digest(Path(checkpoint, STATEMENT_NAME))
+        write_whole(Path(checkpoint, SEAL_NAME), sealed)
 
 
 def fault(checkpoint: Path) -> str | None:

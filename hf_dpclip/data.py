@@ -1,10 +1,14 @@
 """Loading and captioning datasets."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
+
+from .shared_images import image_digests
 
 
 # By the end of a file's name: the builder of `datasets`, and its settings.
@@ -55,6 +59,37 @@ def check_labels(dataset: Dataset, label_column: str) -> None:
         )
 
 
+def hold_out(dataset: Dataset, column: str, share: float = 0.1) -> DatasetDict:
+    """Splits a dataset into `train` and `test` by a hash of each record's value in `column`.
+
+    Of two datasets that differ by one value, the training splits differ by one value at most, so that a guarantee for
+    the one is a guarantee for the other. With `train_test_split`, one record more changes where most others go.
+
+    Args:
+        dataset (`Dataset`): all records.
+        column (`str`): records that share their value of it stay together: ids of the privacy units, or images. Of
+            images, the bytes of their files are looked at, or the paths where that is all there is.
+        share (`float`, *optional*, defaults to 0.1): the probability with which a value goes to `test`. One does
+            in any case.
+
+    Raises `ValueError` if there is no such column, or if nothing is left to train on.
+    """
+    if column not in dataset.column_names:
+        raise ValueError(f"{column!r} is not a column of the dataset ({dataset.column_names}): name one of these.")
+    is_image = isinstance(dataset.features[column], Image)
+    values = image_digests(dataset, column) if is_image else map(_digest, dataset.with_format(None)[column])
+    places = np.array([int.from_bytes((value or b"")[:7], "big") for value in values])
+    # Where none is below the limit, one more or one less makes the lowest another one, and still moves only one.
+    held_out = places <= max(int(share * 2**56), places.min())
+    if held_out.all():
+        raise ValueError(
+            f"all {len(dataset)} records would be held out: choose a column of more values than {column!r}, a smaller "
+            "share, or split the dataset yourself."
+        )
+    splits = {"train": ~held_out, "test": held_out}
+    return DatasetDict({name: dataset.select(np.flatnonzero(rows)) for name, rows in splits.items()})
+
+
 def load_pairs(name: str, image_column: str | None = "image") -> DatasetDict:
     """Image-text pairs by any name that `datasets` knows.
 
@@ -92,6 +127,10 @@ def load_from_hub(name: str, config: str | None = None) -> DatasetDict:
         raise FileNotFoundError(
             f"{name} is neither a file or folder here nor a dataset that the Hub gave ({error}): check the spelling."
         ) from error
+
+
+def _digest(value: Any) -> bytes:
+    return hashlib.sha256(repr(value).encode()).digest()
 
 
 def _load_file(path: Path, image_column: str | None) -> DatasetDict:

@@ -95,7 +95,7 @@ def check_evaluation_data(
     if train_dataset is not None and any(candidate is train_dataset for candidate in candidates):
         raise ValueError(
             f"{name} is the private training dataset, so its metrics would be raw statistics of private records: "
-            "hold records out with train_test_split, or set log_private_statistics=True on public data."
+            "hold records out with hf_dpclip.data.hold_out, or set log_private_statistics=True on public data."
         )
 
 

@@ -226,7 +226,7 @@ def _obstacle(trainer: "DPCLIPTrainer", vectorizable: VectorizableModel | None) 
         return "public_negatives_gradient=True encodes the public negatives anew for each"
     if vectorizable.static_shapes and vectorizable.has_dropout:
         return "what dropout draws for one would depend on how far static_shapes=True fills up all"
-    return "torch_compile hides the model's layers" if trainer.args.torch_compile else obstacle(trainer.model)
+    return obstacle(_own_model(trainer))
 
 
 def notice(reason: str) -> None:

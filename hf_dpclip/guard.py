@@ -1,5 +1,7 @@
 """What must not change between the beginning of training and a release."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -8,21 +10,25 @@ class StepGuard:
     """Remembers what the guarantee rests on when training begins, and compares before every release.
 
     Args:
-        model (`nn.Module`): the model in training.
+        modules (`nn.Module`): the model in training, and whatever else takes part in a step.
         forward_passes (`int`): forward passes in one optimizer step, the gradient accumulation steps of the plan.
     """
 
-    def __init__(self, model: nn.Module, forward_passes: int):
-        self.model = model
+    def __init__(self, modules: nn.Module, forward_passes: int):
+        self.modules = modules
         self.forward_passes = forward_passes
         self._seen = 0
-        self._trainable, buffers = _fingerprint(model)
+        self._trainable, buffers = _fingerprint(modules)
         self._buffers = [(buffer, buffer.clone()) for buffer in buffers]
-        self._parameters = list(model.parameters())
+        self._parameters = list(modules.parameters())
         self._values: list[tuple[int, int]] = []
 
     def count_forward_pass(self) -> int:
-        """To be called once in every forward pass, before it. Returns how many there have been in this step."""
+        """To be called once in every forward pass, before it. Returns how many there have been in this step.
+
+        Raises `ValueError` for a hook on a parameter, as trackers add them when training has begun.
+        """
+        check_no_hooks(self._parameters)
         self._seen += 1
         if self._seen == 1:
             self._values = self._versions()
@@ -30,7 +36,7 @@ class StepGuard:
 
     def check(self) -> None:
         """To be called before a release. Raises `RuntimeError` if something changed."""
-        trainable, buffers = _fingerprint(self.model)
+        trainable, buffers = _fingerprint(self.modules)
         if self._trainable != trainable:
             raise RuntimeError("requires_grad changed during training: set it before DPCLIPTrainer.train is called.")
         if self._seen != self.forward_passes:
@@ -47,14 +53,23 @@ class StepGuard:
             _unchanged(buffer, *then) for buffer, then in zip(buffers, self._buffers)
         ):
             raise RuntimeError(
-                "a buffer of the model changed in the forward pass, so it keeps statistics of the private data "
-                "outside the mechanism: use a model without running statistics, queues or codebooks."
+                "a buffer of the model or of the loss changed in the forward pass, so it keeps statistics of the "
+                "private data outside the mechanism: use one without running statistics, queues or codebooks."
             )
         self._seen = 0
 
     def _versions(self) -> list[tuple[int, int]]:
         """What changes when a parameter, trained or not, is replaced in memory or written to."""
         return [(parameter.data_ptr(), parameter._version) for parameter in self._parameters]
+
+
+def check_no_hooks(parameters: Iterable[nn.Parameter]) -> None:
+    """Raises `ValueError` if anybody would see the gradient of a parameter before it is clipped and noised."""
+    if any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in parameters):
+        raise ValueError(
+            "a hook on a parameter would see its gradient before it is clipped and noised: remove it (and unset "
+            "WANDB_WATCH)."
+        )
 
 
 def _fingerprint(model: nn.Module) -> tuple[list[int], list[Tensor]]:

@@ -1,5 +1,6 @@
 """Options of `TrainingArguments` that break the guarantee: refused."""
 
+import os
 from typing import TYPE_CHECKING
 
 
@@ -19,6 +20,8 @@ def _incompatible(args: "DPTrainingArguments") -> list[tuple[bool, str]]:
     optimizer = str(getattr(args.optim, "value", args.optim))
     steps_early = "layerwise" in optimizer or "lomo" in optimizer
     shows_batch = args.include_num_input_tokens_seen != "no" or not args.skip_memory_metrics
+    # It puts a function of its own in the place of `Tensor.backward`.
+    comet_logs_losses = os.environ.get("COMET_AUTO_LOG_METRICS", "").lower() not in ("0", "false")
     return [
         (args.fp16, "fp16 scales the loss, and with it the gradients to be clipped: use bf16=True instead."),
         (bool(args.fsdp), "FSDP reduces gradients before they are clipped: use DDP (torchrun), with LoRA."),
@@ -44,6 +47,11 @@ def _incompatible(args: "DPTrainingArguments") -> list[tuple[bool, str]]:
         (
             bool(args.debug) and not args.log_private_statistics,
             f"debug={args.debug} prints activations of private records and stops where they overflow: remove it.",
+        ),
+        (
+            "comet_ml" in (args.report_to or ()) and comet_logs_losses and not args.log_private_statistics,
+            "Comet logs the raw loss of backward passes by itself: set COMET_AUTO_LOG_METRICS=0 in the environment "
+            "before Python starts, or report to another tracker.",
         ),
         (
             args.n_gpu > 1,

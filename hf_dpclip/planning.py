@@ -19,7 +19,7 @@ def make_plan(args: DPTrainingArguments, num_examples: int) -> PrivacyPlan:
         "num_examples": num_examples,
         "expected_batch_size": args.expected_batch_size,
         "num_microbatches": args.num_microbatches,
-        "num_steps": _num_steps(args, num_examples),
+        "num_steps": num_steps(args, num_examples),
         "max_grad_norm": args.max_grad_norm,
         "target_delta": args.target_delta,
         "accountant": args.accountant,
@@ -43,7 +43,8 @@ def steps_in(num_epochs: float, num_examples: int, expected_batch_size: int) -> 
     return math.ceil(num_epochs * steps_per_epoch(num_examples, expected_batch_size))
 
 
-def _num_steps(args: DPTrainingArguments, num_examples: int) -> int:
+def num_steps(args: DPTrainingArguments, num_examples: int) -> int:
+    """T, by `max_steps` or by the number of epochs."""
     if args.max_steps > 0:
         return args.max_steps
     return steps_in(args.num_train_epochs, num_examples, args.expected_batch_size)

@@ -59,7 +59,9 @@ def _records_by_value(dataset: Dataset, column: str) -> Sequence[np.ndarray]:
             f"privacy_unit_column={column!r} has values that are neither strings nor whole numbers: give every record "
             "the id of its unit; a record that belongs to nobody else needs an id of its own."
         )
-    _, unit_of_record = np.unique(values, return_inverse=True)
+    # Not numpy's `unique`, for which texts that differ by NUL characters at their end are one.
+    numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
+    unit_of_record = np.array([numbers[value] for value in values])
     order = np.argsort(unit_of_record, kind="stable")
     return np.split(order, np.cumsum(np.bincount(unit_of_record))[:-1])
 

@@ -11,6 +11,7 @@ from datasets import Value
 from PIL.Image import Image as PILImage
 from torch.utils.data import Dataset
 
+from .seeding import preserved_generators
 from .shared_images import BATCH, image_columns
 
 
@@ -44,7 +45,9 @@ def unreadable(dataset: Dataset, numbers: Iterable[int]) -> Iterator[tuple[int, 
 
 def first_record(dataset: Dataset) -> Mapping[str, Any]:
     """The first record. Raises `ValueError` if it cannot be read, or has no columns."""
-    (first,) = read_records(dataset, [0])
+    # What a transform draws for it would show in the state of the generators, which checkpoints hold.
+    with preserved_generators():
+        (first,) = read_records(dataset, [0])
     if not isinstance(first, Mapping):
         raise ValueError(
             f"records are of type {type(first).__name__}: make them dictionaries, with the names of the columns as "

@@ -23,14 +23,18 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
 
     Raises `ValueError` if there is none.
     """
-    checkpoints = _checkpoints_in(output_dir)
-    complete = [path for path in checkpoints if fault(path) is None]
+    complete = whole_checkpoints_in(output_dir)
     if not complete:
         raise ValueError(
-            f"no complete checkpoint in {output_dir} ({len(checkpoints)} unfinished): check output_dir, or start anew "
-            "with resume_from_checkpoint=None."
+            f"no complete checkpoint in {output_dir} ({len(_checkpoints_in(output_dir))} unfinished): check "
+            "output_dir, or start anew with resume_from_checkpoint=None."
         )
     return str(complete[-1])
+
+
+def whole_checkpoints_in(folder: str | Path) -> list[Path]:
+    """Those that were written to their end, in the order of their steps."""
+    return [path for path in _checkpoints_in(folder) if fault(path) is None]
 
 
 def check_resumable(checkpoint: str | Path, plan: PrivacyPlan) -> PrivacyStatement:

@@ -1,5 +1,6 @@
 """Runs: what is planned, taken, recorded and spent, from the first step to the last, resumed or searched."""
 
+import dataclasses
 import math
 from abc import abstractmethod
 from pathlib import Path
@@ -12,12 +13,14 @@ from transformers.trainer_utils import BestRun, HPSearchBackend, TrainOutput
 from transformers.utils import logging
 
 from . import validation
+from .checkpoints import restate
 from .faults import explained
+from .planning import num_steps
 from .privacy import PrivacyPlan, PrivacySpent, PrivacyStatement
 from .privacy.plan import Runs
 from .publishing import PublishingTrainer
 from .reporting import search_summary
-from .resuming import check_resumable, differences, fitting, last_complete_checkpoint
+from .resuming import check_resumable, differences, fitting, last_complete_checkpoint, whole_checkpoints_in
 from .spending import new_run, recorded
 
 
@@ -37,6 +40,8 @@ class RunningTrainer(PublishingTrainer):
 
     # Whether the plan is that of the last trial, whose steps are taken.
     _plan_is_a_trials = False
+    # The trials of a search: by the run's id, where its checkpoints are and which of all runs it is.
+    _trials: dict[str, tuple[Path, int]]
 
     @abstractmethod
     def begin_run(self) -> None:
@@ -119,17 +124,16 @@ class RunningTrainer(PublishingTrainer):
 
     def _take_over(self, checkpoint: str) -> int:
         """Continues the count of a checkpoint. Returns how many steps its run has left."""
-        statement = check_resumable(checkpoint, self.plan)
-        steps_taken = self._steps_taken
-        if steps_taken and statement.run != self._run:
-            # Another run's checkpoint: what this trainer did before was not part of that run, and counts beside it.
-            self._earlier_runs = (*self.privacy_statement().runs, *statement.earlier_runs)
-            steps_taken = 0
+        statement, own = check_resumable(checkpoint, self.plan), self.privacy_statement()
+        if statement.run == self._run:
+            self._steps_taken = max(own.steps, statement.steps)
+            self._earlier_runs = max(own.earlier_runs, statement.earlier_runs, key=len)
         else:
-            self._earlier_runs = max(self._earlier_runs, statement.earlier_runs, key=len)
+            # Another run's checkpoint: what this trainer did before was not part of that run, and counts beside it.
+            self._steps_taken = statement.steps
+            self._earlier_runs = (*(own.runs if own.steps else own.earlier_runs), *statement.earlier_runs)
         self.plan = statement.plan
         self._run = statement.run or self._run
-        self._steps_taken = max(steps_taken, statement.steps)
         # What the resumed steps lost, the steps to come cannot restore.
         self._not_private_because += statement.not_private_because
         self.state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
@@ -156,10 +160,20 @@ class RunningTrainer(PublishingTrainer):
 
     def _inner_training_loop(self, *args, **kwargs):
         # Not before a trial of a search has a plan of its own.
+        self._check_length()
         self._agree()
         self._draw_randomness()
         with recorded(self, self._run, self._planned_steps) as self._before_release:
             return super()._inner_training_loop(*args, **kwargs)
+
+    def _check_length(self) -> None:
+        """Raises `ValueError` if arguments were changed to more steps than were planned, and than a ledger allowed."""
+        asked = num_steps(self.args, self.plan.num_examples)
+        if asked > self.plan.num_steps:
+            raise ValueError(
+                f"{asked} steps are asked for, and {self.plan.num_steps} were planned when the trainer was made: call "
+                "trainer.begin_run() after changing max_steps or num_train_epochs."
+            )
 
     def _agree(self) -> None:
         """One run on all processes. Raises `ValueError`, on all of them, if they planned different ones."""
@@ -178,7 +192,9 @@ class RunningTrainer(PublishingTrainer):
         """As in the `Trainer`, one trial after another.
 
         Each trial spends what its arguments say: with `target_epsilon=3`, up to ε = 3. What all of them spent together
-        is printed at the end and, from then on, part of `privacy_spent` and of what is saved with any weights.
+        is printed at the end and, from then on, part of `privacy_spent` and of what is saved with any weights, and of
+        what the checkpoints of the trials say. `n_trials`, and how many steps a trial has, are treated as fixed
+        beforehand.
 
         On several processes no trial is pruned, and all of them get the result.
 
@@ -188,8 +204,10 @@ class RunningTrainer(PublishingTrainer):
         validation.check_search(kwargs, self.args.world_size)
         if self.args.world_size > 1:
             kwargs["pruner"] = _never()
+        self._trials = {}
         best = super().hyperparameter_search(*args, **kwargs)
         if self.is_world_process_zero():
+            self._restate_trials()
             print(search_summary(self.privacy_statement()))
         (best,) = broadcast_object_list([best])
         return best
@@ -199,6 +217,18 @@ class RunningTrainer(PublishingTrainer):
         if trial is not None or self._plan_is_a_trials:
             self.begin_run()
         self._plan_is_a_trials = trial is not None
+        if trial is not None:
+            self._trials[self._run] = Path(self._get_output_dir(trial)), len(self._earlier_runs)
+
+    def _restate_trials(self) -> None:
+        """Whichever trial's checkpoint is chosen, the choice saw what all of them found."""
+        runs = self.privacy_statement().runs
+        for run, (folder, number) in self._trials.items():
+            (_, steps), others = runs[number], (*runs[:number], *runs[number + 1 :])
+            for checkpoint in whole_checkpoints_in(folder):
+                statement = PrivacyStatement.load(checkpoint)
+                if statement.run == run:
+                    restate(checkpoint, dataclasses.replace(statement, steps=steps, earlier_runs=others))
 
 
 def _never() -> Any:

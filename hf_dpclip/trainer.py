@@ -92,6 +92,7 @@ class DPCLIPTrainer(RunningTrainer):
         self.can_return_loss = "return_loss" in forward
         validation.check_environment(self)
         validation.check_model(self.model)
+        validation.warn_of_adapters_made_from_records(self.model)
         if data_collator is None:
             data_validation.check_encoded(self.contrastive_base, train_dataset)
         validation.check_loss_is_known(args, self.contrastive_base, public_negatives is not None)
@@ -146,8 +147,10 @@ class DPCLIPTrainer(RunningTrainer):
 
     def _check_evaluated(self, dataset: Any, name: str) -> None:
         if not self.args.log_private_statistics:
-            data_validation.check_evaluation_data(self.train_dataset, dataset, name)
-        # What the trainer was made with, of which the `Trainer` gives one by its name, was checked then.
+            # By a name, one of those of the trainer is meant.
+            candidates = self.eval_dataset if dataset is None or isinstance(dataset, str) else dataset
+            data_validation.check_evaluation_data(self.train_dataset, candidates, name)
+        # What the trainer was made with was checked then.
         if dataset is not self.eval_dataset and not isinstance(dataset, str):
             data_validation.check_records(self.data_collator, dataset)
 
@@ -172,6 +175,12 @@ class DPCLIPTrainer(RunningTrainer):
         """Whether nobody put another loss in the place of the one that the model returns."""
         return self.compute_loss_func is None and type(self).compute_loss is DPCLIPTrainer.compute_loss
 
+    @property
+    def _modules_in_use(self) -> nn.ModuleList:
+        """The model, and the loss where it is a module or one of its methods."""
+        loss = getattr(self.compute_loss_func, "__self__", self.compute_loss_func)
+        return nn.ModuleList(module for module in (self.model, loss) if isinstance(module, nn.Module))
+
     # ---- One step ----
 
     def get_train_dataloader(self) -> DataLoader:
@@ -191,6 +200,11 @@ class DPCLIPTrainer(RunningTrainer):
         dataset = RecordNumbers(self._units.num_records) if self.args.chunked else self._microbatch_dataset()
         return make_dataloader(dataset, sampler, self.args)
 
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """As in the `Trainer`; of the training data, n privacy units. How many records they have is not public."""
+        is_private = isinstance(getattr(dataloader, "sampler", None), ForwardBatchSampler)
+        return self.plan.num_examples if is_private else super().num_examples(dataloader)
+
     def prepare_mechanism(self) -> None:
         """Binds the mechanism to the model's trainable parameters. Called when training begins."""
         validation.check_model(self.model)
@@ -201,7 +215,7 @@ class DPCLIPTrainer(RunningTrainer):
         process, num_processes = self.args.process_index, self.args.world_size
         mechanism = SecureGaussianMechanism if self.args.secure_noise else GaussianMechanism
         self._mechanism = mechanism(self.plan, parameters, self._noise, process, num_processes)
-        self._guard = StepGuard(self.model, self._planned_forward_passes)
+        self._guard = StepGuard(self._modules_in_use, self._planned_forward_passes)
         self._contrastive_model = make_contrastive_model(self, self._prepare_inputs)
         self._forward_pass = choose_forward_pass(
             self, self._mechanism, self._microbatch_dataset(), self._prepare_inputs, self._contrastive_model

@@ -6,19 +6,26 @@ from typing import Any
 
 import datasets
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ProcessorMixin, Trainer
 from transformers.trainer_utils import HPSearchBackend
+from transformers.utils import logging
 
 from .arguments import DPTrainingArguments
 from .data_validation import check_dataset
 from .gradients.contrastive import WITH_CAUSAL_TEXTS
+from .guard import check_no_hooks
 from .shared_images import image_columns
 
 
+logger = logging.get_logger(__name__)
+
+# How peft makes starting weights of LoRA from activations or gradients.
+MADE_FROM_RECORDS = ("eva", "corda", "lora_ga")
 # What evaluation gives of itself, without `compute_metrics`.
 METRICS_OF_ITSELF = ("loss", "runtime", "samples_per_second", "steps_per_second")
 
@@ -80,10 +87,17 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(
             "trainable parameters are spread over devices: load the model without device_map or sharding."
         )
-    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in trainable):
-        raise ValueError(
-            "a hook on a parameter would see its gradient before it is clipped and noised: remove it (and unset "
-            "WANDB_WATCH)."
+    check_no_hooks(trainable)
+
+
+def warn_of_adapters_made_from_records(model: nn.Module) -> None:
+    """Warns of starting weights of LoRA that were computed from records: of these, the guarantee says nothing."""
+    configs = model.peft_config.values() if isinstance(model, PeftModel) else []
+    made = [kind for config in configs if (kind := getattr(config, "init_lora_weights", None)) in MADE_FROM_RECORDS]
+    if made:
+        logger.warning(
+            f"init_lora_weights={made[0]!r} computes the starting weights of LoRA from records, without noise: make "
+            "sure that those were public ones. The guarantee does not hold for them."
         )
 
 

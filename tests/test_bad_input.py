@@ -348,6 +348,7 @@ TRAINING = [
     ("--resume_from_checkpoint True", "no complete checkpoint in", "check output_dir"),
     ("--ledger_epsilon 0.01", "ledger_epsilon=0.01", "lower target_epsilon"),
     ("--ledger_path /proc/no/ledger.jsonl", "/proc/no/ledger.jsonl could not be opened", "may be written"),
+    ("--ledger_path OUTPUT/ledger.jsonl", "is in output_dir, which push_to_hub uploads", "begin with an underscore"),
     ("--metric_for_best_model f1 --eval_strategy epoch", "is not among what evaluation gives (loss", "choose one"),
     ("--noise_seed -3", "noise_seed=-3 is not possible", "at least 0"),
 ]
@@ -365,7 +366,8 @@ def test_wrong_options_of_the_example(tmp_path, monkeypatch, options, wrong, rem
     raw_pairs(20).to_parquet(tmp_path / "pairs.parquet")
     data = ["--dataset_name", str(tmp_path / "pairs.parquet"), "--caption_column", "text"]
     sizes = ["--per_device_train_batch_size", "4", "--microbatch_size", "4"]
-    message = run_example(monkeypatch, tmp_path, *data, *sizes, *options.split())
+    options = options.replace("OUTPUT", str(tmp_path)).split()
+    message = run_example(monkeypatch, tmp_path, *data, *sizes, *options)
     assert message.startswith("train.py: ") and wrong in message and remedy in message
 
 

@@ -1,15 +1,19 @@
 """Collating, captioning and loading image-text pairs."""
 
+import math
+from collections import Counter
+
 import datasets
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from checks import SIGMAS
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from factories import BOS, CAPTIONS, EOS, arguments, pictures, raw_pairs, tiny_clip, tiny_processor
 from PIL import Image as PILImage
 
 from hf_dpclip import DPCLIPTrainer, ImageTextCollator
-from hf_dpclip.data import caption_by_label, class_prompts, load_pairs
+from hf_dpclip.data import caption_by_label, class_prompts, hold_out, load_pairs
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +156,53 @@ def test_captions_need_a_column_of_class_labels(column):
 
 
 # ---- Loading ----
+
+
+def test_who_is_held_out_depends_on_nobody_else():
+    """With `train_test_split`, one record more would change where hundreds of others go."""
+    records = Dataset.from_dict({"id": [f"patient {number}" for number in range(1000)]})
+    with_one, without = hold_out(records, "id"), hold_out(records.select([*range(400), *range(401, 1000)]), "id")
+    moved = [set(with_one[name]["id"]) ^ set(without[name]["id"]) for name in ("train", "test")]
+    assert sorted(map(len, moved)) == [0, 1]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_about_the_share_that_was_asked_for_is_held_out(share):
+    records = Dataset.from_dict({"id": range(10_000)})
+    held_out = len(hold_out(records, "id", share)["test"])
+    assert abs(held_out - 10_000 * share) < SIGMAS * math.sqrt(10_000 * share * (1 - share))
+
+
+def test_records_of_one_image_are_held_out_together(tmp_path):
+    images = [image for image in pictures(40) for _ in range(2)]
+    records = Dataset.from_dict({"image": images, "text": range(80)}).cast_column("image", Image())
+    splits = hold_out(records, "image", share=0.5)
+    assert len(splits["train"]) + len(splits["test"]) == 80
+    for split in splits.values():
+        assert set(Counter(text // 2 for text in split["text"]).values()) == {2}
+
+
+@pytest.mark.parametrize("size", [2, 3, 20])
+def test_one_is_held_out_in_any_case_and_one_more_moves_only_one(size):
+    everyone = [f"patient {number}" for number in range(size)]
+    splits = [hold_out(Dataset.from_dict({"id": ids}), "id", share=1e-9) for ids in _each_left_out(everyone)]
+    all_of_them, *others = [set(split["train"]["id"]) for split in splits]
+    assert {len(split["test"]) for split in splits} == {1}
+    assert all(len(all_of_them ^ train) == 1 for train in others)
+
+
+def _each_left_out(values):
+    yield values
+    if len(values) > 2:
+        yield from (values[:number] + values[number + 1 :] for number in range(len(values)))
+
+
+def test_nothing_to_train_on_is_an_error():
+    records = Dataset.from_dict({"id": [1, 1], "text": ["a", "b"]})
+    with pytest.raises(ValueError, match=r"all 2 records would be held out: choose a column of more values than 'id'"):
+        hold_out(records, "id")
+    with pytest.raises(ValueError, match=r"'patient' is not a column of the dataset \(\['id', 'text'\]\)"):
+        hold_out(records, "patient")
 
 
 @pytest.mark.parametrize("suffix", ["csv", "json", "jsonl"])

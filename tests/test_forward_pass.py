@@ -8,10 +8,11 @@ import torch
 from checks import one_update
 from factories import arguments, pairs, tiny_clip, tiny_siglip
 from test_vectorized import Mixing, lora_clip, microbatch
+from torch import nn
 
 from hf_dpclip import DPCLIPTrainer
 from hf_dpclip.forward_pass import AllAtOnce, ChunkByChunk, OneByOne, static_by_default
-from hf_dpclip.gradients import ContrastiveModel, contrastive_base, microbatch_gradients
+from hf_dpclip.gradients import ContrastiveModel, contrastive_base, microbatch_gradients, obstacle
 
 
 REPRODUCIBLE = {"non_private": True, "noise_seed": 3, "max_grad_norm": 0.5, "per_device_train_batch_size": 16}
@@ -76,6 +77,26 @@ def test_dropout_all_at_once_is_dropout_one_by_one(tmp_path, monkeypatch):
     update, trainer = one_update(tmp_path, model=lora_clip(lora_dropout=0.4), **MANY)
     assert trainer._forward_pass.possible
     assert_close(update, expected)
+
+
+def test_a_model_that_was_compiled_in_place_goes_one_by_one(tmp_path, monkeypatch):
+    """Its layers are not seen, and the gradients of some would be missed."""
+    expected = one_by_one(tmp_path, monkeypatch, **MANY)
+    said, model = [], tiny_clip()
+    monkeypatch.setattr("hf_dpclip.forward_pass.logger.warning_once", said.append)
+    model.vision_model.compile(backend="eager")
+    update, trainer = one_update(tmp_path, model=model, **MANY)
+    assert way(trainer) is OneByOne
+    assert "torch_compile hides the model's layers" in said[0]
+    assert_close(update, expected)
+
+
+@pytest.mark.parametrize("part", ["", "vision_model", "text_model.encoder.layers.0"], ids=["whole", "tower", "layer"])
+def test_compiled_models_are_an_obstacle(part):
+    model = nn.ModuleDict({"model": tiny_clip()})
+    name = f"model.{part}".rstrip(".")
+    model.set_submodule(name, torch.compile(model.get_submodule(name), backend="eager"))
+    assert obstacle(model["model"]) == "torch_compile hides the model's layers"
 
 
 def test_dropout_in_filled_up_batches_goes_one_by_one(tmp_path, monkeypatch):

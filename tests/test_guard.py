@@ -7,7 +7,7 @@ import pytest
 import torch
 from checks import Given, check_bounded, vectors
 from datasets import DatasetDict
-from factories import arguments, pairs, tiny_clip
+from factories import arguments, pairs, raw_pairs, tiny_clip, tiny_processor
 from test_vectorized import lora_clip
 from torch import nn
 from transformers import TrainerCallback
@@ -181,6 +181,27 @@ def test_private_records_among_several_evaluation_datasets_are_refused(tmp_path,
         DPCLIPTrainer(tiny_clip(), arguments(tmp_path), train_dataset=dataset, eval_dataset=wrap(dataset))
 
 
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: {"some": d}], ids=["dataset", "dict"])
+def test_private_records_that_are_set_for_evaluation_later_are_refused(tmp_path, wrap):
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=1)
+    run = DPCLIPTrainer(tiny_clip(), args, train_dataset=pairs(64), eval_dataset=pairs(8))
+    run.eval_dataset = wrap(run.train_dataset)
+    for evaluate in (run.evaluate, run.train):
+        with pytest.raises(ValueError, match="private training dataset"):
+            evaluate()
+
+
+def test_more_steps_than_planned_are_refused(tmp_path):
+    """The ledger allowed those that were planned."""
+    run = trainer(tmp_path, max_steps=2)
+    run.args.max_steps = 3
+    with pytest.raises(ValueError, match=r"3 steps are asked for, and 2 were planned .* call trainer\.begin_run"):
+        run.train()
+    run.begin_run()
+    run.train()
+    assert run.privacy_spent().steps == 3
+
+
 def test_several_splits_are_no_training_dataset(tmp_path):
     with pytest.raises(ValueError, match=r"several splits \(train\)"):
         DPCLIPTrainer(tiny_clip(), arguments(tmp_path), train_dataset=DatasetDict(train=pairs(64)))
@@ -201,6 +222,104 @@ def test_watching_gradients_is_refused(tmp_path):
     next(run.model.parameters()).register_hook(lambda gradient: None)
     with pytest.raises(ValueError, match="WANDB_WATCH"):
         run.train()
+
+
+class Watching(TrainerCallback):
+    """As trackers do when they are told that training begins, which the trainer's own callback is told first."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        for parameter in model.parameters():
+            parameter.register_hook(self.seen.append)
+
+
+def test_watching_gradients_from_a_later_callback_is_refused_before_one_is_seen(tmp_path):
+    run, watching = trainer(tmp_path), Watching()
+    run.add_callback(watching)
+    with pytest.raises(ValueError, match="WANDB_WATCH"):
+        run.train()
+    assert watching.seen == []
+
+
+@pytest.mark.parametrize("setting", ["", "1", "true"])
+def test_comet_which_logs_losses_by_itself_is_refused(tmp_path, monkeypatch, setting):
+    monkeypatch.setenv("COMET_AUTO_LOG_METRICS", setting)
+    with pytest.raises(ValueError, match="COMET_AUTO_LOG_METRICS=0"):
+        arguments(tmp_path, report_to=["comet_ml"])
+
+
+@pytest.mark.parametrize("setting", ["0", "False"])
+def test_comet_is_allowed_where_it_logs_what_it_is_given(tmp_path, monkeypatch, setting):
+    monkeypatch.setenv("COMET_AUTO_LOG_METRICS", setting)
+    assert arguments(tmp_path, report_to=["comet_ml"]).report_to == ["comet_ml"]
+
+
+class RememberingLoss(nn.Module):
+    """Compares records with the mean of those before."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, outputs, labels=None, **kwargs):
+        self.mean.copy_(outputs["seen"])
+        return outputs["loss"]
+
+    def by_another_name(self, *args, **kwargs):
+        return self(*args, **kwargs)
+
+
+class ShowsRecords(Given):
+    def forward(self, vector, labels=None):
+        return {**super().forward(vector), "seen": vector.mean(0)}
+
+
+@pytest.mark.parametrize("method", ["__call__", "by_another_name", None])
+def test_losses_that_remember_the_data_are_refused(tmp_path, method):
+    loss, args = RememberingLoss(), arguments(tmp_path, max_steps=5)
+    function = loss if method is None else getattr(loss, method)
+    records = vectors(*[[1.0] * 4] * 8)
+    run = DPCLIPTrainer(ShowsRecords(), args, train_dataset=records, compute_loss_func=function)
+    with pytest.raises(RuntimeError, match="a buffer of the model or of the loss changed"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def draws_by_length(records):
+    """A transform that draws more random numbers for a longer caption."""
+    torch.rand(len(records["text"][0]))
+    return records
+
+
+def generator_after_construction(tmp_path, caption):
+    records = raw_pairs(16).remove_columns("text").add_column("text", [caption, *["a cat"] * 15])
+    torch.manual_seed(0)
+    DPCLIPTrainer(
+        tiny_clip(),
+        arguments(tmp_path),
+        train_dataset=records.with_transform(draws_by_length),
+        processing_class=tiny_processor(),
+    )
+    return torch.get_rng_state()
+
+
+def test_what_is_drawn_for_the_first_record_does_not_show(tmp_path):
+    """It is read when the trainer is made."""
+    short, long = (generator_after_construction(tmp_path, caption) for caption in ("u", "a red dog"))
+    assert torch.equal(short, long)
+
+
+def test_how_many_records_a_unit_has_is_not_logged(tmp_path):
+    """It would follow from the samples per second, the runtime and the number of epochs."""
+    records = pairs(66).add_column("patient", [*range(33)] * 2)
+    args = arguments(tmp_path, max_steps=-1, num_train_epochs=2, privacy_unit_column="patient")
+    run = DPCLIPTrainer(tiny_clip(), args, train_dataset=records)
+    run.train()
+    (last,) = [entry for entry in run.state.log_history if "train_samples_per_second" in entry]
+    assert last["train_runtime"] * last["train_samples_per_second"] == pytest.approx(2 * 33, rel=0.02)
+    assert run.num_examples(run.get_eval_dataloader(pairs(5))) == 5
 
 
 class Queue(Given):
@@ -285,6 +404,20 @@ def test_another_privacy_unit_midway_is_refused(tmp_path):
     with pytest.raises(ValueError, match="makes the privacy unit 'record', and steps were taken with 'patient'"):
         run.begin_run()
     assert run.plan.privacy_unit == "patient" and run.privacy_statement().steps == 1
+
+
+@pytest.mark.parametrize("method", ["eva", "corda", "lora_ga"])
+def test_starting_weights_from_records_are_warned_of(tmp_path, caplog, method):
+    model = lora_clip()
+    model.peft_config["default"].init_lora_weights = method
+    with caplog.at_level("WARNING"):
+        DPCLIPTrainer(model, arguments(tmp_path), train_dataset=pairs(64))
+    assert f"init_lora_weights='{method}' computes the starting weights of LoRA from records" in caplog.text
+
+
+def test_other_starting_weights_are_not(tmp_path, caplog):
+    DPCLIPTrainer(lora_clip(), arguments(tmp_path), train_dataset=pairs(64))
+    assert "starting weights" not in caplog.text
 
 
 def test_printing_activations_is_refused(tmp_path):

@@ -1,18 +1,21 @@
 """What users of `Trainer` rely on keeps working, and says what it costs in privacy."""
 
+import itertools
 import json
 import math
 import sqlite3
+from pathlib import Path
 
 import optuna
 import pytest
 import torch
 from checks import flat_weights
-from factories import answered_questions, pairs, tiny_clip, tiny_clip_vqa
+from factories import answered_questions, arguments, pairs, tiny_clip, tiny_clip_vqa
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import CLIPModel, EarlyStoppingCallback, TrainerCallback
 
-from hf_dpclip import PrivacyStatement
+from hf_dpclip import DPCLIPTrainer, PrivacyStatement
+from hf_dpclip.checkpoints import check_undamaged
 
 
 EVERY_STEP = {
@@ -110,13 +113,44 @@ def test_every_trial_spends_and_says_so(make_searcher, capsys):
     assert f"spent before, by 2 runs: ε = {trainer.plan.epsilon(4):.4g}" in printed
 
 
+class KeepStatements(TrainerCallback):
+    """Of every checkpoint, as it was saved."""
+
+    def __init__(self):
+        self.statements = []
+
+    def on_save(self, args, state, control, **kwargs):
+        self.statements += [PrivacyStatement.load(path) for path in Path(args.output_dir).glob("run-*/checkpoint-2")]
+
+
 def test_a_trials_checkpoint_counts_the_trials_before_it(make_searcher, tmp_path):
     trainer = make_searcher(save_strategy="steps", save_steps=2)
+    trainer.add_callback(kept := KeepStatements())
     search(trainer)
-    for trial in range(3):
-        statement = PrivacyStatement.load(tmp_path / f"run-{trial}" / "checkpoint-2")
+    by_run = {statement.run: statement for statement in kept.statements}
+    assert len(by_run) == 3
+    for trial, statement in enumerate(by_run.values()):
         assert statement.spent.epsilon == trainer.plan.epsilon(2 * (trial + 1))
         assert len(statement.earlier_runs) == trial
+
+
+@pytest.mark.parametrize("only_model", [False, True])
+def test_after_a_search_every_trials_checkpoint_counts_all_of_them(make_searcher, tmp_path, only_model):
+    """Which is the best one was decided by all."""
+    trainer = make_searcher(save_strategy="steps", save_steps=1, save_only_model=only_model)
+    search(trainer)
+    together = trainer.privacy_spent()
+    for trial, step in itertools.product(range(3), (1, 2)):
+        checkpoint = tmp_path / f"run-{trial}" / f"checkpoint-{step}"
+        assert PrivacyStatement.load(checkpoint).spent == together
+        check_undamaged(checkpoint)
+
+
+def test_a_search_leaves_the_checkpoints_of_others_alone(make_searcher, tmp_path):
+    args = arguments(tmp_path / "run-0", max_steps=1, save_strategy="steps", save_steps=1)
+    DPCLIPTrainer(tiny_clip(), args, train_dataset=pairs(64)).train()
+    search(make_searcher(save_strategy="no"))
+    assert PrivacyStatement.load(tmp_path / "run-0" / "checkpoint-1").earlier_runs == ()
 
 
 def test_training_on_with_the_best_settings_adds_to_the_search(make_searcher, tmp_path):

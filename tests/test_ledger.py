@@ -209,9 +209,9 @@ def test_a_disk_that_is_full_at_the_end_only_costs_the_settlement(make_trainer, 
 
 
 def test_a_ledger_that_cannot_be_opened_is_an_error_with_the_remedy(make_trainer, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"file/ledger.jsonl could not be opened .*set ledger_path to a file"):
-        make_trainer(ledger_path=str(tmp_path / "file" / "ledger.jsonl")).train()
+    (tmp_path / "_file").touch()
+    with pytest.raises(OSError, match=r"_file/ledger.jsonl could not be opened .*set ledger_path to a file"):
+        make_trainer(ledger_path=str(tmp_path / "_file" / "ledger.jsonl")).train()
 
 
 def test_a_ledger_that_was_removed_stops_the_run(ledger):
@@ -467,7 +467,7 @@ def test_runs_that_are_not_private_are_flagged_and_allowed(make_trainer, tmp_pat
 
 
 def test_trials_of_a_search_add_up(make_trainer, tmp_path):
-    shared = tmp_path / "shared.jsonl"
+    shared = tmp_path / "_shared.jsonl"
     for sigma in (0.8, 1.0, 2.0):
         make_trainer(noise_multiplier=sigma, ledger_path=str(shared)).train()
     (total,) = totals(Ledger(shared).runs())
@@ -504,7 +504,7 @@ def test_a_resumed_run_continues_its_record(make_trainer, tmp_path, error):
 def test_a_run_that_another_ledger_knows_brings_its_steps_along(make_trainer, tmp_path):
     settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1}
     make_trainer(trainer_options={"callbacks": [Stop()]}, **settings).train()
-    moved = tmp_path / "moved.jsonl"
+    moved = tmp_path / "_moved.jsonl"
     make_trainer(ledger_path=str(moved), **settings).train(resume_from_checkpoint=True)
     assert Ledger(moved).runs()[0].steps == 5
 

@@ -93,6 +93,12 @@ def test_without_a_cap_all_records_take_part():
     assert len(units_of([SIZE, 2]).records(np.arange(2), seed=1)) == SIZE + 2
 
 
+def test_ids_are_told_apart_by_every_character():
+    """numpy takes texts that differ by NUL characters at their end for the same."""
+    units = PrivacyUnits(Dataset.from_dict({"id": ["b", "a\0", "a", "b"]}), "id")
+    assert [units.records([unit], 0).tolist() for unit in range(len(units))] == [[0, 3], [1], [2]]
+
+
 def test_every_record_of_a_large_unit_is_as_likely_as_the_others():
     units, seeds = units_of([2, SIZE], CAP), Randomness().sampling().integers(2**32, size=DRAWS)
     drawn = [set(units.records(np.array([1]), int(seed)).tolist()) for seed in seeds]

@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 import torch
-from factories import pairs, tiny_clip
+from factories import arguments, pairs, tiny_clip
 from peft import get_peft_model
 from transformers import CLIPModel, TrainerCallback
 
-from hf_dpclip import PrivacyStatement, lora_config
+from hf_dpclip import DPCLIPTrainer, PrivacyStatement, lora_config
 from hf_dpclip.privacy import Randomness
 from hf_dpclip.resuming import check_resumable, last_complete_checkpoint
 
@@ -161,6 +161,23 @@ def test_the_checkpoint_of_another_run_does_not_undo_what_this_trainer_has_spent
     trainer.train(resume_from_checkpoint=str(interrupted / "checkpoint-2"))
     assert [steps for _, steps in trainer.privacy_statement().runs] == [3, 4]
     assert trainer.privacy_spent().epsilon == trainer.plan.epsilon(3 + 4)
+
+
+def test_the_checkpoint_of_another_run_brings_its_earlier_runs_along(make_trainer, tmp_path):
+    """However many this trainer has of its own, and although it took no step since."""
+    other = make_trainer(max_steps=1, noise_multiplier=0.5, **SAVING)
+    other.train()
+    other.args.noise_multiplier = 1.0
+    other.begin_run()
+    other.train()
+    expensive = other.privacy_spent().epsilon
+    args = arguments(tmp_path / "own", max_steps=1, accountant="rdp")
+    trainer = DPCLIPTrainer(tiny_clip(), args, train_dataset=pairs(64))
+    trainer.train()
+    trainer.begin_run()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert trainer.privacy_spent().epsilon > expensive
+    assert {plan.noise_multiplier for plan, _ in trainer.privacy_statement().earlier_runs} == {1.0, 0.5}
 
 
 def test_a_run_that_spent_its_target_resumes_without_a_further_step(make_trainer, tmp_path, weights_of):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from torch.nn.modules import activation
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -133,6 +134,8 @@ def microbatch_gradients(
 
 def obstacle(model: nn.Module) -> str | None:
     """What in the model keeps its microbatches from being vectorized, if anything."""
+    if any(is_compiled_module(module) or module._compiled_call_impl for module in model.modules()):
+        return "torch_compile hides the model's layers"
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return "activation checkpointing runs the forward pass again, out of sight"
     for name, module in model.named_modules():
