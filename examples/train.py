@@ -15,6 +15,7 @@ Your own data and a model from the Hub:
 """
 
 import copy
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, disable_progress_bars
@@ -67,6 +69,10 @@ EMBEDDED_DEFAULTS = {
 }
 
 
+# Where records are expected that are not to be trained on.
+EVAL_SPLITS = ("test", "validation")
+
+
 @dataclass
 class ExampleArguments:
     """The model and the data."""
@@ -99,8 +105,9 @@ class ExampleArguments:
         },
     )
     train_split: str = field(default="train", metadata={"help": "Split with the private records."})
-    eval_split: str = field(
-        default="test", metadata={"help": "Split to evaluate on; if absent, 10 %% of the records are held out."}
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "Split to evaluate on; by default test, validation, or 10 %% of the private records."},
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many private records."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on only so many records."})
@@ -282,14 +289,16 @@ def private_and_held_out(
 
     Where the second has to be taken from the first, records of one `unit` (by default, of one image) stay together.
     """
-    if arguments.train_split not in splits:
-        raise ValueError(f"--train_split {arguments.train_split} is not a split of the dataset ({', '.join(splits)}).")
-    if arguments.train_split == arguments.eval_split:
+    eval_split = arguments.eval_split or next((name for name in EVAL_SPLITS if name in splits), None)
+    for option, name in (("train_split", arguments.train_split), ("eval_split", eval_split)):
+        if name is not None and name not in splits:
+            raise ValueError(f"--{option} {name} is not a split of the dataset ({', '.join(splits)}).")
+    if arguments.train_split == eval_split:
         raise ValueError(
-            f"--eval_split {arguments.eval_split} is the split of the private records: name another one, or leave the "
+            f"--eval_split {eval_split} is the split of the private records: name another one, or leave the "
             "option out, and 10 % of the records are held out."
         )
-    pair = [splits[name] for name in (arguments.train_split, arguments.eval_split) if name in splits]
+    pair = [splits[name] for name in (arguments.train_split, eval_split) if name is not None]
     for split in pair:
         # Before any are held out, while their numbers are those of the file.
         check_complete(split, arguments.image_column, text_column)
@@ -298,7 +307,13 @@ def private_and_held_out(
         column = unit if unit in pair[0].column_names else arguments.image_column
         pair = list(hold_out(pair[0], column).values())
     limits = arguments.max_train_samples, arguments.max_eval_samples
-    return [dataset.select(range(min(len(dataset), limit or len(dataset)))) for dataset, limit in zip(pair, limits)]
+    return [_cut_down(dataset, limit or len(dataset)) for dataset, limit in zip(pair, limits)]
+
+
+def _cut_down(dataset: Dataset, limit: int) -> Dataset:
+    """From ten places: files are often sorted by class. Neighbours, who may be of one unit, stay together."""
+    parts, shares = (np.array_split(range(size), 10) for size in (len(dataset), min(len(dataset), limit)))
+    return dataset.select(np.concatenate([part[: len(share)] for part, share in zip(parts, shares)]).astype(int))
 
 
 def check_limits(arguments):
@@ -362,7 +377,9 @@ def save(trainer: DPCLIPTrainer) -> Path:
 def report(job: Job, scores: dict[str, float], folder: Path):
     """What was learnt, at what price, and how to load it."""
     statement = job.trainer.privacy_statement()
-    measure = "zero-shot accuracy on held-out images" if job.accuracy else "contrastive loss on held-out pairs"
+    pairs = job.trainer.args.per_device_eval_batch_size
+    loss = f"contrastive loss on held-out pairs, {pairs} at a time (guessing: {math.log(pairs):.3f})"
+    measure = "zero-shot accuracy on held-out images" if job.accuracy else loss
     print(f"\n***** Result: {measure} *****")
     for name, value in scores.items():
         print(f"  {name:16} {value:.1%}" if job.accuracy else f"  {name:16} {value:.3f}")

@@ -105,8 +105,9 @@ class ExampleArguments:
     question_column: str = field(default="question", metadata={"help": "Column with the questions."})
     answer_column: str = field(default="answer", metadata={"help": "Column with the answers."})
     train_split: str = field(default="train", metadata={"help": "Split with the private records."})
-    eval_split: str = field(
-        default="test", metadata={"help": "Split to evaluate on; if absent, 10 %% of the records are held out."}
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "Split to evaluate on; by default test, validation, or 10 %% of the private records."},
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many private records."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on only so many records."})

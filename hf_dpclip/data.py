@@ -11,11 +11,13 @@ from datasets.exceptions import DatasetsError
 from .shared_images import image_digests
 
 
+# Texts such as "None" and "N/A" are texts.
+ONLY_NOTHING_IS_MISSING = {"keep_default_na": False, "na_values": [""]}
 # By the end of a file's name: the builder of `datasets`, and its settings.
-FILE_FORMATS: dict[str, tuple[str, dict[str, str]]] = {
+FILE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
+    ".csv": ("csv", ONLY_NOTHING_IS_MISSING),
+    ".tsv": ("csv", {"sep": "\t", **ONLY_NOTHING_IS_MISSING}),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
 }
@@ -94,10 +96,10 @@ def load_pairs(name: str, image_column: str | None = "image") -> DatasetDict:
     """Image-text pairs by any name that `datasets` knows.
 
     Args:
-        name (`str`): a `.parquet`, `.csv`, `.tsv` or `.json` file, a folder written by `save_to_disk`, a folder of
-            images with a `metadata.csv`, or a dataset on the Hub.
-        image_column (`str`, *optional*, defaults to `"image"`): images, or paths relative to the file that names them.
-            `None` takes the columns as they are, without images.
+        name (`str`): a `.parquet`, `.csv`, `.tsv`, `.json` or `.jsonl` file, a folder written by `save_to_disk`, a
+            folder of Parquet files, a folder of images with a `metadata.csv`, or a dataset on the Hub.
+        image_column (`str`, *optional*, defaults to `"image"`): images, the bytes of their files, or paths relative to
+            the file that names them. `None` takes the columns as they are, without images.
 
     Raises `FileNotFoundError` for a path that does not exist and `ValueError` for a file that cannot be read and for a
     missing image column.
@@ -109,14 +111,23 @@ def load_pairs(name: str, image_column: str | None = "image") -> DatasetDict:
         loaded = load_from_disk(name)
         splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
     elif path.is_dir():
-        splits = _load("imagefolder", name, data_dir=name)
+        has_tables = next(path.rglob("*.parquet"), None) is not None
+        splits = _load(name, name) if has_tables else _load("imagefolder", name, data_dir=name)
     else:
         splits = load_from_hub(name)
     columns = next(iter(splits.values())).column_names
     if image_column is not None and image_column not in columns:
-        hint = " (Between columns there must be commas.)" if len(columns) == 1 and ";" in columns[0] else ""
+        other = len(columns) == 1 and any(separator in columns[0] for separator in (";", "\t"))
+        hint = " (Between columns there must be commas, or tabs in a file whose name ends in .tsv.)" if other else ""
         raise ValueError(f"{name} has no image column {image_column!r}, only {columns}: name one of these.{hint}")
-    return splits
+    return splits if image_column is None else splits_with_images(splits, image_column)
+
+
+def splits_with_images(splits: DatasetDict, column: str) -> DatasetDict:
+    """With images where there were the bytes of their files, as other libraries write them to tables."""
+    feature = next(iter(splits.values())).features[column]
+    is_bytes = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
+    return splits.cast_column(column, Image()) if is_bytes else splits
 
 
 def load_from_hub(name: str, config: str | None = None) -> DatasetDict:
@@ -140,7 +151,8 @@ def _load_file(path: Path, image_column: str | None) -> DatasetDict:
         raise ValueError(f"{path} is in no known format: convert it to one of {', '.join(FILE_FORMATS)}.")
     kind, settings = FILE_FORMATS[path.suffix.lower()]
     dataset = _load(kind, str(path), data_files=str(path), **settings)["train"]
-    if image_column is not None and isinstance(dataset.features.get(image_column), Value):
+    feature = dataset.features.get(image_column)
+    if isinstance(feature, Value) and feature.dtype not in ("binary", "large_binary"):
         paths = [_beside(path, row, image) for row, image in enumerate(dataset[image_column])]
         dataset = (
             dataset.remove_columns(image_column).add_column(image_column, paths).cast_column(image_column, Image())
@@ -152,7 +164,8 @@ def _beside(table: Path, row: int, image: Any) -> str:
     """The path of an image that row `row` of a table names."""
     if not isinstance(image, str):
         raise ValueError(
-            f"row {row} of {table} names no image ({image!r}): write the image's path there, or leave the row out."
+            f"row {row} of {table} has a {type(image).__name__} in the place of an image: write the image's path "
+            "there, or leave the row out."
         )
     return str(table.parent / image)
 

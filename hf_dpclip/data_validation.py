@@ -88,15 +88,34 @@ def check_pairs_are_read(model: nn.Module, collator: Callable, tokens: int | Non
 
 
 def check_evaluation_data(
-    train_dataset: Dataset, evaluated: Dataset | dict[str, Dataset] | None, name: str = "eval_dataset"
+    train_dataset: Dataset,
+    evaluated: Dataset | dict[str, Dataset] | None,
+    unit_column: str | None,
+    name: str = "eval_dataset",
 ) -> None:
-    """Raises `ValueError` if metrics would be computed on the private records themselves."""
-    candidates = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
+    """Raises `ValueError` if metrics would be computed on the private records, or on others of the same units."""
+    candidates = [*evaluated.values()] if isinstance(evaluated, dict) else [evaluated]
     if train_dataset is not None and any(candidate is train_dataset for candidate in candidates):
         raise ValueError(
             f"{name} is the private training dataset, so its metrics would be raw statistics of private records: "
             "hold records out with hf_dpclip.data.hold_out, or set log_private_statistics=True on public data."
         )
+
+    shared = max((_num_shared_units(train_dataset, candidate, unit_column) for candidate in candidates), default=0)
+    if shared:
+        raise ValueError(
+            f"{shared} records of {name} have the {unit_column!r} of records of the private training dataset, which "
+            f"the guarantee protects as a whole: split with hf_dpclip.data.hold_out(dataset, {unit_column!r}), or set "
+            "log_private_statistics=True on public data."
+        )
+
+
+def _num_shared_units(private: Any, evaluated: Any, column: str | None) -> int:
+    """Records of the one whose privacy unit has records in the other."""
+    if not all(isinstance(each, datasets.Dataset) and column in each.column_names for each in (private, evaluated)):
+        return 0
+    units = {*private.with_format(None)[column]}
+    return sum(unit in units for unit in evaluated.with_format(None)[column])
 
 
 def check_public(train_dataset: Dataset, public_negatives: list[str] | Dataset) -> None:

@@ -79,9 +79,10 @@ def load_easy_vqa() -> DatasetDict:
         import easy_vqa
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("the dataset easy-vqa comes with a package: pip install easy-vqa") from error
+    of_train, of_test = easy_vqa.get_train_image_paths(), easy_vqa.get_test_image_paths()
     return DatasetDict(
-        train=_questions(easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()),
-        test=_questions(easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()),
+        train=_questions(easy_vqa.get_train_questions(), of_train, first=len(of_test)),
+        test=_questions(easy_vqa.get_test_questions(), of_test),
     )
 
 
@@ -140,9 +141,11 @@ def _as_preset(name: str, dataset: Dataset, class_names: list[str], image_column
     return dataset.cast_column("label", ClassLabel(names=class_names))
 
 
-def _questions(records: tuple[list[str], list[str], list[int]], paths: dict[int, str]) -> Dataset:
-    questions, answers, image_ids = records
-    images = [paths[image_id] for image_id in image_ids]
+def _questions(records: tuple[list[str], list[str], list[int]], paths: dict[int, str], first: int = 0) -> Dataset:
+    questions, answers, numbers = records
+    images = [paths[number] for number in numbers]
+    # The package numbers the pictures of each split from 0.
+    image_ids = [first + number for number in numbers]
     columns = {"image": images, "question": questions, "answer": answers, "image_id": image_ids}
     return Dataset.from_dict(columns).cast_column("image", Image())
 

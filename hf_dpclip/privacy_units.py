@@ -54,10 +54,13 @@ def _records_by_value(dataset: Dataset, column: str) -> Sequence[np.ndarray]:
             "name one of its columns, or leave privacy_unit_column unset to protect single records."
         )
     values = dataset.with_format(None)[column][:]
-    if not all(isinstance(value, str | int) for value in values):
+    without = [number for number, value in enumerate(values) if not isinstance(value, str | int)]
+    if without:
         raise ValueError(
-            f"privacy_unit_column={column!r} has values that are neither strings nor whole numbers: give every record "
-            "the id of its unit; a record that belongs to nobody else needs an id of its own."
+            f"privacy_unit_column={column!r} has values that are neither strings nor whole numbers, such as the "
+            f"{type(values[without[0]]).__name__} of record {without[0]} ({len(without)} such records; where some are "
+            "missing, the others may have been read as floats): give every record the id of its unit; a record that "
+            "belongs to nobody else needs an id of its own."
         )
     # Not numpy's `unique`, for which texts that differ by NUL characters at their end are one.
     numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}

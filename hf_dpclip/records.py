@@ -16,6 +16,8 @@ from .shared_images import BATCH, image_columns
 
 
 STRINGS = ("string", "large_string")
+# Modes of Pillow with more than 8 bits a pixel, whose conversion to RGB makes everything beyond 255 white.
+DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 # Texts in memory at a time.
 TEXT_BATCH = 10_000
 
@@ -28,9 +30,10 @@ def read_records(dataset: Dataset, numbers: list[int]) -> list[Any]:
         # Whatever a decoder, a transform or a dataset of the user's own may raise.
         number, cause = next(unreadable(dataset, numbers), (numbers[0], error))
         raise ValueError(
-            f"record {number} of the dataset cannot be read ({type(cause).__name__}: {cause}): repair it, or leave it "
-            f"out, as in dataset.select(row for row in range(len(dataset)) if row != {number}). A run that has begun "
-            "goes on, with resume_from_checkpoint=True, only if it is repaired: without it, the dataset is another."
+            f"record {number} of the dataset{_with_images(dataset, number)} cannot be read ({type(cause).__name__}: "
+            f"{cause}): repair it, or leave it out, as in dataset.select(row for row in range(len(dataset)) if row != "
+            f"{number}). A run that has begun goes on, with resume_from_checkpoint=True, only if it is repaired: "
+            "without it, the dataset is another."
         ) from cause
 
 
@@ -57,7 +60,13 @@ def first_record(dataset: Dataset) -> Mapping[str, Any]:
 
 
 def check_picture(picture: Any, column: str) -> PILImage:
-    """The picture itself. Raises `ValueError` for what is none."""
+    """The picture itself. Raises `ValueError` for what is none, and for one that would lose what it shows."""
+    if isinstance(picture, PILImage) and picture.mode in DEEP_MODES:
+        raise ValueError(
+            f"column {column!r} holds an image of more than 8 bits a pixel (mode {picture.mode}), of which conversion "
+            "to RGB would leave white areas: choose the window of values that matters and convert images to 8 bits "
+            "first, as in PIL.Image.fromarray(((values - low) / (high - low) * 255).clip(0, 255).astype('uint8'))."
+        )
     if not isinstance(picture, PILImage):
         raise ValueError(
             f"column {column!r} holds {_kind(picture)} where a PIL image is expected: paths and bytes become images "
@@ -86,11 +95,12 @@ def check_complete(dataset: Dataset, image_column: str | None, text_column: str 
     if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
         return
     if image_column in image_columns(dataset):
-        _check_none_missing(_missing_images(dataset, image_column), "image", image_column, f"record[{image_column!r}]")
+        missing = _rows_where(_is_empty, dataset, image_column, BATCH)
+        _check_none_missing(missing, "image", image_column, f"record[{image_column!r}]")
         _check_files_exist(dataset, image_column)
     if text_column is not None and _holds_strings(dataset.features.get(text_column)):
-        there = f"record[{text_column!r}]"
-        _check_none_missing(_missing_texts(dataset, text_column), "text", text_column, f"{there} and {there}.strip()")
+        there, missing = f"record[{text_column!r}]", _rows_where(_is_blank, dataset, text_column, TEXT_BATCH)
+        _check_none_missing(missing, "text", text_column, f"{there} and {there}.strip()")
 
 
 def _read(dataset: Dataset, numbers: list[int]) -> list[Any]:
@@ -99,8 +109,14 @@ def _read(dataset: Dataset, numbers: list[int]) -> list[Any]:
     return [dataset[number] for number in numbers]
 
 
-def _missing_images(dataset: datasets.Dataset, column: str) -> list[int]:
-    return _rows_where(_is_empty, dataset, column, BATCH)
+def _with_images(dataset: Dataset, number: int) -> str:
+    """The files of a record's images, as far as its table names them: its number is not always that in a file."""
+    if not isinstance(dataset, datasets.Dataset):
+        return ""
+    columns = image_columns(dataset)
+    (row,) = dataset.with_format("arrow")[[number]].select(columns).to_pylist() if columns else [{}]
+    paths = [image["path"] for image in row.values() if image and image["path"]]
+    return f", with {', '.join(paths)}," if paths else ""
 
 
 def _is_empty(images: Any) -> Any:
@@ -108,10 +124,6 @@ def _is_empty(images: Any) -> Any:
     sizes = (pc.binary_length(pc.struct_field(images, field)) for field in ("bytes", "path"))
     has_bytes, has_path = (pc.fill_null(pc.greater(size, 0), False) for size in sizes)
     return pc.invert(pc.or_(has_bytes, has_path))
-
-
-def _missing_texts(dataset: datasets.Dataset, column: str) -> list[int]:
-    return _rows_where(_is_blank, dataset, column, TEXT_BATCH)
 
 
 def _is_blank(texts: Any) -> Any:

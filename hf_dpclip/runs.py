@@ -20,7 +20,14 @@ from .privacy import PrivacyPlan, PrivacySpent, PrivacyStatement
 from .privacy.plan import Runs
 from .publishing import PublishingTrainer
 from .reporting import search_summary
-from .resuming import check_resumable, differences, fitting, last_complete_checkpoint, whole_checkpoints_in
+from .resuming import (
+    check_resumable,
+    differences,
+    fitting,
+    last_complete_checkpoint,
+    warn_of_unfinished_run,
+    whole_checkpoints_in,
+)
 from .spending import new_run, recorded
 
 
@@ -112,6 +119,8 @@ class RunningTrainer(PublishingTrainer):
         validation.check_best_metric(self)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if not resume_from_checkpoint and self.is_world_process_zero():
+            warn_of_unfinished_run(self.args.output_dir, self._run)
         self._steps_ahead = self._take_over(resume_from_checkpoint) if resume_from_checkpoint else self.plan.num_steps
         has_own_plan = trial is None and not self._plan_is_a_trials
         if has_own_plan and self._planned_steps == 0:

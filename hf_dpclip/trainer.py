@@ -117,7 +117,7 @@ class DPCLIPTrainer(RunningTrainer):
     def _make_plan(self) -> PrivacyPlan:
         args = self.args
         if not args.log_private_statistics:
-            data_validation.check_evaluation_data(self.train_dataset, self.eval_dataset)
+            data_validation.check_evaluation_data(self.train_dataset, self.eval_dataset, args.privacy_unit_column)
         contrasts_in_batch = self.can_return_loss and self.compute_loss_func is None and self.public_negatives is None
         validation.check_loss_decomposes(args.expected_batch_size // args.num_microbatches, contrasts_in_batch)
         data_validation.check_records(self.data_collator, self.train_dataset, self.eval_dataset)
@@ -149,7 +149,8 @@ class DPCLIPTrainer(RunningTrainer):
         if not self.args.log_private_statistics:
             # By a name, one of those of the trainer is meant.
             candidates = self.eval_dataset if dataset is None or isinstance(dataset, str) else dataset
-            data_validation.check_evaluation_data(self.train_dataset, candidates, name)
+            unit_column = self.args.privacy_unit_column
+            data_validation.check_evaluation_data(self.train_dataset, candidates, unit_column, name)
         # What the trainer was made with was checked then.
         if dataset is not self.eval_dataset and not isinstance(dataset, str):
             data_validation.check_records(self.data_collator, dataset)

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from datasets import Dataset, Image
-from factories import pairs, pictures, raw_pairs, tiny_clip_vqa, tiny_processor
+from factories import arguments, pairs, pictures, raw_pairs, tiny_clip, tiny_clip_vqa, tiny_processor
+from PIL import Image as PILImage
 from wrong_calls import check_explained, processed, table, trainer
 
 from hf_dpclip import DPCLIPTrainer, ImageTextCollator, VisualQuestionCollator
@@ -119,9 +120,34 @@ DATA = {
         "record 5 of the dataset cannot be read (UnidentifiedImageError",
         "leave it out, as in dataset.select",
     ),
+    **{
+        f"an image of mode {mode}": (
+            lambda f, mode=mode: processed(f, with_images([PILImage.new(mode, (8, 8))] * 8)),
+            f"column 'image' holds an image of more than 8 bits a pixel (mode {mode})",
+            "choose the window of values that matters",
+        )
+        for mode in ("I;16", "I", "F")
+    },
+    "units of the evaluation data": (
+        lambda f: DPCLIPTrainer(
+            tiny_clip(),
+            arguments(f, privacy_unit_column="patient"),
+            train_dataset=pairs(16).add_column("patient", [*"aabbccddeeffgghh"]),
+            eval_dataset={"some": pairs(4, seed=1).add_column("patient", [*"wxah"])},
+        ),
+        "2 records of eval_dataset have the 'patient' of records of the private training dataset",
+        "split with hf_dpclip.data.hold_out(dataset, 'patient')",
+    ),
+    "a missing id": (
+        lambda f: processed(
+            f, raw_pairs(8).add_column("patient", ["a", None, *"bcdefg"]), privacy_unit_column="patient"
+        ),
+        "such as the NoneType of record 1 (1 such records",
+        "give every record the id of its unit",
+    ),
     "a missing file": (
         lambda f: processed(f, with_images(["nowhere.png"] * 8).cast_column("image", Image())),
-        "record 0 of the dataset cannot be read (FileNotFoundError",
+        "record 0 of the dataset, with nowhere.png, cannot be read (FileNotFoundError",
         "leave it out",
     ),
     "a file that is missing later": (

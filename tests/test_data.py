@@ -245,3 +245,25 @@ def test_a_folder_of_images_with_their_metadata_is_loaded(tmp_path):
     Dataset.from_dict({"file_name": names, "text": CAPTIONS}).to_json(folder / "metadata.jsonl")
     dataset = load_pairs(str(folder))["train"]
     assert sorted(dataset["text"]) == sorted(CAPTIONS)
+
+
+@pytest.mark.parametrize("column", ["bytes", "Image"])
+def test_a_folder_of_parquet_files_is_loaded(tmp_path, column):
+    """As `snapshot_download` leaves it, or other libraries write it."""
+    pairs = raw_pairs(4)
+    if column == "bytes":
+        files = [image["bytes"] for image in pairs.cast_column("image", Image(decode=False))["image"]]
+        pairs = Dataset.from_dict({"image": files, "text": pairs["text"]})
+    (tmp_path / "data").mkdir()
+    for shard in range(2):
+        pairs.select([2 * shard, 2 * shard + 1]).to_parquet(tmp_path / "data" / f"train-{shard}-of-2.parquet")
+    dataset = load_pairs(str(tmp_path))["train"]
+    assert [dataset[row]["image"].tobytes() for row in range(4)] == [picture.tobytes() for picture in pictures(4)]
+    assert load_pairs(str(tmp_path / "data" / "train-0-of-2.parquet"))["train"][1]["image"].size == pictures(2)[1].size
+
+
+def test_texts_that_say_that_there_is_nothing_are_texts(tmp_path):
+    pictures(1)[0].save(tmp_path / "a.png")
+    (tmp_path / "pairs.csv").write_text("image,text,age\na.png,None,3\na.png,N/A,\na.png,,4\n", encoding="utf-8")
+    dataset = load_pairs(str(tmp_path / "pairs.csv"))["train"]
+    assert dataset["text"][:] == ["None", "N/A", None] and dataset["age"][:] == [3, None, 4]

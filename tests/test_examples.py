@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, DatasetDict, Features, Image, Value
+from factories import raw_pairs
 from PIL import Image as PILImage
 from scripts import ROOT, load_script
 from transformers import CLIPModel, CLIPProcessor, pipeline
@@ -142,6 +143,29 @@ def test_an_interrupted_run_goes_on_by_the_name_of_its_folder_or_without(caption
     assert re.search(rf"2 runs are recorded here; .*`hf-dpclip ledger {ledger}`", capsys.readouterr().out)
 
 
+def test_a_validation_split_takes_the_place_of_a_test_split():
+    splits = DatasetDict(train=raw_pairs(8), validation=raw_pairs(3))
+    pair = TRAIN.private_and_held_out(splits, TRAIN.ExampleArguments(), "text", None)
+    assert [len(dataset) for dataset in pair] == [8, 3]
+
+
+def test_records_of_one_unit_are_held_out_together():
+    patients = [f"patient {number // 4}" for number in range(80)]
+    splits = DatasetDict(train=raw_pairs(80).add_column("patient", patients))
+    train, held_out = TRAIN.private_and_held_out(splits, TRAIN.ExampleArguments(), "text", "patient")
+    assert len(train) + len(held_out) == 80
+    assert set(train["patient"]).isdisjoint(held_out["patient"])
+
+
+def test_a_few_records_are_taken_from_the_whole_file():
+    """Which may be sorted by class."""
+    numbered = raw_pairs(100).add_column("number", range(100))
+    arguments = TRAIN.ExampleArguments(max_train_samples=10, max_eval_samples=200)
+    splits = DatasetDict(train=numbered, test=numbered)
+    train, held_out = TRAIN.private_and_held_out(splits, arguments, "text", None)
+    assert train["number"][:] == [*range(0, 100, 10)] and held_out["number"][:] == [*range(100)]
+
+
 @pytest.mark.parametrize(
     "mistake, message",
     [
@@ -151,6 +175,7 @@ def test_an_interrupted_run_goes_on_by_the_name_of_its_folder_or_without(caption
         ("--dataset_name uoft-cs/cifar10", "uoft-cs/cifar10 is neither a file or folder here nor a dataset"),
         ("--model_name_or_path no/such-model", "no/such-model is neither a folder here nor on the Hub"),
         ("--eval_split train", "--eval_split train is the split of the private records: name another one"),
+        ("--eval_split validation", "--eval_split validation is not a split of the dataset (train, test)"),
         ("--train_split training", "--train_split training is not a split of the dataset (train, test)"),
         ("--prompt_template photo", "has no {} for the class name"),
         ("--target_epsilon 0", "target_epsilon=0.0 is not possible"),

@@ -51,6 +51,7 @@ def test_easy_vqa_has_the_splits_of_its_package():
     splits = load_easy_vqa()
     assert {name: len(split) for name, split in splits.items()} == {"train": 38_575, "test": 9_673}
     assert [len(set(split["image_id"])) for split in splits.values()] == [4000, 1000]
+    assert set(splits["train"]["image_id"]).isdisjoint(splits["test"]["image_id"])
     record = splits["test"][1]
     assert (record["question"], record["answer"], record["image_id"]) == (
         "what is the color of the triangle?",

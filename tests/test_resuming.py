@@ -289,6 +289,22 @@ def test_a_run_that_was_not_private_stays_so_when_resumed_without_what_made_it_s
     assert reason.startswith(next(iter(setting)))
 
 
+def test_a_new_run_beside_an_unfinished_one_is_warned(make_trainer, interrupted, caplog):
+    with caplog.at_level("WARNING"):
+        make_trainer(max_steps=1).train()
+    assert "checkpoint-2 is of a run that took 2 of its 4 steps" in caplog.text
+    assert "resume_from_checkpoint=True" in caplog.text
+
+
+def test_neither_a_resumed_run_is_nor_a_new_one_beside_a_finished_one(make_trainer, interrupted, caplog):
+    with caplog.at_level("WARNING"):
+        make_trainer(max_steps=4, **SAVING).train(resume_from_checkpoint=True)
+        trainer = make_trainer(max_steps=1)
+        trainer.train()
+        trainer.train()
+    assert "is of a run that took" not in caplog.text
+
+
 # ---- Several calls of train ----
 
 
