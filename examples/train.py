@@ -33,6 +33,7 @@ from transformers import AutoModel, AutoProcessor, HfArgumentParser, Trainer, Tr
 from hf_dpclip import DPCLIPTrainer, DPTrainingArguments, ImageTextCollator, lora_config
 from hf_dpclip.data import caption_by_label, class_prompts, hold_out, load_pairs
 from hf_dpclip.evaluation import zero_shot_accuracy
+from hf_dpclip.models import base_model
 from hf_dpclip.presets import PRESETS
 from hf_dpclip.privacy import STATEMENT_NAME
 from hf_dpclip.records import check_complete
@@ -387,8 +388,7 @@ def report(job: Job, scores: dict[str, float], folder: Path):
     print(f"\nPrivacy: ε = {spent.epsilon:.4g} at δ = {spent.delta:.3g} after {spent.steps} steps.")
     print("".join(f"NOT PRIVATE: {reason}\n" for reason in statement.not_private_because))
     mention_other_runs(job.trainer)
-    model = job.trainer.model
-    name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+    name = type(base_model(job.trainer.model)).__name__
     print(f"from transformers import AutoProcessor, {name}")
     print(f'model = {name}.from_pretrained("{folder}")')
     print(f'processor = AutoProcessor.from_pretrained("{folder}")')

@@ -227,7 +227,9 @@ class DPTrainingArguments(TrainingArguments):
         self._check_positive("ledger_epsilon", self.ledger_epsilon)
 
     def _check_mechanism(self):
-        self._check_positive("max_grad_norm", self.max_grad_norm or 0)
+        if self.max_grad_norm is None:
+            raise ValueError("max_grad_norm=None is not possible: it bounds the gradient of a microbatch, e.g. 1.0.")
+        self._check_positive("max_grad_norm", self.max_grad_norm)
         self._check_positive("learning_rate", self.learning_rate)
         for name in WHOLE_NUMBERS:
             value = getattr(self, name)
@@ -262,12 +264,16 @@ class DPTrainingArguments(TrainingArguments):
                 f"microbatch_size={size} does not divide per_device_train_batch_size={batch}: choose a divisor of it, "
                 f"or raise per_device_train_batch_size to a multiple of {size}."
             )
-        if size % batch or total % size:
+        if size % batch:
             raise ValueError(
-                f"microbatch_size={size} is computed in chunks of per_device_train_batch_size={batch}, of which there "
-                f"are {total // batch} per step (gradient_accumulation_steps and processes): choose a multiple of "
-                f"{batch} that divides the expected batch size {total}, or set gradient_accumulation_steps="
-                f"{math.ceil(size / batch / self.world_size)}."
+                f"microbatch_size={size} is computed in chunks of per_device_train_batch_size={batch}: choose a "
+                f"multiple of {batch}."
+            )
+        if total % size:
+            passes = size // math.gcd(size, batch * self.world_size)
+            raise ValueError(
+                f"microbatch_size={size} does not divide the expected batch size {total}: choose a divisor of it, or "
+                f"set gradient_accumulation_steps={passes} or a multiple of that."
             )
 
     def _check_ledger_path(self):

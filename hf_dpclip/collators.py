@@ -150,6 +150,11 @@ class VisualQuestionCollator(ImageTextCollator):
     def __call__(self, records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = super().__call__(records)
         answers = [check_text(record[self.answer_column], self.answer_column) for record in records]
+        if not self.label2id.keys() >= {*answers}:
+            raise ValueError(
+                f"an answer in column {self.answer_column!r} is none of the {len(self.label2id)} that the model can "
+                "give: leave such records out, or make the model with from_clip(clip, answers=[...])."
+            )
         labels = [self.label2id[answer] for answer in answers for _ in range(self.views)]
         batch["labels"] = torch.tensor(labels)
         return batch

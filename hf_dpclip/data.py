@@ -38,9 +38,11 @@ def class_prompts(class_names: list[str], template: str = "a photo of a {}.") ->
 def caption_by_label(dataset: Dataset, label_column: str, template: str, caption_column: str = "caption") -> Dataset:
     """Adds a column with the prompt of each record's class.
 
-    Raises `ValueError` as [`check_labels`] does.
+    Raises `ValueError` as [`check_labels`] does, and if there is such a column already.
     """
     check_labels(dataset, label_column)
+    if caption_column in dataset.column_names:
+        raise ValueError(f"the dataset has a column {caption_column!r} already: choose another caption_column.")
     prompts = class_prompts(dataset.features[label_column].names, template)
     return dataset.add_column(caption_column, [prompts[label] for label in dataset[label_column]])
 

@@ -17,7 +17,8 @@ from .records import first_record
 
 def check_dataset(dataset: Dataset) -> None:
     """Raises `ValueError` for a dataset that Poisson sampling cannot draw from."""
-    if isinstance(dataset, dict) and all(isinstance(split, Dataset | datasets.Dataset) for split in dataset.values()):
+    splits = dataset.values() if isinstance(dataset, dict) else ()
+    if splits and all(isinstance(split, Dataset | datasets.Dataset) for split in splits):
         raise ValueError(
             f"train_dataset has several splits ({', '.join(dataset)}): pass one of them, as dataset['train']."
         )
@@ -118,7 +119,7 @@ def _num_shared_units(private: Any, evaluated: Any, column: str | None) -> int:
     return sum(unit in units for unit in evaluated.with_format(None)[column])
 
 
-def check_public(train_dataset: Dataset, public_negatives: list[str] | Dataset) -> None:
+def check_public(train_dataset: Dataset, public_negatives: list[str] | datasets.Dataset) -> None:
     """Raises `ValueError` for public negatives that are recognised as private records."""
     shared = shared_rows(train_dataset, public_negatives)
     if shared:

@@ -10,7 +10,7 @@ from transformers import EvalPrediction, ProcessorMixin
 
 from .collators import encoded_texts
 from .metrics import RetrievalRecall, VQAAccuracy, ZeroShotAccuracy
-from .records import unreadable
+from .records import check_picture, unreadable
 
 
 # What Pillow raises, by format and by what is wrong with the file.
@@ -52,8 +52,8 @@ def zero_shot_accuracy(
     text = encoded_texts(processor, prompts).to(device)
     metric = ZeroShotAccuracy()
     for start in range(0, len(dataset), batch_size):
-        batch = _decoded(dataset, start, start + batch_size)
-        images = [image.convert("RGB") for image in batch[image_column]]
+        batch = _decoded(dataset, range(start, min(start + batch_size, len(dataset))))
+        images = [check_picture(image, image_column).convert("RGB") for image in batch[image_column]]
         pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(device)
         logits = model(pixel_values=pixel_values, **text).logits_per_image
         metric.add_batch(predictions=logits.float().cpu().numpy(), references=batch[label_column])
@@ -130,12 +130,12 @@ def vqa_accuracy(prediction: EvalPrediction, id2label: dict[int, str]) -> dict[s
     return VQAAccuracy(keep_in_memory=True).compute(predictions=answers, references=references)
 
 
-def _decoded(dataset: Dataset, start: int, stop: int) -> dict[str, list]:
+def _decoded(dataset: Dataset, rows: range) -> dict[str, list]:
     """The columns of some records. Where an image fails, they are tried in turn, to find out which it is."""
     try:
-        return dataset[start:stop]
+        return dataset[rows]
     except UNDECODABLE as error:
-        row, _ = next(unreadable(dataset, range(start, stop)))
+        row, _ = next(unreadable(dataset, rows))
         raise ValueError(
             f"an image of record {row} cannot be decoded ({error}): replace the file, or leave the record out."
         ) from error

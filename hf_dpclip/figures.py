@@ -20,7 +20,7 @@ def plot_epsilon(plan: PrivacyPlan, path: str | Path) -> None:
     """
     figure, axes = _figure()
     # Close together at first, where the curve is steep.
-    steps = np.unique(np.ceil(plan.num_steps * np.linspace(0, 1, CURVE_POINTS)[1:] ** 2).astype(int)).tolist()
+    steps = np.unique(np.ceil(plan.num_steps * np.linspace(0, 1, CURVE_POINTS + 1)[1:] ** 2).astype(int)).tolist()
     axes.plot(steps, [plan.epsilon(each) for each in steps], marker="o", markersize=3)
     if plan.target_epsilon is not None:
         axes.axhline(plan.target_epsilon, color="tab:red", linestyle="--", label=f"target ε = {plan.target_epsilon:g}")

@@ -23,7 +23,7 @@ from .gradients import (
     microbatch_gradients,
     obstacle,
 )
-from .gradients.contrastive import WITH_CAUSAL_TEXTS
+from .gradients.vectorizable import WITH_CAUSAL_TEXTS
 from .privacy import GaussianMechanism
 from .seeding import preserved_generators, seeded
 

@@ -68,17 +68,17 @@ def write_model_card(trainer: "PublishingTrainer", **names: Any) -> None:
     facts = TrainingSummary.from_trainer(trainer, **{**_UNNAMED, **names})
     evaluations = evaluations_of(trainer)
     folder = Path(trainer.output_dir)
-    _draw(evaluations, trainer.args.metric_for_best_model, folder / FIGURE_NAME)
+    folder.mkdir(parents=True, exist_ok=True)
+    has_figure = _draw(evaluations, trainer.args.metric_for_best_model, folder / FIGURE_NAME)
     sections = [
         f"---\n{metadata(trainer, facts, evaluations).to_yaml()}\n---",
         _introduction(trainer, facts),
         privacy_section(trainer.privacy_statement()),
         _training_data(trainer, facts),
-        _evaluation(evaluations, (folder / FIGURE_NAME).is_file()),
+        _evaluation(evaluations, has_figure),
         f"## Usage\n\n```python\n{usage(trainer)}```",
         _procedure(trainer, facts),
     ]
-    folder.mkdir(parents=True, exist_ok=True)
     Path(folder, CARD_NAME).write_text("\n\n".join(map(str.strip, sections)) + "\n", encoding="utf-8")
 
 
@@ -236,15 +236,16 @@ def _tags(trainer: "PublishingTrainer") -> list[str]:
     return tags
 
 
-def _draw(evaluations: list[Evaluation], chosen: str | None, path: Path) -> None:
-    """The figure, if there are points to join and matplotlib is installed."""
+def _draw(evaluations: list[Evaluation], chosen: str | None, path: Path) -> bool:
+    """Writes the figure, if there are points to join and matplotlib is installed. Returns whether it did."""
     spent = [(each.epsilon, each.metrics) for each in evaluations if each.epsilon is not None]
     if len(spent) < 2 or find_spec("matplotlib") is None:
-        return
+        return False
     names = sorted(set.intersection(*(set(metrics) for _, metrics in spent)), key=lambda name: name.endswith("loss"))
     chosen = (chosen or "").removeprefix("eval_")
     metric = chosen if chosen in names else names[0]
     plot_privacy_utility([epsilon for epsilon, _ in spent], [metrics[metric] for _, metrics in spent], metric, path)
+    return True
 
 
 def _task(model: nn.Module) -> str | None:

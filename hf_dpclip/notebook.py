@@ -7,10 +7,10 @@ class PrivacyNotebookProgressCallback(NotebookProgressCallback):
     """The usual table with a column for ε, and a line for every log even where there is no training loss to show."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if args.eval_strategy == "no" and "epsilon" in logs and self.training_tracker is not None:
-            loss = logs.get("loss", "private")
-            values = {"Training Loss": loss, "Step": state.global_step, "Epsilon": logs["epsilon"]}
-            self.training_tracker.write_line(values)
+        # The last log, of the whole run, has no loss of a step.
+        if args.eval_strategy == "no" and self.training_tracker is not None and "train_runtime" not in logs:
+            loss, epsilon = logs.get("loss", "private"), logs.get("epsilon", "none")
+            self.training_tracker.write_line({"Training Loss": loss, "Step": state.global_step, "Epsilon": epsilon})
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         metrics = dict(metrics or {})

@@ -124,18 +124,19 @@ def shared_rows(private: Any, public: Any) -> int:
     if private is public or private._fingerprint == public._fingerprint:
         return len(public)
     columns = [name for name in public.column_names if _holds_images(public, name) and name in private.column_names]
-    return max((len(_digests(private, name) & _digests(public, name)) for name in columns), default=0)
+    known = {name: {*_digests(private, name)} for name in columns}
+    return max((sum(digest in known[name] for digest in _digests(public, name)) for name in columns), default=0)
 
 
 def _holds_images(dataset: Dataset, column: str) -> bool:
     return isinstance(dataset.features[column], Image) or column == "pixel_values"
 
 
-def _digests(dataset: Dataset, column: str) -> set[bytes]:
+def _digests(dataset: Dataset, column: str) -> list[bytes]:
     if isinstance(dataset.features[column], Image):
-        return {*image_digests(dataset, column)} - {None}
+        return [digest for digest in image_digests(dataset, column) if digest is not None]
     values = dataset.select_columns([column]).with_format("numpy")[column]
-    return {hashlib.sha256(value.tobytes()).digest() for value in values}
+    return [hashlib.sha256(value.tobytes()).digest() for value in values]
 
 
 def _batches(records: Any, size: int) -> Iterator[list]:

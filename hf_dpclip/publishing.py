@@ -19,6 +19,7 @@ from .arguments import DPTrainingArguments
 from .averaging import load_averages, save_averages
 from .model_card import write_model_card
 from .privacy import STATEMENT_NAME, PrivacyPlan, PrivacyStatement
+from .privacy_section import NOT_PRIVATE
 from .resuming import check_settings, fitting
 
 
@@ -58,7 +59,7 @@ class PublishingTrainer(Trainer):
             if statement.steps and not self.plan.non_private:
                 logs["epsilon"] = statement.spent.epsilon
             if statement.not_private_because:
-                logs["NOT PRIVATE"] = 1.0
+                logs[NOT_PRIVATE] = 1.0
         super().log(logs, *args, **kwargs)
 
     @staticmethod

@@ -5,6 +5,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from .advice import advice, is_hopeless
 from .privacy import PrivacySpent, PrivacyStatement, composed
+from .privacy_section import NOT_PRIVATE
 
 
 class PrivacyCallback(TrainerCallback):
@@ -16,7 +17,8 @@ class PrivacyCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.prepare_mechanism()
         if state.is_world_process_zero:
-            print(summary(self.trainer.privacy_statement(), self.trainer.model))
+            statement = self.trainer.privacy_statement()
+            print(summary(statement, self.trainer.model, statement.steps + self.trainer.planned_steps))
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.remaining_steps == 0:
@@ -31,7 +33,7 @@ class PrivacyProgressCallback(ProgressCallback):
         super().on_log(args, state, control, logs=logs, **kwargs)
         if state.is_world_process_zero and self.training_bar is not None:
             epsilon = f"ε={logs['epsilon']:.3g} " if "epsilon" in logs else ""
-            self.training_bar.set_postfix_str(epsilon + ("NOT PRIVATE" if "NOT PRIVATE" in logs else ""))
+            self.training_bar.set_postfix_str(epsilon + (NOT_PRIVATE if NOT_PRIVATE in logs else ""))
 
 
 def privacy_progress(callback: type[TrainerCallback]) -> TrainerCallback:
@@ -43,23 +45,26 @@ def privacy_progress(callback: type[TrainerCallback]) -> TrainerCallback:
     return PrivacyNotebookProgressCallback()
 
 
-def summary(statement: PrivacyStatement, model: nn.Module) -> str:
-    """The plan in words and figures, with a warning if it cannot work."""
+def summary(statement: PrivacyStatement, model: nn.Module, total_steps: int) -> str:
+    """The plan in words and figures, with a warning if it cannot work.
+
+    `total_steps` are those that will have been taken at the end: more than planned where `train` is called again.
+    """
     plan = statement.plan
     num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    ceiling = plan.signal_to_noise(num_parameters)
+    ceiling, epsilon = plan.signal_to_noise(num_parameters), plan.epsilon(total_steps)
     lines = [
         "***** Differentially private training *****",
         f"  privacy units n = {plan.num_examples:,} (one unit = one {plan.privacy_unit})",
         f"  expected batch size B = {plan.expected_batch_size:,}, sampled with q = {plan.sampling_probability:.4g}",
         f"  microbatches per step K = {plan.num_microbatches:,} of about {plan.microbatch_size:.4g} units each",
-        f"  steps T = {plan.num_steps:,}, of which taken = {statement.steps:,}",
+        f"  steps T = {total_steps:,}, of which taken = {statement.steps:,}",
         f"  clipping norm C = {plan.max_grad_norm:g} ({plan.clipping}), sensitivity Δ = {plan.sensitivity:g}",
         f"  noise multiplier σ = {plan.noise_multiplier:.4g}, noise standard deviation σΔ = {plan.noise_std:.4g}",
-        f"  ε = {plan.epsilon():.4g} after all steps at δ = {plan.target_delta:.3g} ({plan.accountant} accountant)",
+        f"  ε = {epsilon:.4g} after all steps at δ = {plan.target_delta:.3g} ({plan.accountant} accountant)",
         f"  trainable parameters d = {num_parameters:,}, signal-to-noise ceiling of a step = {ceiling:.3g}",
         *_earlier(statement),
-        *(f"  NOT PRIVATE: {reason}" for reason in statement.not_private_because),
+        *(f"  {NOT_PRIVATE}: {reason}" for reason in statement.not_private_because),
     ]
     if is_hopeless(plan, num_parameters):
         lines.append(f"  WARNING: {advice(plan, num_parameters)}")

@@ -123,7 +123,7 @@ class RunningTrainer(PublishingTrainer):
             warn_of_unfinished_run(self.args.output_dir, self._run)
         self._steps_ahead = self._take_over(resume_from_checkpoint) if resume_from_checkpoint else self.plan.num_steps
         has_own_plan = trial is None and not self._plan_is_a_trials
-        if has_own_plan and self._planned_steps == 0:
+        if has_own_plan and self.planned_steps == 0:
             return self._finished(resume_from_checkpoint)
         with explained():
             output = super().train(resume_from_checkpoint, trial, **kwargs)
@@ -163,7 +163,7 @@ class RunningTrainer(PublishingTrainer):
             super()._load_from_checkpoint(checkpoint, *args, **kwargs)
 
     @property
-    def _planned_steps(self) -> int:
+    def planned_steps(self) -> int:
         """Steps that this call of `train` is going to take at most."""
         return min(self._steps_ahead, self.remaining_steps)
 
@@ -172,7 +172,7 @@ class RunningTrainer(PublishingTrainer):
         self._check_length()
         self._agree()
         self._draw_randomness()
-        with recorded(self, self._run, self._planned_steps) as self._before_release:
+        with recorded(self, self._run, self.planned_steps) as self._before_release:
             return super()._inner_training_loop(*args, **kwargs)
 
     def _check_length(self) -> None:

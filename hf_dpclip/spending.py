@@ -40,7 +40,8 @@ def recorded(trainer: "DPCLIPTrainer", run: str, planned: int) -> Iterator[Calla
         run (`str`): the id of the run that they belong to.
         planned (`int`): steps that are to be taken inside.
 
-    Raises `ValueError`, on all processes, if they could exceed `ledger_epsilon`, or if the ledger is damaged.
+    Raises, on all processes, `ValueError` if they could exceed `ledger_epsilon`, or if the ledger is damaged, and
+    `OSError` if it cannot be written.
     """
     recording = _begin(trainer, run, planned)
     try:

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import datasets
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers import trainer as hf_trainer
 
@@ -76,7 +77,7 @@ class DPCLIPTrainer(RunningTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        public_negatives: list[str] | Dataset | None = None,
+        public_negatives: list[str] | datasets.Dataset | None = None,
         **kwargs,
     ):
         if not isinstance(args, DPTrainingArguments):
@@ -126,7 +127,7 @@ class DPCLIPTrainer(RunningTrainer):
         self._units = PrivacyUnits(self.train_dataset, args.privacy_unit_column, args.max_records_per_unit)
         return make_plan(args, len(self._units))
 
-    def _encode_public(self, public: list[str] | Dataset) -> PublicNegatives:
+    def _encode_public(self, public: list[str] | datasets.Dataset) -> PublicNegatives:
         data_validation.check_public(self.train_dataset, public)
         size = self.args.per_device_train_batch_size
         chunks = encode_public_negatives(public, self.data_collator, self.processing_class, size)

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .arguments import DPTrainingArguments
 from .data_validation import check_dataset
-from .gradients.contrastive import WITH_CAUSAL_TEXTS
+from .gradients.vectorizable import WITH_CAUSAL_TEXTS
 from .guard import check_no_hooks
 from .shared_images import image_columns
 

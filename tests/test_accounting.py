@@ -54,6 +54,22 @@ def test_calibration_covers_the_range_that_people_ask_for(target):
     assert 0.99 * target <= epsilon(0.02, sigma, 200, 1e-5) <= target
 
 
+def test_calibration_reaches_targets_that_renyi_divergences_do_not():
+    """Theirs has a floor, which grows as δ falls."""
+    sampling = (1024 / 60_000, 351)
+    assert epsilon(sampling[0], 1e4, sampling[1], 1e-8, "rdp") > 0.01
+    sigma = calibrate_noise_multiplier(0.01, 1e-8, *sampling)
+    assert 0.0099 <= epsilon(sampling[0], sigma, sampling[1], 1e-8) <= 0.01
+    with pytest.raises(ValueError, match=r"no noise_multiplier reaches target_epsilon=0\.001"):
+        calibrate_noise_multiplier(0.001, 1e-8, *sampling, "rdp")
+
+
+def test_so_little_noise_that_nothing_can_be_computed_is_refused():
+    for accountant in ("pld", "rdp"):
+        with pytest.raises(ValueError, match=r"noise_multiplier=1e-200 is not possible"):
+            PrivacyPlan(1000, 10, 1, 10, noise_multiplier=1e-200, accountant=accountant)
+
+
 def test_no_steps_cost_nothing():
     assert epsilon(0.1, 1.0, 0, 1e-5) == 0.0
 

@@ -122,7 +122,11 @@ def test_the_advice_is_that_of_the_trainer(shown, num_microbatches, num_paramete
     plan = PrivacyPlan(**options)
     with torch.device("meta"):
         model = torch.nn.Linear(num_parameters // 1000, 1000, bias=False)
-    warnings = [line.strip() for line in summary(PrivacyStatement(plan, 0), model).splitlines() if "WARNING" in line]
+    warnings = [
+        line.strip()
+        for line in summary(PrivacyStatement(plan, 0), model, plan.num_steps).splitlines()
+        if "WARNING" in line
+    ]
     assert [line for line in text.splitlines() if "WARNING" in line] == warnings
 
 

@@ -157,6 +157,15 @@ def test_unknown_answers_are_refused_before_training_and_not_shown(make_trainer)
     assert "red" not in str(refusal.value)
 
 
+def test_unknown_answers_of_other_datasets_are_not_shown_either(make_trainer):
+    """They are seen when the first of them is drawn."""
+    options = {"data_collator": collator(label2id={"yes": 0, "no": 1})}
+    trainer = make_trainer(tiny_clip_vqa(), list(records(40)), options)
+    with pytest.raises(ValueError, match=r"an answer in column 'answer' is none of the 2") as refusal:
+        trainer.train()
+    assert "red" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("column", ["image", "question", "answer"])
 def test_wrong_column_names_are_refused_before_training(make_trainer, column):
     message = rf"no column '{column}'.* data_collator=VisualQuestionCollator\(processor, label2id=\.\.\., image_column"

@@ -558,10 +558,15 @@ def test_the_command_takes_an_output_folder_and_closes_a_run(make_trainer, tmp_p
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["absent.jsonl"], "absent.jsonl does not exist: name a ledger"), ([".", "--close", "x"], "0 runs in")],
+    [
+        (["absent.jsonl"], "absent.jsonl does not exist: name a ledger"),
+        (["no/such/ledger.jsonl", "--close", "x"], "no/such/ledger.jsonl does not exist: name a ledger"),
+        ([".", "--close", "x"], "0 runs in"),
+    ],
 )
 def test_the_command_says_what_is_wrong(two_datasets, monkeypatch, capsys, options, message):
     monkeypatch.chdir(two_datasets.parent)
     two_datasets.rename(LEDGER_NAME)
     assert main(["ledger", *options]) == 2
     assert message in capsys.readouterr().err
+    assert not Path("no").exists()

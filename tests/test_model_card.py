@@ -178,6 +178,11 @@ def test_one_evaluation_makes_no_figure(trained, tmp_path):
     assert not (tmp_path / "privacy_utility.png").exists()
 
 
+def test_the_figure_of_another_run_is_not_shown(trained, tmp_path):
+    (tmp_path / "privacy_utility.png").write_bytes(b"of yesterday")
+    assert "privacy_utility.png" not in card_of(trained(evaluated=True, eval_steps=2))
+
+
 def test_without_matplotlib_the_card_has_no_figure(trained, monkeypatch):
     monkeypatch.setattr("hf_dpclip.model_card.find_spec", lambda name: None)
     assert "privacy_utility.png" not in card_of(trained(evaluated=True))

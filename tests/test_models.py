@@ -29,6 +29,7 @@ from transformers import (
 
 from hf_dpclip import DPTrainingArguments, PrivacyStatement, lora_config
 from hf_dpclip.metrics import VQAAccuracy
+from hf_dpclip.models import base_model
 
 
 def tiny_blip() -> BlipForQuestionAnswering:
@@ -394,3 +395,10 @@ def test_only_the_last_checkpoints_are_kept_each_with_its_own_statement(make_tra
 def test_static_shapes_are_refused_for_a_model_that_is_not_told_where_texts_end(make_trainer):
     with pytest.raises(ValueError, match="static_shapes=True needs CLIPModel"):
         make_trainer(tiny_siglip(), static_shapes=True)
+
+
+def test_mixed_adapters_are_trained_one_microbatch_at_a_time(make_trainer):
+    model = get_peft_model(tiny_clip(), lora_config(tiny_clip()), mixed=True)
+    trainer = make_trainer(model, microbatch_size=4)
+    trainer.train()
+    assert trainer.privacy_spent().steps == 2 and base_model(model) is model.base_model.model

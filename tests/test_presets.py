@@ -185,6 +185,14 @@ def test_zero_shot_accuracy_runs_a_real_model(dark_and_bright):
     assert 0 <= accuracy <= 1
 
 
+def test_an_image_that_is_missing_is_named(dark_and_bright):
+    records = dark_and_bright.cast_column("scan", Image(decode=False)).to_list()
+    records[2]["scan"] = None
+    missing = Dataset.from_list(records, features=dark_and_bright.features)
+    with pytest.raises(ValueError, match=r"column 'scan' holds nothing \(None\) where a PIL image is expected"):
+        zero_shot_accuracy(Brightness(), tiny_processor(), missing, ["dark", "bright"], "scan", "kind", 3)
+
+
 @pytest.mark.parametrize("damage", [lambda png: b"no image", lambda png: png[: len(png) // 2], lambda png: b""])
 def test_an_image_that_cannot_be_decoded_is_named(dark_and_bright, damage):
     stored = dark_and_bright.cast_column("scan", Image(decode=False))

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import check_bounded, flat_weights, one_update
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from factories import IMAGE_SIZE, arguments, pairs, tiny_clip, tiny_processor
 from PIL import Image
 
@@ -146,6 +146,11 @@ def test_private_records_are_recognised(tmp_path, rows):
     assert shared_rows(private, public) == len(range(8)[rows])
     with pytest.raises(ValueError, match="are records of the private train_dataset"):
         trainer_of(tmp_path, private, public)
+
+
+def test_private_records_are_counted_as_often_as_they_are_there():
+    private = raw_pairs(8)
+    assert shared_rows(private, concatenate_datasets([private.select([2, 2, 2]), raw_pairs(12).select([10, 11])])) == 3
 
 
 def test_encoded_private_records_are_recognised():

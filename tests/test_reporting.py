@@ -58,7 +58,7 @@ def plan(**changes) -> PrivacyPlan:
 
 
 def summarise(plan: PrivacyPlan, model=None, taken: int = 0, reasons: tuple[str, ...] = ()) -> str:
-    return summary(PrivacyStatement(plan, taken, reasons), model or torch.nn.Linear(1000, 250))
+    return summary(PrivacyStatement(plan, taken, reasons), model or torch.nn.Linear(1000, 250), plan.num_steps)
 
 
 # ---- The summary ----
@@ -112,6 +112,16 @@ def test_the_summary_is_printed_once_when_training_begins(make_trainer, capsys, 
         trainer.train()
     printed = capsys.readouterr().out.count("Differentially private training")
     assert printed == (1 if training else 0)
+
+
+def test_the_summary_of_a_second_training_counts_the_first(make_trainer, capsys):
+    trainer = make_trainer(max_steps=3)
+    trainer.train()
+    capsys.readouterr()
+    trainer.train()
+    printed = capsys.readouterr().out
+    assert "steps T = 6, of which taken = 3\n" in printed
+    assert f"ε = {trainer.privacy_spent().epsilon:.4g} after all steps" in printed
 
 
 # ---- The warning of a plan that cannot work ----

@@ -47,7 +47,7 @@ class ChosenGradients(nn.Module):
         super().__init__()
         self.tensors = nn.ParameterList([nn.Parameter(torch.zeros(size)) for size in sizes])
 
-    def forward(self, vector, labels=None):
+    def forward(self, vector):
         return {"loss": (vector @ torch.cat([*self.tensors])).sum()}
 
 
@@ -58,7 +58,7 @@ class ContrastiveTemperature(nn.Module):
         super().__init__()
         self.logit_scale = nn.Parameter(torch.zeros(1))
 
-    def forward(self, image, text, labels=None):
+    def forward(self, image, text):
         logits = self.logit_scale.exp() * image @ text.T
         own = torch.arange(len(logits))
         return {"loss": (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2}

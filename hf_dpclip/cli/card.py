@@ -114,8 +114,9 @@ def _as_dict(findings: Findings) -> dict:
     if findings.statement is None:
         return values
     spent = findings.statement.spent
-    epsilon = spent.epsilon if math.isfinite(spent.epsilon) else None
-    recomputed = {"epsilon": epsilon, "delta": spent.delta, "steps": spent.steps}
+    from ..privacy.plan import finite
+
+    recomputed = {"epsilon": finite(spent.epsilon), "delta": spent.delta, "steps": spent.steps}
     return {**values, **recomputed, "plan": findings.statement.plan.to_dict()}
 
 

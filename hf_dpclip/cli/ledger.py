@@ -77,11 +77,13 @@ def _row(record: "RunRecord") -> tuple[str, ...]:
 
 
 def _as_dict(total: "Total") -> dict[str, Any]:
+    from ..privacy.plan import finite
+
     return {
         "dataset": total.dataset,
-        "epsilon": _finite(total.epsilon),
+        "epsilon": finite(total.epsilon),
         "delta": total.delta,
-        "epsilon_of_private_runs": _finite(total.epsilon_of_private_runs),
+        "epsilon_of_private_runs": finite(total.epsilon_of_private_runs),
         "not_private_runs": [record.run for record in total.not_private_runs],
         "runs": [
             {
@@ -89,7 +91,7 @@ def _as_dict(total: "Total") -> dict[str, Any]:
                 "began": record.time,
                 "steps": record.steps,
                 "reserved": record.reserved,
-                "epsilon": _finite(record.epsilon),
+                "epsilon": finite(record.epsilon),
                 "delta": record.plan["target_delta"],
                 "not_private_because": list(record.not_private_because),
                 "plan": record.plan,
@@ -97,7 +99,3 @@ def _as_dict(total: "Total") -> dict[str, Any]:
             for record in total.runs
         ],
     }
-
-
-def _finite(epsilon: float) -> float | None:
-    return epsilon if math.isfinite(epsilon) else None

@@ -44,6 +44,7 @@ def accumulate_chunked_gradient(
         backward (`Callable`): runs the backward pass, e.g. `Accelerator.backward`.
         gather (`Callable`, *optional*): puts the rows of all processes together, where a microbatch spans several
             processes. What is then left in `Parameter.grad` is this process's part of the sum.
+        process (`int`): this one's rank. The temperature's gradient is left to the first.
 
     Returns the loss, detached; 0 if there is no pair in any chunk.
 

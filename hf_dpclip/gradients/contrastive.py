@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AltCLIPModel,
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from ..losses import PublicEmbeddings, contrastive_losses, sigmoid_losses
+from ..models import base_model
 from .inputs import can_be_filled_up, caption_keys, filled_up, num_rows, pairs_only, text_length
 from .vectorizable import VectorizableModel
 
@@ -26,8 +26,6 @@ from .vectorizable import VectorizableModel
 # The models whose own loss is known here, by that loss. All return normalised `image_embeds` and `text_embeds`.
 WITH_CLIP_LOSS = (CLIPModel, AltCLIPModel, ChineseCLIPModel, MetaClip2Model, VisionTextDualEncoderModel)
 WITH_SIGMOID_LOSS = (SiglipModel, Siglip2Model)
-# Those that look at a text from its beginning to its end token only, so that what follows changes nothing.
-WITH_CAUSAL_TEXTS = (CLIPModel, MetaClip2Model)
 
 # Texts are filled up to multiples of this where shapes are static.
 TEXT_STEP = 16
@@ -135,7 +133,7 @@ class ContrastiveModel(VectorizableModel):
 
 def contrastive_base(model: nn.Module) -> PreTrainedModel | None:
     """The model inside, without adapters, if its loss is known and is the one that it came with."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_model(model)
     known = next((kind for kind in (*WITH_CLIP_LOSS, *WITH_SIGMOID_LOSS) if isinstance(base, kind)), None)
     return base if known is not None and type(base).forward is known.forward else None
 

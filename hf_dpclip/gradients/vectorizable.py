@@ -6,18 +6,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import CLIPModel, MetaClip2Model, PreTrainedModel
 
-from ..models import CLIPForVisualQuestionAnswering
+from ..models import CLIPForVisualQuestionAnswering, base_model
 from .inputs import end_in_filler, text_length
 from .layout import Layout
 
 
-# Files of text towers that look at a text from its beginning to its end token only, so that what follows changes
-# nothing,
-CAUSAL_TEXTS = ("transformers.models.clip.modeling_clip", "transformers.models.metaclip_2.modeling_metaclip_2")
+# Models that look at a text from its beginning to its end token only, so that what follows changes nothing,
+WITH_CAUSAL_TEXTS = (CLIPModel, MetaClip2Model)
+# the files of their text towers, which other models may have too,
+CAUSAL_TEXTS = tuple(model.__module__ for model in WITH_CAUSAL_TEXTS)
 # and of those whose embedding of a text is that of its first position, and which are told by a mask where it ends.
 FIRST_POSITION_TEXTS = (
     "transformers.models.altclip.modeling_altclip",
@@ -151,6 +151,6 @@ class MeanLossModel(VectorizableModel):
 
 def mean_loss_base(model: nn.Module) -> CLIPForVisualQuestionAnswering | None:
     """The model inside, without adapters, if its loss is known to be such a mean and is the one that it came with."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_model(model)
     known = CLIPForVisualQuestionAnswering
     return base if isinstance(base, known) and type(base).forward is known.forward else None

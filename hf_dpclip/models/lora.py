@@ -71,4 +71,6 @@ def lora_config(
 
 def base_model(model: nn.Module) -> nn.Module:
     """The model inside its adapters, or the model itself if it has none."""
-    return model.get_base_model() if isinstance(model, PeftModel | PeftMixedModel) else model
+    if isinstance(model, PeftMixedModel):
+        return model.base_model.model
+    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -33,6 +33,8 @@ SMALLEST_PLD_DELTA = 1e-9
 ACCEPTED_SHARE = (0.992, 1.0)
 AIMED_SHARE = 0.997
 MAX_EVALUATIONS = 100
+# Noise so large that all of RDP's ε comes from δ.
+NOISE_AT_THE_FLOOR = 1e4
 
 
 def dp_event(sampling_probability: float, noise_multiplier: float, steps: int) -> dp_accounting.DpEvent:
@@ -49,8 +51,7 @@ def typical_loss(sampling_probability: float, noise_multiplier: float, steps: in
     The mean is at most q times that of a step without sampling, and at most the chi-square divergence of a step.
     """
     drawn = 0.5 / noise_multiplier / noise_multiplier
-    chi_square = sampling_probability**2 * math.expm1(min(2 * drawn, 100.0))
-    return drawn + steps * min(sampling_probability * drawn, chi_square)
+    return drawn + steps * min(sampling_probability * drawn, _chi_square(sampling_probability, noise_multiplier))
 
 
 @lru_cache(maxsize=1024)
@@ -116,17 +117,19 @@ def calibrate_noise_multiplier(
     reports ε, the only one that decides, finish. Raises `ValueError` if no σ can be found.
     """
 
-    def solve(name: str, interval: float | None, start: float, slope: float) -> tuple[float, float]:
+    def solve(name: str, interval: float | None, target: float, start: float, slope: float) -> tuple[float, float]:
         def epsilon_of(sigma: float) -> float:
             return epsilon(sampling_probability, sigma, steps, target_delta, name, interval)
 
-        return _solve(epsilon_of, target_epsilon, start, slope)
+        return _solve(epsilon_of, target, start, slope)
 
-    noise_multiplier, slope = solve("rdp", None, 1.0, -1.5)
-    if accountant == "pld":
-        noise_multiplier, slope = solve("pld", WIDEST_INTERVAL, noise_multiplier, slope)
-        noise_multiplier, _ = solve("pld", None, noise_multiplier, slope)
-    return noise_multiplier
+    if accountant == "rdp":
+        return solve("rdp", None, target_epsilon, 1.0, -1.5)[0]
+    # RDP does not get below a floor, which grows as δ falls.
+    floor = epsilon(sampling_probability, NOISE_AT_THE_FLOOR, steps, target_delta, "rdp")
+    noise_multiplier, slope = solve("rdp", None, max(target_epsilon, 2 * floor), 1.0, -1.5)
+    noise_multiplier, slope = solve("pld", WIDEST_INTERVAL, target_epsilon, noise_multiplier, slope)
+    return solve("pld", None, target_epsilon, noise_multiplier, slope)[0]
 
 
 def _account(accountant: str, interval: float) -> dp_accounting.PrivacyAccountant:
@@ -137,8 +140,13 @@ def _account(accountant: str, interval: float) -> dp_accounting.PrivacyAccountan
 
 def _grid_width(sampling_probability: float, noise_multiplier: float) -> float:
     """For a step's privacy loss log(1 - q + q exp((2x - 1) / 2σ²)), whose deviation is about q √(exp(1/σ²) - 1)."""
-    deviation = sampling_probability * math.sqrt(math.expm1(min(noise_multiplier**-2, 100.0)))
+    deviation = math.sqrt(_chi_square(sampling_probability, noise_multiplier))
     return min(max(deviation / INTERVALS_PER_DEVIATION, NARROWEST_INTERVAL), WIDEST_INTERVAL)
+
+
+def _chi_square(sampling_probability: float, noise_multiplier: float) -> float:
+    """The chi-square divergence of one step, q² (exp(1/σ²) - 1), as far as floating point goes."""
+    return sampling_probability**2 * math.expm1(min(1 / noise_multiplier / noise_multiplier, 100.0))
 
 
 def _solve(epsilon_of: Callable[[float], float], target: float, start: float, slope: float) -> tuple[float, float]:
@@ -155,6 +163,8 @@ def _solve(epsilon_of: Callable[[float], float], target: float, start: float, sl
         if ACCEPTED_SHARE[0] * target <= value <= ACCEPTED_SHARE[1] * target:
             return sigma, slope
         low, high = (sigma, high) if value > target else (low, sigma)
+        if high < low * (1 + 1e-9):
+            break
         previous = (sigma, value)
         sigma = _inside(low, high, sigma * (AIMED_SHARE * target / value) ** (1 / slope))
     raise ValueError(
@@ -164,11 +174,13 @@ def _solve(epsilon_of: Callable[[float], float], target: float, start: float, sl
 
 
 def _inside(low: float, high: float, sigma: float) -> float:
-    """`sigma` if it lies in the bracket, else the bracket's geometric middle (at most a factor of 4 away)."""
-    if low < sigma < high and sigma < 4 * max(low, high if high < math.inf else low):
+    """`sigma` if it lies in the bracket, which ends at four times its beginning where it is open; else a number that
+    does."""
+    limit = 4 * low if high == math.inf else high
+    if low < sigma < limit:
         return sigma
     if high == math.inf:
-        return 4 * low
+        return limit
     return math.sqrt(low * high) if low > 0 else high / 4
 
 

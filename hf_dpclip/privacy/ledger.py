@@ -47,12 +47,7 @@ class Ledger:
         Raises `FileNotFoundError` if there is no ledger and `ValueError` if a line is damaged. The last line may have
         been cut short: the step that it was to cover was not taken.
         """
-        if not self.path.is_file():
-            nearby = next(self.path.parent.glob(f"*/{self.path.name}"), None)
-            found = f" (there is one in {nearby.parent})" if nearby else ""
-            raise FileNotFoundError(
-                f"{self.path} does not exist: name a ledger, or the output folder of a run{found}."
-            )
+        self._check_exists()
         with open(self.path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH)
             return run_records(parse(self.path, file.read()))
@@ -112,8 +107,11 @@ class Ledger:
         """Ends a run that crashed and will not be resumed, so that its remaining steps no longer count in budgets.
 
         Args:
-            run (`str`): how its id begins. Raises `ValueError` unless that is true of exactly one.
+            run (`str`): how its id begins.
+
+        Raises `ValueError` unless that is true of exactly one, and `FileNotFoundError` if there is no ledger.
         """
+        self._check_exists()
         with self._locked() as file:
             parts = parse(self.path, _content(file))
             ids = {known for known, _ in parts if known.startswith(run)}
@@ -122,6 +120,14 @@ class Ledger:
             for (known, number), part in parts.items():
                 if known in ids and part.open:
                     self._append(file, {"event": "end", "run": known, "part": number, "steps": part.steps})
+
+    def _check_exists(self) -> None:
+        if not self.path.is_file():
+            nearby = next(self.path.parent.glob(f"*/{self.path.name}"), None)
+            found = f" (there is one in {nearby.parent})" if nearby else ""
+            raise FileNotFoundError(
+                f"{self.path} does not exist: name a ledger, or the output folder of a run{found}."
+            )
 
     @contextmanager
     def _locked(self, create: int = 0) -> Iterator[int]:
@@ -135,7 +141,8 @@ class Ledger:
 
     def _open(self, create: int) -> int:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if create:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
             return os.open(self.path, os.O_RDWR | os.O_APPEND | create, 0o666)
         except OSError as error:
             raise OSError(

@@ -12,6 +12,8 @@ from . import accounting
 
 CLIPPINGS = ("flat", "automatic")
 LARGEST_TARGET = 100
+# Where ε is some hundred million; squares of much smaller numbers overflow.
+SMALLEST_NOISE_MULTIPLIER = 1e-3
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class PrivacyPlan:
     def calibrate(
         cls, *, target_epsilon: float, num_examples: int, target_delta: float | None = None, **fields: Any
     ) -> "PrivacyPlan":
-        """The plan whose noise puts ε of all `num_steps` steps within [0.99, 1.00] of `target_epsilon`.
+        """The plan whose noise puts ε of all `num_steps` steps within [0.992, 1.0] of `target_epsilon`.
 
         Takes the same fields, less `noise_multiplier`. Raises `ValueError` as the plan itself does, and for a target
         that no noise multiplier reaches.
@@ -171,9 +173,9 @@ class PrivacyPlan:
         }
 
     def _computable(self) -> bool:
-        """Whether the plan's accountant can compute ε. That by Rényi divergences always can."""
+        """Whether the plan's accountant can compute ε."""
         if self.accountant != "pld" or self.noise_multiplier == 0:
-            return True
+            return self.noise_multiplier == 0 or self.noise_multiplier >= SMALLEST_NOISE_MULTIPLIER
         loss = accounting.typical_loss(self.sampling_probability, self.noise_multiplier, self.num_steps)
         return loss <= accounting.LARGEST_LOSS
 
@@ -186,7 +188,7 @@ class PrivacyPlan:
         yield "expected_batch_size", batch <= n, f"at most the {n} privacy units of the dataset; lower the batch size"
         yield "num_microbatches", self.num_microbatches <= batch, f"at most expected_batch_size={batch}, one unit each"
         delta = _positive(self.target_delta) and self.target_delta < 1 / n
-        yield "target_delta", delta, f"positive and below 1/n = {1 / n:.3g}; unset is n**-1.1"
+        yield "target_delta", delta, f"positive and below 1/n = {1 / n:.3g}; unset is n**-1.1, for at least two units"
         # Below 1e-6, float32 squares of coordinates that matter would vanish from the norm.
         bound = _positive(self.max_grad_norm) and self.max_grad_norm >= 1e-6
         yield "max_grad_norm", bound, "a finite number of at least 1e-6, e.g. 1.0"
@@ -226,6 +228,11 @@ def composed(runs: Runs) -> PrivacySpent:
         return PrivacySpent(plans[0].epsilon(total), plans[0].target_delta, total)
     epsilon = sum(plan.epsilon(steps) for plan, steps in runs)
     return PrivacySpent(epsilon, sum(plan.target_delta for plan in plans), total)
+
+
+def finite(epsilon: float) -> float | None:
+    """For JSON, which has no infinity."""
+    return epsilon if math.isfinite(epsilon) else None
 
 
 def default_delta(num_examples: int) -> float:

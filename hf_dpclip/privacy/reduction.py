@@ -43,8 +43,7 @@ def flat_chunks(tensors: list[Tensor], size: int) -> list[list[Tensor]]:
     """Flat views of all tensors, in lists of at most `size` coordinates, so that small tensors share one."""
     chunks: list[list[Tensor]] = []
     room = 0
-    flat = [tensor.view(-1) for tensor in tensors]
-    for piece in (piece for each in flat for piece in (each.split(size) if len(each) > size else [each])):
+    for piece in (piece for tensor in tensors for piece in tensor.view(-1).split(size)):
         if not chunks or len(piece) > room:
             chunks.append([])
             room = size

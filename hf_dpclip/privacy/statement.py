@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from .plan import PrivacyPlan, PrivacySpent, Runs, composed
+from .plan import PrivacyPlan, PrivacySpent, Runs, composed, finite
 
 
 STATEMENT_NAME = "privacy.json"
@@ -80,7 +80,7 @@ class PrivacyStatement:
         statement = {
             "private": not self.not_private_because,
             "not_private_because": list(self.not_private_because),
-            "epsilon": spent.epsilon if math.isfinite(spent.epsilon) else None,
+            "epsilon": finite(spent.epsilon),
             "delta": spent.delta,
             "steps": self.steps,
             "run": self.run,
