@@ -91,6 +91,10 @@ class FineTuneAudit:
         return {**values, **rates, "auc_at_start": self.start.auc, "accuracy": self.accuracy}
 
 
+# Expected records in a step of a private run.
+PRIVATE_BATCH = 256
+
+
 @dataclass(frozen=True)
 class FineTune:
     """The model, the data and the training of an audited run.
@@ -118,6 +122,11 @@ class FineTune:
 
         Raises `ValueError` for an unknown dataset or too few records.
         """
+        if target_epsilon is not None and self.num_canaries + self.num_members < PRIVATE_BATCH:
+            raise ValueError(
+                f"{self.num_canaries} canaries and {self.num_members} other records are fewer than the "
+                f"{PRIVATE_BATCH} of an expected batch: raise --num-canaries or --num-members."
+            )
         model, processor = self._model_and_processor()
         canaries, members, others, prompts = self.records()
         collator = ImageTextCollator(processor, text_column="caption")
@@ -175,7 +184,7 @@ class FineTune:
             # The theorem multiplies δ by the number of canaries: with 1/n, no guesses would tell anything.
             target_delta=1e-6,
             max_grad_norm=1.0 if private else UNCLIPPED,
-            per_device_train_batch_size=256 if private else 64,
+            per_device_train_batch_size=PRIVATE_BATCH if private else 64,
             max_steps=max_steps or (40 if private else 900),
             microbatch_size=1,
             learning_rate=1e-3,
