@@ -81,7 +81,7 @@ def hold_out(dataset: Dataset, column: str, share: float = 0.1) -> DatasetDict:
     if column not in dataset.column_names:
         raise ValueError(f"{column!r} is not a column of the dataset ({dataset.column_names}): name one of these.")
     is_image = isinstance(dataset.features[column], Image)
-    values = image_digests(dataset, column) if is_image else map(_digest, dataset.with_format(None)[column])
+    values = image_digests(dataset, column) if is_image else map(_digest, dataset.with_format(None)[column][:])
     places = np.array([int.from_bytes((value or b"")[:7], "big") for value in values])
     # Where none is below the limit, one more or one less makes the lowest another one, and still moves only one.
     held_out = places <= max(int(share * 2**56), places.min())

@@ -115,8 +115,8 @@ def _num_shared_units(private: Any, evaluated: Any, column: str | None) -> int:
     """Records of the one whose privacy unit has records in the other."""
     if not all(isinstance(each, datasets.Dataset) and column in each.column_names for each in (private, evaluated)):
         return 0
-    units = {*private.with_format(None)[column]}
-    return sum(unit in units for unit in evaluated.with_format(None)[column])
+    units = {*private.with_format(None)[column][:]}
+    return sum(unit in units for unit in evaluated.with_format(None)[column][:])
 
 
 def check_public(train_dataset: Dataset, public_negatives: list[str] | datasets.Dataset) -> None:
