@@ -290,7 +290,8 @@ def private_and_held_out(
 
     Where the second has to be taken from the first, records of one `unit` (by default, of one image) stay together.
     """
-    eval_split = arguments.eval_split or next((name for name in EVAL_SPLITS if name in splits), None)
+    others = (name for name in EVAL_SPLITS if name in splits and name != arguments.train_split)
+    eval_split = arguments.eval_split or next(others, None)
     for option, name in (("train_split", arguments.train_split), ("eval_split", eval_split)):
         if name is not None and name not in splits:
             raise ValueError(f"--{option} {name} is not a split of the dataset ({', '.join(splits)}).")

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from .incompatible_options import check_options
 from .privacy.accounting import ACCOUNTANTS
+from .privacy.ledger import LEDGER_NAME
 from .privacy.plan import CLIPPINGS
 
 
@@ -277,9 +278,7 @@ class DPTrainingArguments(TrainingArguments):
             )
 
     def _check_ledger_path(self):
-        if not self.ledger_path:
-            return
-        folder, path = Path(self.output_dir or "").resolve(), Path(self.ledger_path).resolve()
+        path, folder = Path(self.ledger_path or LEDGER_NAME).resolve(), Path(self.output_dir or "").resolve()
         inside = path.relative_to(folder).parts if path.is_relative_to(folder) else ()
         if inside and not inside[0].startswith("_"):
             raise ValueError(

@@ -66,8 +66,10 @@ def check_labels(dataset: Dataset, label_column: str) -> None:
 def hold_out(dataset: Dataset, column: str, share: float = 0.1) -> DatasetDict:
     """Splits a dataset into `train` and `test` by a hash of each record's value in `column`.
 
-    Of two datasets that differ by one value, the training splits differ by one value at most, so that a guarantee for
-    the one is a guarantee for the other. With `train_test_split`, one record more changes where most others go.
+    Of two datasets that differ by the records of one value, the training splits differ by those of one value at most.
+    Where values are the privacy units, a guarantee for the training split is therefore one for the dataset. Where they
+    are larger than the units, such as images with several captions, that holds if any value falls below the share, as
+    some nearly always do of a hundred. With `train_test_split`, one record more changes where most others go.
 
     Args:
         dataset (`Dataset`): all records.
@@ -76,10 +78,17 @@ def hold_out(dataset: Dataset, column: str, share: float = 0.1) -> DatasetDict:
         share (`float`, *optional*, defaults to 0.1): the probability with which a value goes to `test`. One does
             in any case.
 
-    Raises `ValueError` if there is no such column, or if nothing is left to train on.
+    Raises `ValueError` if there is no such column of texts, numbers or images, or if nothing is left to train on.
     """
-    if column not in dataset.column_names:
-        raise ValueError(f"{column!r} is not a column of the dataset ({dataset.column_names}): name one of these.")
+    if not 0 < share < 1:
+        raise ValueError(f"share={share!r} is not possible: it must be between 0 and 1, e.g. 0.1.")
+    if not isinstance(dataset.features.get(column), Image | Value | ClassLabel):
+        raise ValueError(
+            f"{column!r} is not a column of texts, numbers or images of the dataset ({dataset.column_names}): name "
+            "one of these."
+        )
+    if len(dataset) == 0:
+        raise ValueError("the dataset is empty: check the split, and what filters have left of it.")
     is_image = isinstance(dataset.features[column], Image)
     values = image_digests(dataset, column) if is_image else map(_digest, dataset.with_format(None)[column][:])
     places = np.array([int.from_bytes((value or b"")[:7], "big") for value in values])
@@ -101,7 +110,7 @@ def load_pairs(name: str, image_column: str | None = "image") -> DatasetDict:
         name (`str`): a `.parquet`, `.csv`, `.tsv`, `.json` or `.jsonl` file, a folder written by `save_to_disk`, a
             folder of Parquet files, a folder of images with a `metadata.csv`, or a dataset on the Hub.
         image_column (`str`, *optional*, defaults to `"image"`): images, the bytes of their files, or paths relative to
-            the file that names them. `None` takes the columns as they are, without images.
+            the single file that names them. `None` takes the columns as they are, without images.
 
     Raises `FileNotFoundError` for a path that does not exist and `ValueError` for a file that cannot be read and for a
     missing image column.
@@ -113,7 +122,7 @@ def load_pairs(name: str, image_column: str | None = "image") -> DatasetDict:
         loaded = load_from_disk(name)
         splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
     elif path.is_dir():
-        has_tables = next(path.rglob("*.parquet"), None) is not None
+        has_tables = any(path.rglob("*.parquet")) and not any(path.rglob("metadata.*"))
         splits = _load(name, name) if has_tables else _load("imagefolder", name, data_dir=name)
     else:
         splits = load_from_hub(name)

@@ -106,8 +106,8 @@ def check_evaluation_data(
     if shared:
         raise ValueError(
             f"{shared} records of {name} have the {unit_column!r} of records of the private training dataset, which "
-            f"the guarantee protects as a whole: split with hf_dpclip.data.hold_out(dataset, {unit_column!r}), or set "
-            "log_private_statistics=True on public data."
+            f"the guarantee protects as a whole: split with hf_dpclip.data.hold_out(dataset, {unit_column!r}), number "
+            "the units of both apart if they are others, or set log_private_statistics=True on public data."
         )
 
 
@@ -115,8 +115,8 @@ def _num_shared_units(private: Any, evaluated: Any, column: str | None) -> int:
     """Records of the one whose privacy unit has records in the other."""
     if not all(isinstance(each, datasets.Dataset) and column in each.column_names for each in (private, evaluated)):
         return 0
-    units = {*private.with_format(None)[column][:]}
-    return sum(unit in units for unit in evaluated.with_format(None)[column][:])
+    units = {unit for unit in private.with_format(None)[column][:] if isinstance(unit, str | int)}
+    return sum(isinstance(unit, str | int) and unit in units for unit in evaluated.with_format(None)[column][:])
 
 
 def check_public(train_dataset: Dataset, public_negatives: list[str] | datasets.Dataset) -> None:

@@ -7,6 +7,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 
+# Texts that tables have where there is no id.
+NO_IDS = ("", "na", "n/a", "nan", "none", "null")
+
+
 class PrivacyUnits:
     """Which records belong to which privacy unit.
 
@@ -54,6 +58,12 @@ def _records_by_value(dataset: Dataset, column: str) -> Sequence[np.ndarray]:
             "name one of its columns, or leave privacy_unit_column unset to protect single records."
         )
     values = dataset.with_format(None)[column][:]
+    missing = [row for row, value in enumerate(values) if isinstance(value, str) and value.strip().lower() in NO_IDS]
+    if missing:
+        raise ValueError(
+            f"record {missing[0]} ({len(missing)} such records) has {values[missing[0]]!r} as its {column!r}, as if "
+            "it had none. Records without an id are not of one unit: give each of them an id of its own."
+        )
     without = [number for number, value in enumerate(values) if not isinstance(value, str | int)]
     if without:
         raise ValueError(
@@ -63,7 +73,7 @@ def _records_by_value(dataset: Dataset, column: str) -> Sequence[np.ndarray]:
             "belongs to nobody else needs an id of its own."
         )
     # Not numpy's `unique`, for which texts that differ by NUL characters at their end are one.
-    numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
+    numbers = {value: number for number, value in enumerate(sorted(set(values)))}
     unit_of_record = np.array([numbers[value] for value in values])
     order = np.argsort(unit_of_record, kind="stable")
     return np.split(order, np.cumsum(np.bincount(unit_of_record))[:-1])

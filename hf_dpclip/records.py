@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Value
@@ -61,11 +62,12 @@ def first_record(dataset: Dataset) -> Mapping[str, Any]:
 
 def check_picture(picture: Any, column: str) -> PILImage:
     """The picture itself. Raises `ValueError` for what is none, and for one that would lose what it shows."""
-    if isinstance(picture, PILImage) and picture.mode in DEEP_MODES:
+    if isinstance(picture, PILImage) and picture.mode in DEEP_MODES and not _fits_in_8_bits(picture):
         raise ValueError(
-            f"column {column!r} holds an image of more than 8 bits a pixel (mode {picture.mode}), of which conversion "
-            "to RGB would leave white areas: choose the window of values that matters and convert images to 8 bits "
-            "first, as in PIL.Image.fromarray(((values - low) / (high - low) * 255).clip(0, 255).astype('uint8'))."
+            f"column {column!r} holds an image whose values are not within 0 and 255 (mode {picture.mode}), of which "
+            "conversion to RGB would leave white or black areas: choose the window of values that matters and convert "
+            "images to 8 bits first, as in "
+            "PIL.Image.fromarray(((values - low) / (high - low) * 255).clip(0, 255).astype('uint8'))."
         )
     if not isinstance(picture, PILImage):
         raise ValueError(
@@ -74,6 +76,12 @@ def check_picture(picture: Any, column: str) -> PILImage:
             "without an image out."
         )
     return picture
+
+
+def _fits_in_8_bits(picture: PILImage) -> bool:
+    """Whether conversion to RGB leaves values as they are. Those between 0 and 1 would all be black."""
+    values = np.asarray(picture)
+    return bool(values.min() >= 0 and values.max() <= 255 and (picture.mode != "F" or values.max() > 1))
 
 
 def check_text(text: Any, column: str) -> str:

@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from .checkpoints import check_undamaged, fault
-from .privacy import STATEMENT_NAME, PrivacyPlan, PrivacyStatement
+from .privacy import PrivacyPlan, PrivacyStatement
 
 
 logger = logging.get_logger(__name__)
@@ -65,15 +65,21 @@ def check_resumable(checkpoint: str | Path, plan: PrivacyPlan) -> PrivacyStateme
 def warn_of_unfinished_run(output_dir: str | Path, run: str) -> None:
     """Warns a new run if the newest whole checkpoint is one from which another would go on."""
     checkpoint = next(reversed(whole_checkpoints_in(output_dir)), None)
-    if checkpoint is None or not Path(checkpoint, STATEMENT_NAME).is_file():
-        return
-    statement = PrivacyStatement.load(checkpoint)
-    if statement.run != run and statement.steps < statement.plan.num_steps:
+    statement = checkpoint and readable_statement(checkpoint)
+    if statement and statement.run != run and statement.steps < statement.plan.num_steps:
         logger.warning(
-            f"{checkpoint} is of a run that took {statement.steps} of its {statement.plan.num_steps} steps. This is a "
-            "new run, which spends anew and may delete it. To go on with the other instead, stop now and pass "
-            "resume_from_checkpoint=True."
+            f"{checkpoint} is of a run that took {statement.steps} of its {statement.plan.num_steps} steps, or was "
+            "stopped there. This is a new run, which spends anew and may delete it. To go on with the other instead, "
+            "stop now and pass resume_from_checkpoint=True."
         )
+
+
+def readable_statement(checkpoint: Path) -> PrivacyStatement | None:
+    """That of a checkpoint which nobody is going to resume, if it has one that can be read."""
+    try:
+        return PrivacyStatement.load(checkpoint)
+    except (OSError, ValueError):
+        return None
 
 
 @contextmanager

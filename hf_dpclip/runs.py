@@ -25,6 +25,7 @@ from .resuming import (
     differences,
     fitting,
     last_complete_checkpoint,
+    readable_statement,
     warn_of_unfinished_run,
     whole_checkpoints_in,
 )
@@ -47,8 +48,6 @@ class RunningTrainer(PublishingTrainer):
 
     # Whether the plan is that of the last trial, whose steps are taken.
     _plan_is_a_trials = False
-    # The trials of a search: by the run's id, where its checkpoints are and which of all runs it is.
-    _trials: dict[str, tuple[Path, int]]
 
     @abstractmethod
     def begin_run(self) -> None:
@@ -61,6 +60,8 @@ class RunningTrainer(PublishingTrainer):
     def _begin_first_run(self, plan: PrivacyPlan | None) -> None:
         self.plan, self._steps_taken, self._run = plan, 0, new_run()
         self._earlier_runs: Runs = ()
+        # The trials of searches: by the run's id, where its checkpoints are and which of all runs it is.
+        self._trials: dict[str, tuple[Path, int]] = {}
         # Reasons of the past; those of today follow from the arguments.
         self._not_private_because: tuple[str, ...] = ()
 
@@ -119,7 +120,7 @@ class RunningTrainer(PublishingTrainer):
         validation.check_best_metric(self)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        if not resume_from_checkpoint and self.is_world_process_zero():
+        if not resume_from_checkpoint and trial is None and self.is_world_process_zero():
             warn_of_unfinished_run(self.args.output_dir, self._run)
         self._steps_ahead = self._take_over(resume_from_checkpoint) if resume_from_checkpoint else self.plan.num_steps
         has_own_plan = trial is None and not self._plan_is_a_trials
@@ -136,11 +137,12 @@ class RunningTrainer(PublishingTrainer):
         statement, own = check_resumable(checkpoint, self.plan), self.privacy_statement()
         if statement.run == self._run:
             self._steps_taken = max(own.steps, statement.steps)
-            self._earlier_runs = max(own.earlier_runs, statement.earlier_runs, key=len)
         else:
             # Another run's checkpoint: what this trainer did before was not part of that run, and counts beside it.
             self._steps_taken = statement.steps
             self._earlier_runs = (*(own.runs if own.steps else own.earlier_runs), *statement.earlier_runs)
+            # They are others in the list now.
+            self._trials = {}
         self.plan = statement.plan
         self._run = statement.run or self._run
         # What the resumed steps lost, the steps to come cannot restore.
@@ -172,6 +174,7 @@ class RunningTrainer(PublishingTrainer):
         self._check_length()
         self._agree()
         self._draw_randomness()
+        self._last_step = self._steps_taken + self.planned_steps
         with recorded(self, self._run, self.planned_steps) as self._before_release:
             return super()._inner_training_loop(*args, **kwargs)
 
@@ -181,7 +184,7 @@ class RunningTrainer(PublishingTrainer):
         if asked > self.plan.num_steps:
             raise ValueError(
                 f"{asked} steps are asked for, and {self.plan.num_steps} were planned when the trainer was made: call "
-                "trainer.begin_run() after changing max_steps or num_train_epochs."
+                "trainer.begin_run() after changing arguments that say how many there are."
             )
 
     def _agree(self) -> None:
@@ -213,10 +216,12 @@ class RunningTrainer(PublishingTrainer):
         validation.check_search(kwargs, self.args.world_size)
         if self.args.world_size > 1:
             kwargs["pruner"] = _never()
-        self._trials = {}
-        best = super().hyperparameter_search(*args, **kwargs)
+        try:
+            best = super().hyperparameter_search(*args, **kwargs)
+        finally:
+            if self.is_world_process_zero():
+                self._restate_trials()
         if self.is_world_process_zero():
-            self._restate_trials()
             print(search_summary(self.privacy_statement()))
         (best,) = broadcast_object_list([best])
         return best
@@ -235,8 +240,8 @@ class RunningTrainer(PublishingTrainer):
         for run, (folder, number) in self._trials.items():
             (_, steps), others = runs[number], (*runs[:number], *runs[number + 1 :])
             for checkpoint in whole_checkpoints_in(folder):
-                statement = PrivacyStatement.load(checkpoint)
-                if statement.run == run:
+                statement = readable_statement(checkpoint)
+                if statement and statement.run == run:
                     restate(checkpoint, dataclasses.replace(statement, steps=steps, earlier_runs=others))
 
 

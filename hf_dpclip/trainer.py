@@ -6,6 +6,7 @@ before every optimizer step) releases their noisy sum. Everything else is the `T
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -180,7 +181,9 @@ class DPCLIPTrainer(RunningTrainer):
     @property
     def _modules_in_use(self) -> nn.ModuleList:
         """The model, and the loss where it is a module or one of its methods."""
-        loss = getattr(self.compute_loss_func, "__self__", self.compute_loss_func)
+        loss = self.compute_loss_func
+        loss = loss.func if isinstance(loss, functools.partial) else loss
+        loss = getattr(loss, "__self__", loss)
         return nn.ModuleList(module for module in (self.model, loss) if isinstance(module, nn.Module))
 
     # ---- One step ----
@@ -241,6 +244,8 @@ class DPCLIPTrainer(RunningTrainer):
         """Releases the step's noisy gradient. Returns its norm, which may be logged: noise is already in it."""
         if self.remaining_steps == 0:
             raise RuntimeError(f"another step would exceed target_epsilon={self.plan.target_epsilon}.")
+        if self._steps_taken >= self._last_step:
+            raise RuntimeError("another step would be more than were planned: a callback must not prolong training.")
         self._guard.check()
         self._before_release()
         self._steps_taken += 1

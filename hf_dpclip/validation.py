@@ -181,6 +181,11 @@ def check_search(settings: dict[str, Any], num_processes: int) -> None:
             "trials that run side by side do not know what the others spend: use backend='optuna' (or 'wandb') with "
             "n_jobs=1, one trial after another."
         )
+    if settings.get("load_if_exists"):
+        raise ValueError(
+            "a study that is continued chooses among trials that this trainer has not counted: begin a new one, "
+            "without load_if_exists."
+        )
     if num_processes == 1:
         return
     if settings["backend"] != HPSearchBackend.OPTUNA:

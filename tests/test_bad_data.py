@@ -122,12 +122,27 @@ DATA = {
     ),
     **{
         f"an image of mode {mode}": (
-            lambda f, mode=mode: processed(f, with_images([PILImage.new(mode, (8, 8))] * 8)),
-            f"column 'image' holds an image of more than 8 bits a pixel (mode {mode})",
+            lambda f, mode=mode: processed(f, with_images([PILImage.new(mode, (8, 8), 1000)] * 8)),
+            f"column 'image' holds an image whose values are not within 0 and 255 (mode {mode})",
             "choose the window of values that matters",
         )
         for mode in ("I;16", "I", "F")
     },
+    **{
+        f"an id like {text!r}": (
+            lambda f, text=text: processed(
+                f, raw_pairs(8).add_column("patient", ["a", text, *"bcdefg"]), privacy_unit_column="patient"
+            ),
+            f"record 1 (1 such records) has {text!r} as its 'patient'",
+            "give each of them an id of its own",
+        )
+        for text in ("", "NA", "N/A", "nan", "None")
+    },
+    "images with values up to one": (
+        lambda f: processed(f, with_images([PILImage.fromarray(np.full((8, 8), 0.5, np.float32))] * 8)),
+        "holds an image whose values are not within 0 and 255 (mode F)",
+        "choose the window of values that matters",
+    ),
     "units of the evaluation data": (
         lambda f: DPCLIPTrainer(
             tiny_clip(),

@@ -14,6 +14,7 @@ from PIL import Image as PILImage
 
 from hf_dpclip import DPCLIPTrainer, ImageTextCollator
 from hf_dpclip.data import caption_by_label, class_prompts, hold_out, load_pairs
+from hf_dpclip.records import check_picture
 
 
 @pytest.fixture(autouse=True)
@@ -197,11 +198,30 @@ def _each_left_out(values):
         yield from (values[:number] + values[number + 1 :] for number in range(len(values)))
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_deep_images_of_ordinary_values_are_what_they_are(mode):
+    picture = PILImage.new(mode, (8, 8), 100)
+    assert check_picture(picture, "image").convert("RGB").getpixel((0, 0)) == (100, 100, 100)
+
+
+@pytest.mark.parametrize("share", [0, 1, -1, float("nan")])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(ValueError, match="it must be between 0 and 1"):
+        hold_out(raw_pairs(8), "image", share)
+
+
+def test_an_empty_dataset_cannot_be_split():
+    with pytest.raises(ValueError, match="the dataset is empty"):
+        hold_out(raw_pairs(8).select([]), "image")
+
+
 def test_nothing_to_train_on_is_an_error():
     records = Dataset.from_dict({"id": [1, 1], "text": ["a", "b"]})
     with pytest.raises(ValueError, match=r"all 2 records would be held out: choose a column of more values than 'id'"):
         hold_out(records, "id")
-    with pytest.raises(ValueError, match=r"'patient' is not a column of the dataset \(\['id', 'text'\]\)"):
+    with pytest.raises(
+        ValueError, match=r"'patient' is not a column of texts, .* of the dataset \(\['id', 'text'\]\)"
+    ):
         hold_out(records, "patient")
 
 
@@ -260,6 +280,15 @@ def test_a_folder_of_parquet_files_is_loaded(tmp_path, column):
     dataset = load_pairs(str(tmp_path))["train"]
     assert [dataset[row]["image"].tobytes() for row in range(4)] == [picture.tobytes() for picture in pictures(4)]
     assert load_pairs(str(tmp_path / "data" / "train-0-of-2.parquet"))["train"][1]["image"].size == pictures(2)[1].size
+
+
+def test_parquet_files_beside_images_with_their_metadata_are_left_alone(tmp_path):
+    for number, picture in enumerate(pictures(3)):
+        picture.save(tmp_path / f"{number}.png")
+    names = [f"{number}.png" for number in range(3)]
+    Dataset.from_dict({"file_name": names, "text": CAPTIONS}).to_json(tmp_path / "metadata.jsonl")
+    Dataset.from_dict({"v": [1]}).to_parquet(tmp_path / "other.parquet")
+    assert sorted(load_pairs(str(tmp_path))["train"]["text"]) == sorted(CAPTIONS)
 
 
 def test_texts_that_say_that_there_is_nothing_are_texts(tmp_path):

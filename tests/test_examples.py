@@ -147,6 +147,8 @@ def test_a_validation_split_takes_the_place_of_a_test_split():
     splits = DatasetDict(train=raw_pairs(8), validation=raw_pairs(3))
     pair = TRAIN.private_and_held_out(splits, TRAIN.ExampleArguments(), "text", None)
     assert [len(dataset) for dataset in pair] == [8, 3]
+    arguments = TRAIN.ExampleArguments(train_split="validation")
+    assert len(TRAIN.private_and_held_out(DatasetDict(validation=raw_pairs(40)), arguments, "text", None)[0]) < 40
 
 
 def test_records_of_one_unit_are_held_out_together():

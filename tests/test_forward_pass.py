@@ -56,8 +56,10 @@ def test_all_at_once_is_one_by_one(tmp_path, monkeypatch, make, overrides):
 
 
 @pytest.mark.parametrize("make", [tiny_clip, lora_clip], ids=["full", "lora"])
-def test_several_passes_are_one_pass(tmp_path, monkeypatch, make):
+@pytest.mark.parametrize("joined", [True, False])
+def test_several_passes_are_one_pass(tmp_path, monkeypatch, make, joined):
     """Which a CPU makes of a forward batch that is large."""
+    monkeypatch.setattr("hf_dpclip.gradients.factored.Dense.is_small", joined)
     expected, _ = one_update(tmp_path, model=make(), **MANY)
     passes = []
 

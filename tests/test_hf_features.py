@@ -146,6 +146,50 @@ def test_after_a_search_every_trials_checkpoint_counts_all_of_them(make_searcher
         check_undamaged(checkpoint)
 
 
+class FailLater(TrainerCallback):
+    """In the third training."""
+
+    def __init__(self):
+        self.trainings = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainings += 1
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainings == 3:
+            raise RuntimeError("the machine is on fire")
+
+
+def test_a_search_that_fails_counts_the_trials_that_it_had(make_searcher, tmp_path):
+    trainer = make_searcher(save_strategy="steps", save_steps=2)
+    trainer.add_callback(FailLater())
+    with pytest.raises(RuntimeError, match="on fire"):
+        search(trainer)
+    assert trainer.privacy_spent().steps == 5
+    for trial in range(2):
+        assert PrivacyStatement.load(tmp_path / f"run-{trial}" / "checkpoint-2").spent == trainer.privacy_spent()
+
+
+def test_a_second_search_counts_for_the_first_too(make_searcher, tmp_path):
+    trainer = make_searcher(save_strategy="steps", save_steps=2)
+    search(trainer, n_trials=2)
+    search(trainer, n_trials=1)
+    assert PrivacyStatement.load(tmp_path / "run-1" / "checkpoint-2").spent == trainer.privacy_spent()
+
+
+def test_a_search_does_not_stumble_over_what_others_left(make_searcher, tmp_path):
+    left = tmp_path / "run-0" / "checkpoint-1"
+    left.mkdir(parents=True)
+    (left / "trainer_state.json").write_text("{}", encoding="utf-8")
+    trainer = make_searcher(save_strategy="steps", save_steps=2)
+    assert search(trainer).run_id in {"0", "1", "2"}
+
+
+def test_a_study_that_is_continued_is_refused(make_searcher):
+    with pytest.raises(ValueError, match="chooses among trials that this trainer has not counted"):
+        search(make_searcher(), study_name="ours", load_if_exists=True)
+
+
 def test_a_search_leaves_the_checkpoints_of_others_alone(make_searcher, tmp_path):
     args = arguments(tmp_path / "run-0", max_steps=1, save_strategy="steps", save_steps=1)
     DPCLIPTrainer(tiny_clip(), args, train_dataset=pairs(64)).train()

@@ -296,6 +296,14 @@ def test_a_new_run_beside_an_unfinished_one_is_warned(make_trainer, interrupted,
     assert "resume_from_checkpoint=True" in caplog.text
 
 
+@pytest.mark.parametrize("damage", [lambda path: path.write_text("{", encoding="utf-8"), lambda path: path.unlink()])
+def test_a_statement_that_cannot_be_read_is_in_nobodys_way(make_trainer, interrupted, damage):
+    damage(interrupted / "checkpoint-2" / "privacy.json")
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    assert trainer.privacy_spent().steps == 1
+
+
 def test_neither_a_resumed_run_is_nor_a_new_one_beside_a_finished_one(make_trainer, interrupted, caplog):
     with caplog.at_level("WARNING"):
         make_trainer(max_steps=4, **SAVING).train(resume_from_checkpoint=True)
@@ -338,6 +346,19 @@ def test_training_stops_at_the_target_although_the_loop_would_go_on(make_trainer
     trainer = make_trainer(trainer_options=options, target_epsilon=2.0, max_steps=2)
     trainer.train()
     assert trainer.state.global_step == trainer.privacy_spent().steps == 2
+
+
+def test_no_callback_can_push_training_beyond_the_plan(make_trainer):
+    """Which a ledger may have allowed, and no more."""
+
+    class Longer(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            state.max_steps = 5
+
+    trainer = make_trainer(trainer_options={"callbacks": [Longer()]}, max_steps=2)
+    with pytest.raises(RuntimeError, match="another step would be more than were planned"):
+        trainer.train()
+    assert trainer.privacy_spent().steps == 2
 
 
 def test_no_callback_can_push_training_beyond_the_target(make_trainer):

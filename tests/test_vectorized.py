@@ -294,11 +294,13 @@ def test_a_gradient_that_is_not_finite_stays_in_its_microbatch(ways, joined, req
 
 
 @pytest.mark.parametrize("make", [tiny_clip, lora_clip])
+@pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("ways", ["as_on_a_cpu", "as_on_an_accelerator"])
-def test_sums_are_added_to_totals(make, ways, request):
+def test_sums_are_added_to_totals(make, joined, ways, request, monkeypatch):
     """In their memory: what is new to the process takes longer to reach than to fill."""
     if ways == "as_on_an_accelerator":
         request.getfixturevalue(ways)
+    monkeypatch.setattr(Dense, "is_small", joined)
     model, batches, factors = make().train(), microbatches([2, 3, 3, 4]), torch.tensor([0.5, 0.0, 0.25, 1.0])
     passes = [all_at_once(model, batches)[1] for _ in range(4)]
     once = [*passes[0].weighted_sum(factors)]

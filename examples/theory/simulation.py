@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from hf_dpclip.gradients.products import added
 from hf_dpclip.privacy import GaussianMechanism, PoissonSampler, PrivacyPlan, Randomness
 
 
@@ -153,7 +154,12 @@ def simulate(setting: Setting, seed: int) -> float:
 
 def add_clipped(mechanism: GaussianMechanism, gradients: list[Tensor]) -> None:
     norms = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1).norm(dim=1)
-    mechanism.add(norms, lambda factors: [torch.tensordot(factors, gradient, dims=1) for gradient in gradients])
+
+    def weighted_sum(factors: Tensor, totals: list[Tensor | None]) -> list[Tensor]:
+        sums = (torch.tensordot(factors, gradient, dims=1) for gradient in gradients)
+        return [added(total, each) for total, each in zip(totals, sums)]
+
+    mechanism.add(norms, weighted_sum)
 
 
 def microbatch_gradients(

@@ -62,7 +62,7 @@ class Dense:
             gradients, factors = gradients[factors != 0], factors[factors != 0]
         if total is None:
             return torch.tensordot(factors, gradients, dims=1)
-        total.view(-1).addmv_(gradients.reshape(len(gradients), -1).T, factors)
+        total.view(-1).addmv_(gradients.reshape(len(gradients), total.numel()).T, factors)
         return total
 
     def dense(self) -> Tensor:
