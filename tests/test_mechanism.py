@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import Parameter
 
 from hf_dpclip.privacy import GaussianMechanism, PrivacyPlan, Randomness, clip_
+from hf_dpclip.privacy.mechanism import clip_factors
 from hf_dpclip.privacy.reduction import flat_chunks
 
 
@@ -81,6 +82,16 @@ def test_no_gradient_exceeds_the_bound(values, clipping, bound):
     gradient = torch.tensor(values, dtype=torch.float32)
     if clip_([gradient], plan(max_grad_norm=bound, clipping=clipping)):
         check_bounded(gradient, bound)
+
+
+@pytest.mark.parametrize("clipping", ["flat", "automatic"])
+@pytest.mark.parametrize("size", [5.148852951284286e37, 3e38])
+def test_a_gradient_whose_factor_float32_cannot_hold_counts_as_zero(size, clipping):
+    """Rounded to what float32 has below 1e-38, it would leave a norm above C by 7e-5."""
+    tiny = plan(max_grad_norm=0.001, clipping=clipping)
+    assert not clip_([vector(size)], tiny)
+    assert clip_factors(torch.tensor([size, 1.0]).double(), tiny)[0] == 0
+    assert clip_([vector(size)], plan(max_grad_norm=10.0, clipping=clipping))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

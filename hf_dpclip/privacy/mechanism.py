@@ -32,7 +32,8 @@ NORM_ROW = 2**12
 def clip_(gradients: list[Tensor], plan: PrivacyPlan) -> bool:
     """Scale the gradient of one microbatch, in place, so that its norm over all tensors together is at most C.
 
-    Returns `False` for a gradient that is not finite. Such a gradient counts as zero: the caller drops it.
+    Returns `False` for a gradient that is not finite, or too large to be scaled down in float32. It counts as zero: the
+    caller drops it.
 
     Formal guarantees:
         The contribution of a microbatch has L2 norm at most C = `plan.max_grad_norm` (up to float32 rounding),
@@ -42,7 +43,8 @@ def clip_(gradients: list[Tensor], plan: PrivacyPlan) -> bool:
 
 
 def clip_factors(norms: Tensor, plan: PrivacyPlan) -> Tensor:
-    """What gradients of these norms are multiplied by: positive, and 0 for a norm that is not finite.
+    """What gradients of these norms are multiplied by: positive, and 0 for a norm that is not finite, or so large that
+    float32 has the factor with fewer digits than others, which could round up beyond C.
 
     Formal guarantees:
         factor · norm ≤ C = `plan.max_grad_norm`.
@@ -51,7 +53,7 @@ def clip_factors(norms: Tensor, plan: PrivacyPlan) -> Tensor:
         factors = plan.max_grad_norm / (norms + AUTOMATIC_CLIPPING_GAMMA)
     else:
         factors = plan.max_grad_norm / norms.clamp(min=plan.max_grad_norm)
-    return factors.where(torch.isfinite(norms), 0)
+    return factors.where(torch.isfinite(norms) & (factors >= torch.finfo(torch.float32).tiny), 0)
 
 
 class GaussianMechanism:
