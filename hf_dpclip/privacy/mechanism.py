@@ -32,8 +32,8 @@ NORM_ROW = 2**12
 def clip_(gradients: list[Tensor], plan: PrivacyPlan) -> bool:
     """Scale the gradient of one microbatch, in place, so that its norm over all tensors together is at most C.
 
-    Returns `False` for a gradient that is not finite, or too large to be scaled down in float32. It counts as zero: the
-    caller drops it.
+    Returns `False` for a gradient that is not finite, or too large to be scaled down in float32. Such a gradient
+    counts as zero: the caller drops it.
 
     Formal guarantees:
         The contribution of a microbatch has L2 norm at most C = `plan.max_grad_norm` (up to float32 rounding),
