@@ -131,14 +131,10 @@ def load_pairs(name: str, image_column: str | None = "image") -> DatasetDict:
         other = len(columns) == 1 and any(separator in columns[0] for separator in (";", "\t"))
         hint = " (Between columns there must be commas, or tabs in a file whose name ends in .tsv.)" if other else ""
         raise ValueError(f"{name} has no image column {image_column!r}, only {columns}: name one of these.{hint}")
-    return splits if image_column is None else splits_with_images(splits, image_column)
-
-
-def splits_with_images(splits: DatasetDict, column: str) -> DatasetDict:
-    """With images where there were the bytes of their files, as other libraries write them to tables."""
-    feature = next(iter(splits.values())).features[column]
-    is_bytes = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
-    return splits.cast_column(column, Image()) if is_bytes else splits
+    if _holds_bytes(next(iter(splits.values())), image_column):
+        # As other libraries write images to tables.
+        splits = splits.cast_column(image_column, Image())
+    return splits
 
 
 def load_from_hub(name: str, config: str | None = None) -> DatasetDict:
@@ -162,13 +158,18 @@ def _load_file(path: Path, image_column: str | None) -> DatasetDict:
         raise ValueError(f"{path} is in no known format: convert it to one of {', '.join(FILE_FORMATS)}.")
     kind, settings = FILE_FORMATS[path.suffix.lower()]
     dataset = _load(kind, str(path), data_files=str(path), **settings)["train"]
-    feature = dataset.features.get(image_column)
-    if isinstance(feature, Value) and feature.dtype not in ("binary", "large_binary"):
+    names_images = isinstance(dataset.features.get(image_column), Value) and not _holds_bytes(dataset, image_column)
+    if names_images:
         paths = [_beside(path, row, image) for row, image in enumerate(dataset[image_column])]
         dataset = (
             dataset.remove_columns(image_column).add_column(image_column, paths).cast_column(image_column, Image())
         )
     return DatasetDict(train=dataset)
+
+
+def _holds_bytes(dataset: Dataset, column: str | None) -> bool:
+    feature = dataset.features.get(column)
+    return isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
 
 
 def _beside(table: Path, row: int, image: Any) -> str:

@@ -13,13 +13,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout
-from .products import (
-    multiply_into,
-    product,
-    squared_norms_of_matrices,
-    squared_norms_of_products,
-    weighted_product,
-)
+from .products import multiply_into, product, squared_norms_of_matrices, squared_norms_of_products, weighted_product
 
 
 # Elements of the gradients of one parameter up to which they share a tensor with others: copying them costs less than
