@@ -91,6 +91,10 @@ class ImageTextCollator(PairCollator):
     def _augmented(self, image: PILImage) -> PILImage:
         return image if self.augmentation is None else self.augmentation(image)
 
+    def unaugmented(self) -> "ImageTextCollator":
+        """For records that are not trained on: one view of each, as it is."""
+        return replace(self, augmentation=None, views=1)
+
     def for_public(self, names: list[str]) -> "ImageTextCollator":
         """For records that may lack images or captions, as they are. Raises `ValueError` if they lack both."""
         image_column, text_column = (
@@ -101,7 +105,7 @@ class ImageTextCollator(PairCollator):
                 f"public_negatives has columns {sorted(names)}, neither {self.image_column!r} nor "
                 f"{self.text_column!r}: rename them to those of the private records."
             )
-        return replace(self, image_column=image_column, text_column=text_column, augmentation=None, views=1)
+        return replace(self.unaugmented(), image_column=image_column, text_column=text_column)
 
     def check_records(self, dataset: TorchDataset) -> None:
         """Raises `ValueError` for records that cannot be collated, as far as the first one and the table tell."""

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import datasets
+import numpy as np
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .collators import ImageTextCollator, PairCollator, VisualQuestionCollator, tokenizer_of
+from .gradients import contrastive_base
 from .models import CLIPForVisualQuestionAnswering
 from .public_negatives import shared_rows
 from .records import first_record
@@ -64,10 +66,10 @@ def check_encoded(model: PreTrainedModel | None, dataset: Dataset | None) -> Non
         )
 
 
-def check_pairs_are_read(model: nn.Module, collator: Callable, tokens: int | None) -> None:
+def check_pairs_are_read(model: nn.Module, collator: Callable, dataset: Dataset | None) -> None:
     """Raises `ValueError` where the model cannot take what an [`ImageTextCollator`] makes of records.
 
-    `tokens` are those of the longest text that the model reads, where that is known.
+    `model` is the one without adapters. What its towers read is known of dual encoders.
     """
     if not isinstance(collator, ImageTextCollator):
         return
@@ -84,8 +86,11 @@ def check_pairs_are_read(model: nn.Module, collator: Callable, tokens: int | Non
         )
     if isinstance(collator, VisualQuestionCollator) and isinstance(model, CLIPForVisualQuestionAnswering):
         _check_labels(collator.label2id, model.config.num_labels)
-    if tokens is not None and collator.text_column is not None:
-        _check_text_length(tokenizer_of(collator.processor).model_max_length, tokens)
+    base = model.clip if isinstance(model, CLIPForVisualQuestionAnswering) else contrastive_base(model)
+    if base is not None and collator.text_column is not None:
+        _check_tokenizer(tokenizer_of(collator.processor), base.config.text_config)
+    if base is not None and collator.image_column is not None and dataset is not None:
+        _check_image_size(collator, dataset, base.config.vision_config)
 
 
 def check_evaluation_data(
@@ -138,11 +143,31 @@ def _check_labels(label2id: dict[str, int], num_labels: int):
         )
 
 
-def _check_text_length(cut_at: int, read: int):
-    if cut_at > read:
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, read: PreTrainedConfig):
+    if tokenizer.model_max_length > read.max_position_embeddings:
         raise ValueError(
-            f"the tokenizer cuts texts at {cut_at} tokens, but the model reads at most {read}: set "
-            f"processor.tokenizer.model_max_length = {read}."
+            f"the tokenizer cuts texts at {tokenizer.model_max_length} tokens, but the model reads at most "
+            f"{read.max_position_embeddings}: set processor.tokenizer.model_max_length = "
+            f"{read.max_position_embeddings}."
+        )
+    if len(tokenizer) > read.vocab_size:
+        raise ValueError(
+            f"the tokenizer knows {len(tokenizer)} tokens, the model {read.vocab_size}: use the processor that "
+            "belongs to the model, from the same checkpoint."
+        )
+
+
+def _check_image_size(collator: ImageTextCollator, dataset: Dataset, read: PreTrainedConfig):
+    pixel_values = collator.unaugmented()([first_record(dataset)])["pixel_values"]
+    # Not all vision towers want one size, and some are given patches.
+    size = getattr(read, "image_size", None)
+    if size is None or pixel_values.dim() != 4:
+        return
+    made, wanted = list(pixel_values.shape[-2:]), np.broadcast_to(size, 2).tolist()
+    if made != wanted:
+        raise ValueError(
+            f"the processor makes images of {made[0]} x {made[1]} pixels, the model reads {wanted[0]} x {wanted[1]}: "
+            "use the processor that belongs to the model, from the same checkpoint."
         )
 
 

@@ -5,7 +5,6 @@ passes, `training_step` computes and clips the gradient of each, `_clip_grad_nor
 before every optimizer step) releases their noisy sum. Everything else is the `Trainer`'s.
 """
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Iterator
@@ -123,8 +122,7 @@ class DPCLIPTrainer(RunningTrainer):
         contrasts_in_batch = self.can_return_loss and self.compute_loss_func is None and self.public_negatives is None
         validation.check_loss_decomposes(args.expected_batch_size // args.num_microbatches, contrasts_in_batch)
         data_validation.check_records(self.data_collator, self.train_dataset, self.eval_dataset)
-        longest = self.contrastive_base and self.contrastive_base.config.text_config.max_position_embeddings
-        data_validation.check_pairs_are_read(base_model(self.model), self.data_collator, longest)
+        data_validation.check_pairs_are_read(base_model(self.model), self.data_collator, self.train_dataset)
         self._units = PrivacyUnits(self.train_dataset, args.privacy_unit_column, args.max_records_per_unit)
         return make_plan(args, len(self._units))
 
@@ -162,7 +160,7 @@ class DPCLIPTrainer(RunningTrainer):
         """Views and augmentation are for training."""
         collator = self.data_collator
         if isinstance(collator, ImageTextCollator):
-            self.data_collator = dataclasses.replace(collator, augmentation=None, views=1)
+            self.data_collator = collator.unaugmented()
         try:
             yield
         finally:

@@ -55,6 +55,18 @@ def long_texts(folder):
     return trainer(folder, raw_pairs(8), processor=processor)
 
 
+def more_words(folder):
+    processor = tiny_processor()
+    processor.tokenizer.add_tokens(["x", "y", "z"])
+    return trainer(folder, raw_pairs(8), processor=processor)
+
+
+def larger_images(folder, model=None):
+    processor = tiny_processor()
+    processor.image_processor.crop_size = {"height": 16, "width": 12}
+    return trainer(folder, raw_pairs(8), model=model, collator=ImageTextCollator(processor))
+
+
 DATA = {
     "no image column": (lambda f: processed(f, raw_pairs(8, "scan")), "no column 'image'", "image_column=..."),
     "no text column": (lambda f: processed(f, raw_pairs(8, text="report")), "no column 'text'", "text_column=..."),
@@ -232,6 +244,21 @@ DATA = {
         long_texts,
         "but the model reads at most 16",
         "set processor.tokenizer.model_max_length = 16",
+    ),
+    "a tokenizer of another model": (
+        more_words,
+        "the tokenizer knows 51 tokens, the model 50",
+        "from the same checkpoint",
+    ),
+    "an image processor of another model": (
+        larger_images,
+        "images of 16 x 12 pixels, the model reads 8 x 8",
+        "from the same checkpoint",
+    ),
+    "and of a model that answers questions": (
+        lambda f: larger_images(f, tiny_clip_vqa()),
+        "images of 16 x 12 pixels, the model reads 8 x 8",
+        "from the same checkpoint",
     ),
     "one id for all": (
         lambda f: processed(f, raw_pairs(8), privacy_unit_column="text", per_device_train_batch_size=8),
