@@ -1,4 +1,5 @@
-"""Refusals of data: what cannot be sampled, collated or read by the model, and private records in public places."""
+"""Refusals of data: what cannot be sampled, collated or read by the model, and private records in public places. And a
+warning of what is read in part."""
 
 import inspect
 from collections.abc import Callable
@@ -9,12 +10,19 @@ import numpy as np
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from .collators import ImageTextCollator, PairCollator, VisualQuestionCollator, tokenizer_of
+from .collators import AudioTextCollator, ImageTextCollator, PairCollator, VisualQuestionCollator, tokenizer_of
 from .gradients import contrastive_base
 from .models import CLIPForVisualQuestionAnswering
 from .public_negatives import shared_rows
-from .records import first_record
+from .records import first_record, holds_texts
+
+
+logger = logging.get_logger(__name__)
+
+# Texts whose tokens are counted when training is set up, in less than a second.
+COUNTED_TEXTS = 1_000
 
 
 def check_dataset(dataset: Dataset) -> None:
@@ -91,6 +99,26 @@ def check_pairs_are_read(model: nn.Module, collator: Callable, dataset: Dataset 
         _check_tokenizer(tokenizer_of(collator.processor), base.config.text_config)
     if base is not None and collator.image_column is not None and dataset is not None:
         _check_image_size(collator, dataset, base.config.vision_config)
+
+
+def warn_of_cut_texts(collator: Callable, dataset: Any) -> None:
+    """Warns if texts have more tokens than the model reads.
+
+    The message counts private records: it is for the console of whoever holds them, and is not part of any log.
+    """
+    reads_texts = isinstance(collator, ImageTextCollator | AudioTextCollator)
+    if not reads_texts or not holds_texts(dataset, collator.text_column):
+        return
+    texts = dataset.select_columns([collator.text_column])[:COUNTED_TEXTS][collator.text_column]
+    tokenizer = tokenizer_of(collator.processor)
+    limit = tokenizer.model_max_length
+    cut = sum(len(tokens) > limit for tokens in tokenizer([*texts], verbose=False)["input_ids"])
+    if cut:
+        logger.warning(
+            f"{cut:,} of the first {len(texts):,} texts have more than the {limit} tokens that the model reads; the "
+            "rest of them is cut off. Let what matters come first, or make several records of one, with a "
+            "privacy_unit_column that says which belong together. (For your eyes only: this counts private records.)"
+        )
 
 
 def check_evaluation_data(

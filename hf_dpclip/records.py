@@ -106,9 +106,17 @@ def check_complete(dataset: Dataset, image_column: str | None, text_column: str 
         missing = _rows_where(_is_empty, dataset, image_column, BATCH)
         _check_none_missing(missing, "image", image_column, f"record[{image_column!r}]")
         _check_files_exist(dataset, image_column)
-    if text_column is not None and _holds_strings(dataset.features.get(text_column)):
+    if text_column is not None and holds_texts(dataset, text_column):
         there, missing = f"record[{text_column!r}]", _rows_where(_is_blank, dataset, text_column, TEXT_BATCH)
         _check_none_missing(missing, "text", text_column, f"{there} and {there}.strip()")
+
+
+def holds_texts(dataset: Any, column: str) -> bool:
+    """Whether the table of a `datasets.Dataset` without transform has texts in that column, as they will be read."""
+    if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
+        return False
+    feature = dataset.features.get(column)
+    return isinstance(feature, Value) and feature.dtype in STRINGS
 
 
 def _read(dataset: Dataset, numbers: list[int]) -> list[Any]:
@@ -166,10 +174,6 @@ def _rows_where(condition: Callable, dataset: datasets.Dataset, column: str, bat
         for number, batch in enumerate(batches)
         for row in pc.indices_nonzero(condition(batch[column])).to_pylist()
     ]
-
-
-def _holds_strings(feature: Any) -> bool:
-    return isinstance(feature, Value) and feature.dtype in STRINGS
 
 
 def _check_none_missing(missing: list[int], kind: str, column: str, condition: str):

@@ -99,11 +99,16 @@ class DPCLIPTrainer(RunningTrainer):
         validation.check_loss_is_known(args, self.contrastive_base, public_negatives is not None)
         self.public_negatives = None if public_negatives is None else self._encode_public(public_negatives)
         self._begin_first_run(None if train_dataset is None else self._make_plan())
-        if args.privacy_unit_column is None and self.is_world_process_zero():
-            # Now, before a tracker reads the console along.
-            warn_of_shared_images(train_dataset)
+        if self.is_world_process_zero():
+            self._warn_of_records()
         self._planned_forward_passes = args.gradient_accumulation_steps
         self._use_own_callbacks()
+
+    def _warn_of_records(self) -> None:
+        # When the trainer is made, before a tracker reads the console along.
+        if self.args.privacy_unit_column is None:
+            warn_of_shared_images(self.train_dataset)
+        data_validation.warn_of_cut_texts(self.data_collator, self.train_dataset)
 
     # ---- The plan ----
 
