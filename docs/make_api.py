@@ -41,6 +41,8 @@ MODULES = [
     "privacy.accounting",
     "privacy.composition",
     "privacy.ledger",
+    "audit.game",
+    "audit.one_run",
 ]
 
 HEADER = """# API reference

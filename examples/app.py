@@ -7,7 +7,6 @@ names the model in its variable MODEL. Nothing is loaded from other servers, and
 """
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -30,7 +29,9 @@ from hf_dpclip import PrivacyPlan, PrivacyStatement
 from hf_dpclip.advice import HOPELESS_SIGNAL_TO_NOISE, advice, is_hopeless, total_signal_to_noise
 from hf_dpclip.collators import encoded_texts
 from hf_dpclip.data import class_prompts
+from hf_dpclip.figures import draw_epsilon
 from hf_dpclip.planning import steps_in
+from hf_dpclip.presets import DIGITS
 from hf_dpclip.privacy import STATEMENT_NAME
 from hf_dpclip.privacy_section import privacy_section
 
@@ -44,7 +45,6 @@ BY_EPSILON, BY_NOISE = "target ε", "noise multiplier σ"
 # Beyond these, the accountant takes longer than a visitor waits.
 LIMITS = {BY_EPSILON: (0.01, 100), BY_NOISE: (0.1, 1000)}
 MAX_STEPS = 1_000_000
-POINTS_OF_THE_CURVE = 12
 
 PLANNER_INPUTS = {
     "records n": 60_000,
@@ -53,8 +53,6 @@ PLANNER_INPUTS = {
     "microbatches per step K": 128,
     "trainable parameters d": 300_000,
 }
-
-DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 def main():
@@ -149,21 +147,12 @@ def draw(plan: PrivacyPlan, num_parameters: int) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_epsilon(left, plan)
+    left.set_title("Privacy spent")
     draw_signal_to_noise(right, plan, num_parameters)
     for axes, empty_corner in ((left, "lower right"), (right, "upper left")):
         axes.grid(alpha=0.3)
         axes.legend(loc=empty_corner, frameon=False)
     return figure
-
-
-def draw_epsilon(axes: Any, plan: PrivacyPlan) -> None:
-    # Closer together at the start, where ε rises fastest.
-    shares = [(point / POINTS_OF_THE_CURVE) ** 2 for point in range(POINTS_OF_THE_CURVE + 1)]
-    steps = sorted({math.ceil(plan.num_steps * share) for share in shares})
-    axes.plot(steps, [plan.epsilon(step) for step in steps], marker="o", markersize=4, label="spent")
-    if plan.target_epsilon is not None:
-        axes.axhline(plan.target_epsilon, color="tab:red", linestyle="--", label="target")
-    axes.set(title="Privacy spent", xlabel="steps", ylabel=f"ε at δ = {plan.target_delta:.2g}", ylim=(0, None))
 
 
 def draw_signal_to_noise(axes: Any, plan: PrivacyPlan, num_parameters: int) -> None:

@@ -236,7 +236,9 @@ class Task:
     def _arguments(self, row: dict) -> ExampleArguments:
         # A few class prompts teach the text tower little, and what it learns takes up much of the clipping norm.
         text_tower = row["tuning"] == "full" or row["arm"] not in PRIVATE_ARMS
-        return ExampleArguments(self.start, LORA_RANKS[row["tuning"]], text_tower)
+        return ExampleArguments(
+            model_name_or_path=self.start, lora_rank=LORA_RANKS[row["tuning"]], text_tower=text_tower
+        )
 
     def _train(self, model, row: dict, folder: str) -> None:
         args = TrainingArguments(

@@ -125,16 +125,16 @@ class Concept(NamedTuple):
     pens: torch.Tensor
 
 
-def parse_args() -> Namespace:
-    """Read the command line."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", default="examples/tiny-clip", help="where to save the model and its processor")
-    parser.add_argument("--steps", type=int, default=6000, help="number of optimizer steps")
-    parser.add_argument("--batch_size", type=int, default=64, help="number of pictures in a step")
+def make_parser(description: str, output_dir: str, steps: int, batch_size: int) -> ArgumentParser:
+    """The options that all models taught from drawings have, with these defaults."""
+    parser = ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--output_dir", default=output_dir, help="where to save the model and its processor")
+    parser.add_argument("--steps", type=int, default=steps, help="number of optimizer steps")
+    parser.add_argument("--batch_size", type=int, default=batch_size, help="number of pictures in a step")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak of the cosine schedule")
     parser.add_argument("--num_threads", type=int, default=1, help="threads of torch; the weights depend on it")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the pictures and of the first weights")
-    return parser.parse_args()
+    parser.add_argument("--seed", type=int, default=0, help="seed of the pictures and of new weights")
+    return parser
 
 
 def find_fonts() -> list[ImageFont.FreeTypeFont]:
@@ -371,36 +371,38 @@ def train(model: CLIPModel, tokenizer: CLIPTokenizer, draw_batch: Callable, args
             print(f"step {step}: loss {loss.item():.3f}", flush=True)
 
 
+def save(model: CLIPModel, processor: CLIPProcessor, folder: str) -> None:
+    """Save what `from_pretrained` loads."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
 def go_on(description: str, output_dir: str, draw_batch: Callable) -> None:
     """Train the tiny CLIP further, on other pictures, as the command line says, and save it elsewhere."""
-    parser = ArgumentParser(description=description.splitlines()[0])
+    parser = make_parser(description, output_dir, steps=3000, batch_size=128)
     parser.add_argument("--model", default=str(Path(__file__).parent / "tiny-clip"), help="the CLIP to start from")
-    parser.add_argument("--output_dir", default=output_dir, help="where to save model and processor")
-    parser.add_argument("--steps", type=int, default=3000, help="number of optimizer steps")
-    parser.add_argument("--batch_size", type=int, default=128, help="number of pictures in a step")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak of the cosine schedule")
-    parser.add_argument("--num_threads", type=int, default=1, help="threads of torch; the weights depend on it")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the pictures")
     args = parser.parse_args()
-    set_seed(args.seed)
-    torch.set_num_threads(args.num_threads)
+    make_repeatable(args)
     model, processor = CLIPModel.from_pretrained(args.model), CLIPProcessor.from_pretrained(args.model)
     train(model.train(), processor.tokenizer, draw_batch, args)
-    model.save_pretrained(args.output_dir)
-    processor.save_pretrained(args.output_dir)
+    save(model, processor, args.output_dir)
+
+
+def make_repeatable(args: Namespace) -> None:
+    """Let the same arguments give the same weights."""
+    set_seed(args.seed)
+    torch.set_num_threads(args.num_threads)
 
 
 def main() -> None:
     """Draw, train and save."""
-    args = parse_args()
-    set_seed(args.seed)
-    torch.set_num_threads(args.num_threads)
+    args = make_parser(__doc__, "examples/tiny-clip", steps=6000, batch_size=64).parse_args()
+    make_repeatable(args)
     concepts = build_concepts()
     tokenizer = train_tokenizer(tokenizer_corpus(concepts))
     model = build_model(tokenizer)
     train(model, tokenizer, lambda size: random_batch(concepts, size), args)
-    model.save_pretrained(args.output_dir)
-    build_processor(tokenizer).save_pretrained(args.output_dir)
+    save(model, build_processor(tokenizer), args.output_dir)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,27 @@ EVAL_SPLITS = ("test", "validation")
 
 
 @dataclass
-class ExampleArguments:
+class DataArguments:
+    """Which records are private, and which are for evaluation."""
+
+    image_column: str = field(default="image", metadata={"help": "Column with the images, or paths to them."})
+    train_split: str = field(default="train", metadata={"help": "Split with the private records."})
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "Split to evaluate on; by default test, validation, or 10 %% of the private records."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many private records."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on only so many records."})
+
+    def __post_init__(self):
+        for name in ("max_train_samples", "max_eval_samples"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                raise ValueError(f"--{name} {limit} is not possible: give 1 or more, or leave it out for all records.")
+
+
+@dataclass
+class ExampleArguments(DataArguments):
     """The model and the data."""
 
     model_name_or_path: str = field(default=str(TINY_CLIP), metadata={"help": "Dual encoder: Hub name or folder."})
@@ -93,7 +113,6 @@ class ExampleArguments:
             "a folder of images with a metadata.csv; or a dataset on the Hub."
         },
     )
-    image_column: str = field(default="image", metadata={"help": "Column with the images, or paths to them."})
     caption_column: str | None = field(default=None, metadata={"help": "Column with the captions."})
     label_column: str | None = field(default=None, metadata={"help": "Column with class labels, instead of captions."})
     prompt_template: str | None = field(default=None, metadata={"help": "Caption of a class: 'a photo of a {}'."})
@@ -105,13 +124,6 @@ class ExampleArguments:
             "the columns of the private ones."
         },
     )
-    train_split: str = field(default="train", metadata={"help": "Split with the private records."})
-    eval_split: str | None = field(
-        default=None,
-        metadata={"help": "Split to evaluate on; by default test, validation, or 10 %% of the private records."},
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many private records."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on only so many records."})
     compare_non_private: bool = field(
         default=False,
         metadata={"help": "Also train without privacy. Its accuracy is not private. On for the embedded data."},
@@ -122,7 +134,7 @@ class ExampleArguments:
             raise ValueError(f"--lora_rank {self.lora_rank} is not possible: give 1 or more, or 0 for all parameters.")
         if not (self.lora_rank or self.text_tower):
             raise ValueError("--text_tower False is about adapters: give --lora_rank 1 or more with it.")
-        check_limits(self)
+        super().__post_init__()
 
 
 @dataclass
@@ -210,7 +222,8 @@ def choose_folders(args: DPTrainingArguments, has_adapters: bool) -> None:
 
 
 def find_checkpoint(trainer: DPCLIPTrainer) -> None:
-    """The checkpoint to go on from, if one was asked for: the last one, or the one that was named."""
+    """Puts the folder of the last checkpoint where one was asked for, and refuses one that does not fit before the
+    evaluation that precedes training."""
     args = trainer.args
     if args.resume_from_checkpoint is True:
         args.resume_from_checkpoint = last_complete_checkpoint(args.output_dir)
@@ -316,14 +329,6 @@ def _cut_down(dataset: Dataset, limit: int) -> Dataset:
     """From ten places: files are often sorted by class. Neighbours, who may be of one unit, stay together."""
     parts, shares = (np.array_split(range(size), 10) for size in (len(dataset), min(len(dataset), limit)))
     return dataset.select(np.concatenate([part[: len(share)] for part, share in zip(parts, shares)]).astype(int))
-
-
-def check_limits(arguments):
-    """Raises `ValueError` for numbers of records that are none."""
-    for name in ("max_train_samples", "max_eval_samples"):
-        limit = getattr(arguments, name)
-        if limit is not None and limit < 1:
-            raise ValueError(f"--{name} {limit} is not possible: give 1 or more, or leave it out for all records.")
 
 
 def non_private_arguments(args: DPTrainingArguments) -> TrainingArguments:

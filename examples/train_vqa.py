@@ -21,18 +21,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars
 from peft import get_peft_model
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
+from train import DEFAULTS as PAIR_DEFAULTS
 from train import (
-    check_limits,
+    DataArguments,
     choose_folders,
     errors_in_one_line,
-    find_checkpoint,
     load_processor,
     mention_other_runs,
     non_private_arguments,
@@ -61,27 +60,20 @@ EASY_VQA_ANSWERS = "yes,no,circle,rectangle,triangle,black,blue,brown,gray,green
 
 # For the embedded data; what is given on the command line goes first.
 DEFAULTS = {
+    **PAIR_DEFAULTS,
     "output_dir": "outputs/private-vqa",
-    "target_epsilon": 8.0,
     "per_device_train_batch_size": 250,
     "per_device_eval_batch_size": 256,
     "microbatch_size": 1,
     "num_train_epochs": 6.0,
     "learning_rate": 2e-2,
-    "lr_scheduler_type": "constant",
-    "logging_steps": 20,
-    "save_strategy": "epoch",
-    "save_total_limit": 2,
-    "report_to": "none",
-    "remove_unused_columns": False,
-    "dataloader_pin_memory": torch.cuda.is_available(),
 }
 
 EMBEDDED_DEFAULTS = {"compare_non_private": True, "privacy_unit_column": "image_id", "save_strategy": "no"}
 
 
 @dataclass
-class ExampleArguments:
+class ExampleArguments(DataArguments):
     """The model and the data."""
 
     model_name_or_path: str = field(
@@ -101,16 +93,8 @@ class ExampleArguments:
             "images with a metadata.csv; or a dataset on the Hub."
         },
     )
-    image_column: str = field(default="image", metadata={"help": "Column with the images, or paths to them."})
     question_column: str = field(default="question", metadata={"help": "Column with the questions."})
     answer_column: str = field(default="answer", metadata={"help": "Column with the answers."})
-    train_split: str = field(default="train", metadata={"help": "Split with the private records."})
-    eval_split: str | None = field(
-        default=None,
-        metadata={"help": "Split to evaluate on; by default test, validation, or 10 %% of the private records."},
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many private records."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on only so many records."})
     answers: str | None = field(
         default=None,
         metadata={"help": "Public list of possible answers, separated by commas. Required for your own data."},
@@ -119,9 +103,6 @@ class ExampleArguments:
         default=False,
         metadata={"help": "Also train without privacy, and without images. Not private. On for the embedded data."},
     )
-
-    def __post_init__(self):
-        check_limits(self)
 
 
 def main():
@@ -148,7 +129,7 @@ def prepare(arguments: ExampleArguments, args: DPTrainingArguments) -> DPCLIPTra
     model = load_model(arguments, answers)
     columns = arguments.image_column, arguments.question_column, arguments.answer_column
     names = dict(zip(("image_column", "text_column", "answer_column"), columns))
-    trainer = DPCLIPTrainer(
+    return DPCLIPTrainer(
         model,
         args,
         VisualQuestionCollator(processor, label2id=model.config.label2id, **names),
@@ -157,8 +138,6 @@ def prepare(arguments: ExampleArguments, args: DPTrainingArguments) -> DPCLIPTra
         processor,
         compute_metrics=partial(vqa_accuracy, id2label=model.config.id2label),
     )
-    find_checkpoint(trainer)
-    return trainer
 
 
 def load_model(arguments: ExampleArguments, answers: list[str]):

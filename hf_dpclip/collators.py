@@ -10,7 +10,7 @@ from PIL.Image import Image as PILImage
 from torch.utils.data import Dataset as TorchDataset
 from transformers import BatchEncoding, ClapProcessor, ProcessorMixin
 
-from .records import check_complete, check_picture, check_text, first_record
+from .records import check_complete, check_image, check_text, first_record
 
 
 @dataclass
@@ -82,8 +82,8 @@ class ImageTextCollator(PairCollator):
         records = [record for record in records for _ in range(self.views)]
         inputs: dict[str, list[Any]] = {}
         if self.image_column is not None:
-            pictures = [check_picture(record[self.image_column], self.image_column) for record in records]
-            inputs["images"] = [self._augmented(picture.convert("RGB")) for picture in pictures]
+            images = [check_image(record[self.image_column], self.image_column) for record in records]
+            inputs["images"] = [self._augmented(image.convert("RGB")) for image in images]
         if self.text_column is not None:
             inputs["text"] = [check_text(record[self.text_column], self.text_column) for record in records]
         return self.processor(**inputs, **text_settings(self.processor), return_tensors="pt")
@@ -117,7 +117,7 @@ class ImageTextCollator(PairCollator):
                 "AutoProcessor.from_pretrained gives for the model."
             )
         if self.image_column is not None:
-            check_picture(first[self.image_column], self.image_column)
+            check_image(first[self.image_column], self.image_column)
         if self.text_column is not None:
             check_text(first[self.text_column], self.text_column)
         check_complete(dataset, self.image_column, self.text_column)
@@ -195,7 +195,7 @@ class AudioTextCollator(PairCollator):
             `sampling_rate` in Hz.
         text_column (`str`, *optional*, defaults to `"text"`): captions.
 
-    Raises `ValueError` for a sampling rate that is not the feature extractor's.
+    Raises `ValueError` for a sampling rate that is not the feature extractor's, and for texts that are none.
 
     Example:
         ```python
@@ -217,8 +217,14 @@ class AudioTextCollator(PairCollator):
                 f"use dataset.cast_column({self.audio_column!r}, datasets.Audio(sampling_rate={rate}))."
             )
         audio = extractor([sound["array"] for sound in sounds], sampling_rate=rate, return_tensors="pt")
-        texts = encoded_texts(self.processor.tokenizer, [record[self.text_column] for record in records])
-        return {**texts, **audio}
+        texts = [check_text(record[self.text_column], self.text_column) for record in records]
+        return {**encoded_texts(self.processor.tokenizer, texts), **audio}
+
+    def check_records(self, dataset: TorchDataset) -> None:
+        """Raises `ValueError` for records that cannot be collated, as far as the first one and the texts tell."""
+        super().check_records(dataset)
+        check_text(first_record(dataset)[self.text_column], self.text_column)
+        check_complete(dataset, None, self.text_column)
 
 
 def default_collator(processor: ProcessorMixin) -> PairCollator:

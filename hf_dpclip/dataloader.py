@@ -11,17 +11,20 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .arguments import DPTrainingArguments
+from .gradients import Microbatch
 from .privacy import PoissonSampler
 from .privacy_units import PrivacyUnits
 from .records import read_records
 from .seeding import preserved_generators, seed_generators
 
 
-# The microbatches of one forward pass: of each, the seed of its randomness and its record numbers.
-ForwardBatch = list[tuple[int, np.ndarray]]
+# The seed of a microbatch's randomness, and its record numbers.
+DrawnMicrobatch = tuple[int, np.ndarray]
+# What is loaded for one forward pass: collated, or, where chunks are read later, as it was drawn.
+ForwardBatch = list[Microbatch] | list[DrawnMicrobatch]
 
 
-class ForwardBatchSampler(Sampler[ForwardBatch]):
+class ForwardBatchSampler(Sampler[list[DrawnMicrobatch]]):
     """Deals the microbatches of every step out to processes and forward passes.
 
     Each microbatch goes to one process and there to one forward pass, dealt out so that all of them have about as many
@@ -62,13 +65,13 @@ class ForwardBatchSampler(Sampler[ForwardBatch]):
     def __len__(self) -> int:
         return self.steps * self.forward_passes
 
-    def __iter__(self) -> Iterator[ForwardBatch]:
+    def __iter__(self) -> Iterator[list[DrawnMicrobatch]]:
         for _ in range(self.steps):
             drawn = self.sampler.draw()
             seeds = self.sampler.draw_seeds(len(drawn))
             yield from self._own([(seed, self.units.records(units, seed)) for seed, units in zip(seeds, drawn)])
 
-    def _own(self, microbatches: ForwardBatch) -> Iterator[ForwardBatch]:
+    def _own(self, microbatches: list[DrawnMicrobatch]) -> Iterator[list[DrawnMicrobatch]]:
         """This process's share of a step, one forward batch after another."""
         if self.spanning:
             every = slice(self.process, None, self.num_processes)
@@ -80,12 +83,12 @@ class ForwardBatchSampler(Sampler[ForwardBatch]):
             yield [(seed, records) for seed, records in forward_batch if len(records)]
 
 
-def dealt_out(microbatches: ForwardBatch, num_shares: int) -> list[ForwardBatch]:
+def dealt_out(microbatches: list[DrawnMicrobatch], num_shares: int) -> list[list[DrawnMicrobatch]]:
     """Equally many microbatches in each share, but for a remainder, and nearly equally many records: no two shares are
     further apart than the largest microbatch and an empty one."""
     if num_shares == 1:
         return [microbatches]
-    shares: list[ForwardBatch] = [[] for _ in range(num_shares)]
+    shares: list[list[DrawnMicrobatch]] = [[] for _ in range(num_shares)]
     num_records = [0] * num_shares
     largest_first = sorted(microbatches, key=_size, reverse=True)
     for first in range(0, len(largest_first), num_shares):
@@ -97,7 +100,7 @@ def dealt_out(microbatches: ForwardBatch, num_shares: int) -> list[ForwardBatch]
     return shares
 
 
-def _size(microbatch: tuple[int, np.ndarray]) -> int:
+def _size(microbatch: DrawnMicrobatch) -> int:
     """Its records."""
     return len(microbatch[1])
 
@@ -116,7 +119,7 @@ class MicrobatchDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, forward_batch: ForwardBatch) -> list[tuple[int, dict[str, Any]]]:
+    def __getitem__(self, forward_batch: list[DrawnMicrobatch]) -> list[Microbatch]:
         fetched = self._fetched_together(forward_batch)
         microbatches = []
         with preserved_generators():
@@ -134,7 +137,7 @@ class MicrobatchDataset(Dataset):
             )
         return dict(batch)
 
-    def _fetched_together(self, forward_batch: ForwardBatch) -> list[list[Any] | None]:
+    def _fetched_together(self, forward_batch: list[DrawnMicrobatch]) -> list[list[Any] | None]:
         """The records of each microbatch, in one access where that cannot make them depend on one another: transforms
         draw random numbers, and other formats choose one dtype for all that is read together."""
         separable = isinstance(self.dataset, datasets.Dataset) and self.dataset.format["type"] is None
@@ -155,7 +158,7 @@ class RecordNumbers(Dataset):
     def __len__(self) -> int:
         return self.num_records
 
-    def __getitem__(self, forward_batch: ForwardBatch) -> ForwardBatch:
+    def __getitem__(self, forward_batch: list[DrawnMicrobatch]) -> list[DrawnMicrobatch]:
         return forward_batch
 
 
@@ -217,7 +220,7 @@ class _DeviceLoader(DataLoader[ForwardBatch]):
 
 def make_dataloader(
     dataset: MicrobatchDataset | RecordNumbers,
-    sampler: Iterable[ForwardBatch],
+    sampler: Iterable[list[DrawnMicrobatch]],
     args: DPTrainingArguments,
     keeps: bool = False,
 ) -> DataLoader[ForwardBatch]:

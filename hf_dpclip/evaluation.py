@@ -10,7 +10,7 @@ from transformers import EvalPrediction, ProcessorMixin
 
 from .collators import encoded_texts
 from .metrics import RetrievalRecall, VQAAccuracy, ZeroShotAccuracy
-from .records import check_picture, unreadable
+from .records import check_image, unreadable
 
 
 # What Pillow raises, by format and by what is wrong with the file.
@@ -53,7 +53,7 @@ def zero_shot_accuracy(
     metric = ZeroShotAccuracy()
     for start in range(0, len(dataset), batch_size):
         batch = _decoded(dataset, range(start, min(start + batch_size, len(dataset))))
-        images = [check_picture(image, image_column).convert("RGB") for image in batch[image_column]]
+        images = [check_image(image, image_column).convert("RGB") for image in batch[image_column]]
         pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(device)
         logits = model(pixel_values=pixel_values, **text).logits_per_image
         metric.add_batch(predictions=logits.float().cpu().numpy(), references=batch[label_column])

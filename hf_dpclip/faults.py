@@ -6,14 +6,16 @@ from contextlib import contextmanager
 
 GO_ON = "Then go on from the last whole checkpoint with resume_from_checkpoint=True; the ledger has counted the steps."
 
+OTHER_PROCESS_DIED = "Another process of this run died: what it said above, or its machine's log, says why."
+
 # By a piece of the message that torch gives.
 REMEDIES = {
     "DataLoader worker": (
         "A process that loads data died, most often for want of memory: lower dataloader_num_workers, or find the "
         "record that kills it with dataloader_num_workers=0."
     ),
-    "closed by peer": "Another process of this run died: what it said above, or its machine's log, says why.",
-    "Connection reset": "Another process of this run died: what it said above, or its machine's log, says why.",
+    "closed by peer": OTHER_PROCESS_DIED,
+    "Connection reset": OTHER_PROCESS_DIED,
 }
 
 

@@ -19,13 +19,8 @@ def plot_epsilon(plan: PrivacyPlan, path: str | Path) -> None:
     Raises `ModuleNotFoundError` without matplotlib, and `ValueError` for a file format that it does not know.
     """
     figure, axes = _figure()
-    # Close together at first, where the curve is steep.
-    steps = np.unique(np.ceil(plan.num_steps * np.linspace(0, 1, CURVE_POINTS + 1)[1:] ** 2).astype(int)).tolist()
-    axes.plot(steps, [plan.epsilon(each) for each in steps], marker="o", markersize=3)
-    if plan.target_epsilon is not None:
-        axes.axhline(plan.target_epsilon, color="tab:red", linestyle="--", label=f"target ε = {plan.target_epsilon:g}")
-        axes.legend(loc="lower right")
-    axes.set(xlabel="steps", ylabel=f"ε at δ = {plan.target_delta:.3g}", xlim=(0, None), ylim=(0, None))
+    draw_epsilon(axes, plan)
+    axes.legend(loc="lower right")
     axes.set_title(
         f"n = {plan.num_examples:,}, B = {plan.expected_batch_size:,}, K = {plan.num_microbatches:,}, "
         f"σ = {plan.noise_multiplier:.4g} ({plan.accountant} accountant)",
@@ -35,6 +30,16 @@ def plot_epsilon(plan: PrivacyPlan, path: str | Path) -> None:
     epochs = axes.secondary_xaxis("top", functions=(lambda step: step / length, lambda epoch: epoch * length))
     epochs.set_xlabel("epochs")
     figure.savefig(path)
+
+
+def draw_epsilon(axes: Any, plan: PrivacyPlan) -> None:
+    """Draws the curve of ε against steps, and the target, on axes of matplotlib."""
+    # Close together at first, where the curve is steep.
+    steps = np.unique(np.ceil(plan.num_steps * np.linspace(0, 1, CURVE_POINTS + 1)[1:] ** 2).astype(int)).tolist()
+    axes.plot(steps, [plan.epsilon(each) for each in steps], marker="o", markersize=3, label="spent")
+    if plan.target_epsilon is not None:
+        axes.axhline(plan.target_epsilon, color="tab:red", linestyle="--", label=f"target ε = {plan.target_epsilon:g}")
+    axes.set(xlabel="steps", ylabel=f"ε at δ = {plan.target_delta:.3g}", xlim=(0, None), ylim=(0, None))
 
 
 def plot_privacy_utility(epsilons: list[float], values: list[float], metric: str, path: str | Path) -> None:

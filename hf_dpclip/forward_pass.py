@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .arguments import DPTrainingArguments
-from .dataloader import ForwardBatch, LoadedChunks, MicrobatchDataset
+from .dataloader import DrawnMicrobatch, LoadedChunks, MicrobatchDataset
 from .gradients import (
     ContrastiveModel,
     MeanLossModel,
@@ -132,7 +132,7 @@ class ChunkByChunk:
         self.accelerator = accelerator
         self.args = args
 
-    def __call__(self, forward_batch: ForwardBatch) -> list[Tensor]:
+    def __call__(self, forward_batch: list[DrawnMicrobatch]) -> list[Tensor]:
         """As [`OneByOne`], from record numbers."""
         spans = self.args.microbatch_spans_processes
         adding = self.mechanism.spanning_microbatch if spans else self.mechanism.microbatch

@@ -196,7 +196,7 @@ def _evaluation(evaluations: list[Evaluation], has_figure: bool) -> str:
         return "## Evaluation\n\nNo metrics were computed by the trainer."
     names = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics))
     rows = [
-        [f"{each.step:,}", _figure(each.epsilon), *(_figure(each.metrics.get(name)) for name in names)]
+        [f"{each.step:,}", _number(each.epsilon), *(_number(each.metrics.get(name)) for name in names)]
         for each in evaluations
     ]
     lines = [["step", "ε", *names], ["---"] * (2 + len(names)), *rows]
@@ -265,5 +265,5 @@ def _listed(names: str | list[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else names or []
 
 
-def _figure(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"

@@ -60,28 +60,28 @@ def first_record(dataset: Dataset) -> Mapping[str, Any]:
     return first
 
 
-def check_picture(picture: Any, column: str) -> PILImage:
-    """The picture itself. Raises `ValueError` for what is none, and for one that would lose what it shows."""
-    if isinstance(picture, PILImage) and picture.mode in DEEP_MODES and not _fits_in_8_bits(picture):
+def check_image(image: Any, column: str) -> PILImage:
+    """The image itself. Raises `ValueError` for what is none, and for one that would lose what it shows."""
+    if isinstance(image, PILImage) and image.mode in DEEP_MODES and not _fits_in_8_bits(image):
         raise ValueError(
-            f"column {column!r} holds an image whose values are not within 0 and 255 (mode {picture.mode}), of which "
+            f"column {column!r} holds an image whose values are not within 0 and 255 (mode {image.mode}), of which "
             "conversion to RGB would leave white or black areas: choose the window of values that matters and convert "
             "images to 8 bits first, as in "
             "PIL.Image.fromarray(((values - low) / (high - low) * 255).clip(0, 255).astype('uint8'))."
         )
-    if not isinstance(picture, PILImage):
+    if not isinstance(image, PILImage):
         raise ValueError(
-            f"column {column!r} holds {_kind(picture)} where a PIL image is expected: paths and bytes become images "
+            f"column {column!r} holds {_kind(image)} where a PIL image is expected: paths and bytes become images "
             f"with dataset.cast_column({column!r}, datasets.Image()), arrays with PIL.Image.fromarray; leave records "
             "without an image out."
         )
-    return picture
+    return image
 
 
-def _fits_in_8_bits(picture: PILImage) -> bool:
+def _fits_in_8_bits(image: PILImage) -> bool:
     """Whether conversion to RGB leaves values as they are. Those between 0 and 1 would all be black."""
-    values = np.asarray(picture)
-    return bool(values.min() >= 0 and values.max() <= 255 and (picture.mode != "F" or values.max() > 1))
+    values = np.asarray(image)
+    return bool(values.min() >= 0 and values.max() <= 255 and (image.mode != "F" or values.max() > 1))
 
 
 def check_text(text: Any, column: str) -> str:

@@ -5,7 +5,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from .advice import advice, is_hopeless
 from .privacy import PrivacySpent, PrivacyStatement, composed
-from .privacy_section import NOT_PRIVATE
+from .privacy_section import NOT_PRIVATE, plan_rows
 
 
 class PrivacyCallback(TrainerCallback):
@@ -55,12 +55,8 @@ def summary(statement: PrivacyStatement, model: nn.Module, total_steps: int) -> 
     ceiling, epsilon = plan.signal_to_noise(num_parameters), plan.epsilon(total_steps)
     lines = [
         "***** Differentially private training *****",
-        f"  privacy units n = {plan.num_examples:,} (one unit = one {plan.privacy_unit})",
-        f"  expected batch size B = {plan.expected_batch_size:,}, sampled with q = {plan.sampling_probability:.4g}",
-        f"  microbatches per step K = {plan.num_microbatches:,} of about {plan.microbatch_size:.4g} units each",
+        *(f"  {name} = {value}" for name, value in plan_rows(plan).items()),
         f"  steps T = {total_steps:,}, of which taken = {statement.steps:,}",
-        f"  clipping norm C = {plan.max_grad_norm:g} ({plan.clipping}), sensitivity Δ = {plan.sensitivity:g}",
-        f"  noise multiplier σ = {plan.noise_multiplier:.4g}, noise standard deviation σΔ = {plan.noise_std:.4g}",
         f"  ε = {epsilon:.4g} after all steps at δ = {plan.target_delta:.3g} ({plan.accountant} accountant)",
         f"  trainable parameters d = {num_parameters:,}, signal-to-noise ceiling of a step = {ceiling:.3g}",
         *_earlier(statement),

@@ -17,7 +17,7 @@ from .checkpoints import restate
 from .faults import explained
 from .planning import num_steps
 from .privacy import PrivacyPlan, PrivacySpent, PrivacyStatement
-from .privacy.plan import Runs
+from .privacy.composition import Runs
 from .publishing import PublishingTrainer
 from .reporting import search_summary
 from .resuming import (

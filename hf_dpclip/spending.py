@@ -10,7 +10,7 @@ import datasets
 from accelerate.utils import broadcast_object_list
 from transformers.utils import logging
 
-from .privacy import LEDGER_NAME, Ledger, Recording
+from .privacy import LEDGER_NAME, Ledger, RunRecorder
 
 
 if TYPE_CHECKING:
@@ -43,29 +43,29 @@ def recorded(trainer: "DPCLIPTrainer", run: str, planned: int) -> Iterator[Calla
     Raises, on all processes, `ValueError` if they could exceed `ledger_epsilon`, or if the ledger is damaged, and
     `OSError` if it cannot be written.
     """
-    recording = _begin(trainer, run, planned)
+    recorder = _begin(trainer, run, planned)
     try:
-        yield recording.before_step if recording else _nothing
+        yield recorder.before_step if recorder else _nothing
     finally:
-        if recording:
-            _end(recording)
+        if recorder:
+            _end(recorder)
 
 
-def _begin(trainer: "DPCLIPTrainer", run: str, planned: int) -> Recording | None:
-    recording: Recording | None = None
+def _begin(trainer: "DPCLIPTrainer", run: str, planned: int) -> RunRecorder | None:
+    recorder: RunRecorder | None = None
     error: Exception | None = None
     if trainer.is_world_process_zero():
         try:
-            recording = _begin_here(trainer, run, planned)
+            recorder = _begin_here(trainer, run, planned)
         except (OSError, ValueError) as refusal:
             error = refusal
     (error,) = broadcast_object_list([error])
     if error is not None:
         raise error
-    return recording
+    return recorder
 
 
-def _begin_here(trainer: "DPCLIPTrainer", run: str, planned: int) -> Recording:
+def _begin_here(trainer: "DPCLIPTrainer", run: str, planned: int) -> RunRecorder:
     args, dataset, statement = trainer.args, trainer.train_dataset, trainer.privacy_statement()
     return ledger_of(trainer).begin(
         run,
@@ -80,10 +80,10 @@ def _begin_here(trainer: "DPCLIPTrainer", run: str, planned: int) -> Recording:
     )
 
 
-def _end(recording: Recording) -> None:
+def _end(recorder: RunRecorder) -> None:
     """What training made is worth more than the few steps that stay recorded beyond those taken."""
     try:
-        recording.end()
+        recorder.end()
     except OSError as error:
         logger.warning(f"{error} The ledger has a few steps more than were taken.")
 

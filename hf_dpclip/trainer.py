@@ -137,6 +137,8 @@ class DPCLIPTrainer(RunningTrainer):
         chunks = encode_public_negatives(public, self.data_collator, self.processing_class, size)
         return PublicNegatives(chunks, self.args.public_negatives_gradient, self.args.public_negatives_steps)
 
+    # ---- Evaluation ----
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As in the `Trainer`. Raises `ValueError` for the private training dataset, and for records that cannot be
         collated."""
@@ -171,9 +173,11 @@ class DPCLIPTrainer(RunningTrainer):
         finally:
             self.data_collator = collator
 
+    # ---- What is minimised ----
+
     @property
     def contrastive_base(self) -> PreTrainedModel | None:
-        """The model in training, without adapters, if it is a known contrastive loss of its own that is minimised."""
+        """The known contrastive model under the adapters, if the trainer minimises the model's own loss."""
         return contrastive_base(self.model) if self.minimises_own_loss else None
 
     @property
@@ -279,7 +283,7 @@ class DPCLIPTrainer(RunningTrainer):
     def _microbatch_dataset(self) -> MicrobatchDataset:
         """The records and their collator, with the columns that nobody reads removed, as in `Trainer`."""
         dataset, collator = self.train_dataset, self.data_collator
-        if hasattr(dataset, "remove_columns"):
+        if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description="training")
         else:
             collator = self._get_collator_with_removed_columns(collator, description="training")

@@ -34,13 +34,7 @@ from transformers import (
 )
 
 from hf_dpclip import CLIPForVisualQuestionAnswering, DPTrainingArguments, lora_config
-
-
-try:
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-except ModuleNotFoundError:
-    # Where it has no module of its own, it is the only one.
-    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
+from hf_dpclip.audit.small_clip import CLIPImageProcessorPil
 
 
 BOS, EOS, PAD = 48, 49, 0

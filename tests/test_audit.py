@@ -100,7 +100,7 @@ def test_a_broken_mechanism_is_convicted(mechanism):
 def test_the_honest_mechanism_passes_every_game(mechanism):
     game = dataclasses.replace(mechanism.game, plays=min(100, mechanism.game.plays))
     audit = audit_step(Mechanism("honest", "", game), SURE)
-    assert not audit.convicted, audit
+    assert not audit.refuted, audit
 
 
 def test_every_mistake_has_a_name_of_its_own():

@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 
 from hf_dpclip import DPCLIPTrainer, ImageTextCollator
 from hf_dpclip.data import caption_by_label, class_prompts, hold_out, load_pairs
-from hf_dpclip.records import check_picture
+from hf_dpclip.records import check_image
 
 
 @pytest.fixture(autouse=True)
@@ -201,7 +201,7 @@ def _each_left_out(values):
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 def test_deep_images_of_ordinary_values_are_what_they_are(mode):
     picture = PILImage.new(mode, (8, 8), 100)
-    assert check_picture(picture, "image").convert("RGB").getpixel((0, 0)) == (100, 100, 100)
+    assert check_image(picture, "image").convert("RGB").getpixel((0, 0)) == (100, 100, 100)
 
 
 @pytest.mark.parametrize("share", [0, 1, -1, float("nan")])

@@ -86,6 +86,16 @@ def test_training_moves_every_parameter(make_trainer, make_model, make_dataset):
 
 
 @EACH_MODEL
+def test_a_gradient_reaches_every_parameter(make_trainer, make_model, make_dataset):
+    # Noise alone moves parameters too.
+    seen, model = Gradients(), make_model()
+    options = {"callbacks": [seen]}
+    make_trainer(model, make_dataset(64), options, noise_multiplier=0.0, non_private=True).train()
+    names = [name for name, _ in model.named_parameters()]
+    assert not [name for name, *gradients in zip(names, *seen.steps) if not any(map(torch.any, gradients))]
+
+
+@EACH_MODEL
 def test_saved_weights_load_again_with_their_privacy_statement(make_trainer, make_model, make_dataset, tmp_path):
     model = make_model()
     trainer = make_trainer(model, make_dataset(64))

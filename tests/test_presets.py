@@ -181,8 +181,14 @@ def test_zero_shot_accuracy_counts_images_whose_own_prompt_wins(dark_and_bright,
 
 
 def test_zero_shot_accuracy_runs_a_real_model(dark_and_bright):
-    accuracy = zero_shot_accuracy(tiny_clip(), tiny_processor(), dark_and_bright, ["a", "b"], "scan", "kind")
-    assert 0 <= accuracy <= 1
+    model, processor, prompts = tiny_clip(), tiny_processor(), ["a", "b"]
+    inputs = processor(
+        text=prompts, images=[image.convert("RGB") for image in dark_and_bright["scan"]], return_tensors="pt"
+    )
+    with torch.no_grad():
+        chosen = model.eval()(**inputs).logits_per_image.argmax(dim=1)
+    expected = (chosen == torch.tensor(dark_and_bright["kind"])).float().mean().item()
+    assert zero_shot_accuracy(model, processor, dark_and_bright, prompts, "scan", "kind") == expected
 
 
 def test_an_image_that_is_missing_is_named(dark_and_bright):

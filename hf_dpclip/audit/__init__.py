@@ -2,7 +2,8 @@
 
 `bounds` turns guesses into lower bounds on ε, `game` plays the distinguishing game through the real trainer,
 `mistakes` holds what published code gets wrong, `zoo` names each mistake with the game that convicts it, `one_run`
-audits a whole run by canaries. `docs/auditing.md` says what a result means.
+audits a whole run by canaries, and `fine_tune` is such a run, for which `small_clip` needs no files.
+`docs/auditing.md` says what a result means.
 """
 
 from .game import StepAudit, audit_step

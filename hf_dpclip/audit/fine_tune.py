@@ -29,6 +29,8 @@ from .small_clip import small_clip, small_processor
 UNCLIPPED = 1e6
 # Without privacy, the white-box adversary looks at one release out of so many; all would take longer than training.
 LOOK_EVERY = 25
+# Expected records in a step of a private run.
+PRIVATE_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,6 @@ class FineTuneAudit:
             values["claimed_epsilon"] = None
         rates = {"auc": self.membership.auc, "tpr_at_1%_fpr": self.membership.true_positive_rate()}
         return {**values, **rates, "auc_at_start": self.start.auc, "accuracy": self.accuracy}
-
-
-# Expected records in a step of a private run.
-PRIVATE_BATCH = 256
 
 
 @dataclass(frozen=True)

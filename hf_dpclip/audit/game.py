@@ -176,7 +176,7 @@ class StepAudit:
         return max(self.clopper_pearson, self.gaussian_dp) if self.gaussian else self.clopper_pearson
 
     @property
-    def convicted(self) -> bool:
+    def refuted(self) -> bool:
         """Whether the claim is refuted."""
         return self.epsilon_lower_bound > self.claimed_epsilon
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..audit import StepAudit
 
-SUMMARY = "attack the mechanism, and hold the lower bound on ε that comes of it against the claim"
-STEP_SUMMARY = "one step: the honest mechanism passes, published mistakes are convicted"
-RUN_SUMMARY = "a whole fine-tune, with canaries and membership inference"
+SUMMARY = "Attack the mechanism, and hold the lower bound on ε that comes of it against the claim."
+STEP_SUMMARY = "One step: the honest mechanism passes, published mistakes are convicted."
+RUN_SUMMARY = "A whole fine-tune, with canaries and membership inference."
 WORKERS = 2
 
 
@@ -47,18 +47,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 def run_step(arguments: argparse.Namespace) -> int:
     """Exit code 0 if the mechanism passes; without `--mechanism`, if the honest one does and no other."""
-    from ..audit import MECHANISMS, find_mechanism
+    from ..audit import MECHANISMS
 
     if arguments.list:
         print("\n".join(mechanism.name for mechanism in MECHANISMS))
         return 0
     if arguments.mechanism is not None:
-        audit = _audit_step(find_mechanism(arguments.mechanism).name)
+        audit = _audit_step(arguments.mechanism)
         _show(audit.to_dict(), [audit], arguments.json)
-        return int(audit.convicted)
+        return int(audit.refuted)
     audits = list(_audit_all([mechanism.name for mechanism in MECHANISMS]))
     _show([audit.to_dict() for audit in audits], audits, arguments.json)
-    return int(any(audit.convicted == mechanism.honest for audit, mechanism in zip(audits, MECHANISMS)))
+    return int(any(audit.refuted == mechanism.honest for audit, mechanism in zip(audits, MECHANISMS)))
 
 
 def run_whole(arguments: argparse.Namespace) -> int:
@@ -104,5 +104,5 @@ def _show(values: dict | list, audits: Iterable["StepAudit"], as_json: bool) -> 
     for audit in audits:
         gaussian = f"{audit.gaussian_dp:.2f}" if audit.gaussian else "-"
         bounds = f"{audit.claimed_epsilon:.2f}", f"{audit.clopper_pearson:.2f}", gaussian
-        verdict = "CONVICTED" if audit.convicted else "passes"
+        verdict = "CONVICTED" if audit.refuted else "passes"
         print(row.format(audit.mechanism, *bounds, f"{audit.delta:g}", f"{audit.confidence:.1%}", verdict))

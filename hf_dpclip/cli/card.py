@@ -127,7 +127,8 @@ def _show(model: str, findings: Findings) -> None:
         print_table(f"Privacy of {model}", statement_rows(findings.statement))
     if not findings.problems:
         beside = "and the card agrees" if findings.has_card else "and there is no card beside it"
-        return print(f"The claim holds: ε follows from the plan and the steps taken, {beside}.")
+        print(f"The claim holds: ε follows from the plan and the steps taken, {beside}.")
+        return
     print("The claim does NOT hold:")
     for problem in findings.problems:
         print(f"  - {problem}")

@@ -10,10 +10,9 @@ microbatch that is larger than memory in pieces. All give the same gradients.
 from .chunked import accumulate_chunked_gradient
 from .contrastive import ContrastiveModel, contrastive_base
 from .grouping import Microbatch, alike
-from .inputs import NotVectorizable
 from .plain import accumulate_gradient
 from .vectorizable import MeanLossModel, VectorizableModel, mean_loss_base
-from .vectorized import MicrobatchGradients, microbatch_gradients, obstacle
+from .vectorized import MicrobatchGradients, NotVectorizable, microbatch_gradients, obstacle
 
 
 __all__ = [

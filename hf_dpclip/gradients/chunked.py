@@ -44,7 +44,7 @@ def accumulate_chunked_gradient(
         backward (`Callable`): runs the backward pass, e.g. `Accelerator.backward`.
         gather (`Callable`, *optional*): puts the rows of all processes together, where a microbatch spans several
             processes. What is then left in `Parameter.grad` is this process's part of the sum.
-        process (`int`): this one's rank. The temperature's gradient is left to the first.
+        process (`int`): this one's rank. The gradient of the model's `scalars` is left to the first.
 
     Returns the loss, detached; 0 if there is no pair in any chunk.
 
@@ -58,8 +58,8 @@ def accumulate_chunked_gradient(
         return torch.zeros((), device=own.device)
     captions, _ = gather(captions) if gather else (captions, 0)
     rows.requires_grad_()
-    temperature = model.temperature if process == 0 else [each.detach() for each in model.temperature]
-    loss = model.loss(*rows.chunk(2, dim=1), temperature, captions)
+    scalars = model.scalars if process == 0 else [each.detach() for each in model.scalars]
+    loss = model.loss(*rows.chunk(2, dim=1), scalars, captions)
     backward(loss)
     parts = list(rows.grad[first : first + len(own)].split([len(chunk) for chunk in embeddings]))
     if keeps_last:

@@ -61,17 +61,13 @@ class ContrastiveModel(VectorizableModel):
         self.public_negatives = public_negatives
 
     @property
-    def temperature(self) -> list[nn.Parameter]:
+    def scalars(self) -> list[nn.Parameter]:
         """What turns similarities into logits: the logarithm of their scale, and SigLIP's bias."""
         return [self.base.logit_scale, self.base.logit_bias] if self._sigmoid else [self.base.logit_scale]
 
     @property
     def _sigmoid(self) -> bool:
         return isinstance(self.base, WITH_SIGMOID_LOSS)
-
-    @property
-    def scalars(self) -> list[nn.Parameter]:
-        return self.temperature
 
     @property
     def embedding_size(self) -> int:
@@ -109,26 +105,26 @@ class ContrastiveModel(VectorizableModel):
         return caption_keys(inputs, self.pad_token_id).to(self.base.logit_scale.device)
 
     def losses(
-        self, image_embeds: Tensor, text_embeds: Tensor, temperatures: list[Tensor], sizes: list[int], captions: Tensor
+        self, image_embeds: Tensor, text_embeds: Tensor, scalars: list[Tensor], sizes: list[int], captions: Tensor
     ) -> Tensor:
-        """The loss of each microbatch, `[K]`; of `temperatures` each has one entry for each microbatch."""
+        """The loss of each microbatch, `[K]`; of `scalars` each has one entry for each microbatch."""
         function = sigmoid_losses if self._sigmoid else contrastive_losses
         public = None if self.public_negatives is None else self.public_negatives.embeddings(self)
-        return function(image_embeds, text_embeds, *temperatures, sizes, captions, public)
+        return function(image_embeds, text_embeds, *scalars, sizes, captions, public)
 
     def microbatch_losses(
         self, outputs: Any, inputs: dict[str, Any], scalars: list[Tensor], sizes: list[int]
     ) -> Tensor:
         return self.losses(outputs.image_embeds, outputs.text_embeds, scalars, sizes, self.captions(inputs))
 
-    def loss(self, image_embeds: Tensor, text_embeds: Tensor, temperature: list[Tensor], captions: Tensor) -> Tensor:
+    def loss(self, image_embeds: Tensor, text_embeds: Tensor, scalars: list[Tensor], captions: Tensor) -> Tensor:
         """The same for one microbatch, a scalar."""
-        temperatures = [each.view(1) for each in temperature]
-        return self.losses(image_embeds, text_embeds, temperatures, [len(image_embeds)], captions)[0]
+        of_one = [each.view(1) for each in scalars]
+        return self.losses(image_embeds, text_embeds, of_one, [len(image_embeds)], captions)[0]
 
     def compute_loss(self, inputs: dict[str, Any]) -> Tensor:
         """The loss of one microbatch, a scalar, from its inputs."""
-        return self.loss(*self.encode(inputs), self.temperature, self.captions(inputs))
+        return self.loss(*self.encode(inputs), self.scalars, self.captions(inputs))
 
 
 def contrastive_base(model: nn.Module) -> PreTrainedModel | None:

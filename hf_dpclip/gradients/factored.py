@@ -24,8 +24,8 @@ ACCELERATOR_SMALL = 2**22
 # to others, and of all that are copied at a time: half a GiB in bfloat16.
 WAITING = 2**25
 SIDE_BY_SIDE = 2**28
-# Elements whose squares are added up in float32.
-NORM_ROW = 2**12
+# Elements of small gradients whose squares are added up in float32.
+JOINED_ROW = 2**12
 
 
 class Dense:
@@ -74,8 +74,8 @@ class Joined:
     def __init__(self, gradients: dict[int, Dense]):
         rows = [each.gradients.reshape(len(each.gradients), -1) for each in gradients.values()]
         self._sizes = dict(zip(gradients, [each.shape[1] for each in rows]))
-        filler = rows[0].new_zeros(len(rows[0]), -sum(self._sizes.values()) % NORM_ROW)
-        self._rows = Dense(torch.cat([*rows, filler], dim=1).unflatten(1, (-1, NORM_ROW)))
+        filler = rows[0].new_zeros(len(rows[0]), -sum(self._sizes.values()) % JOINED_ROW)
+        self._rows = Dense(torch.cat([*rows, filler], dim=1).unflatten(1, (-1, JOINED_ROW)))
 
     def squared_norms(self) -> Tensor:
         """`[K]`, float64, over all these parameters together."""

@@ -35,8 +35,7 @@ class RecordedLinear(Function):
         rows = _rows(gradient)
         if x is not None:
             recording.record(ctx.weight, recording.spare.cheaper(Outer(_rows(x), rows, recording.layout)))
-        if ctx.bias is not None:
-            recording.record_rows(ctx.bias, rows)
+        recording.record_rows(ctx.bias, rows)
         of_input = gradient @ narrow if ctx.needs_input_grad[1] else None
         return None, of_input, None, None
 
@@ -118,6 +117,7 @@ class RecordedExpand(Function):
 
 
 def is_trainable(tensor: Tensor | None) -> bool:
+    """Whether it is a parameter that is trained."""
     return isinstance(tensor, nn.Parameter) and tensor.requires_grad
 
 

@@ -12,10 +12,6 @@ from torch import Tensor
 TEXT_FILLERS = {"input_ids": None, "attention_mask": 0, "token_type_ids": 0}
 
 
-class NotVectorizable(Exception):
-    """Why microbatches have to be computed one after another. The result is the same, the time is not."""
-
-
 def pairs_only(inputs: dict[str, Any]) -> dict[str, Any]:
     """Without the request for a loss that collators of contrastive models add: the loss is computed here."""
     return {name: value for name, value in inputs.items() if name != "return_loss"}

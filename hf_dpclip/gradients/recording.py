@@ -60,6 +60,7 @@ class Recording:
         self._contexts.close()
 
     def record(self, parameter: Tensor | None, gradients: Dense | Outer | Sparse) -> None:
+        """Keeps the gradients of one use of a parameter, if it is trained."""
         if is_trainable(parameter):
             self.gradients[id(parameter)].append(gradients)
 

@@ -17,7 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..seeding import seeded
 from .factored import Dense, Joined, Outer, Sparse, multiplied_out
 from .grouping import Microbatch
-from .inputs import NotVectorizable, concatenated, num_rows, pairs_only, text_length
+from .inputs import concatenated, num_rows, pairs_only, text_length
 from .layout import Layout
 from .products import added
 from .recording import Recording
@@ -49,6 +49,10 @@ ROW_WISE_FILES = (
 )
 
 
+class NotVectorizable(Exception):
+    """Why microbatches have to be computed one after another. The result is the same, the time is not."""
+
+
 class MicrobatchGradients:
     """The gradients of K microbatches, known by their norms and their weighted sums.
 
@@ -68,9 +72,9 @@ class MicrobatchGradients:
         gradients.update(multiplied_out(waiting))
         small = {number: each for number, each in gradients.items() if isinstance(each, Dense) and each.is_small}
         self._gradients = {number: each for number, each in gradients.items() if number not in small}
-        # None or one.
-        self._joined = [Joined(small)] if small else []
-        squares = [each.squared_norms() for each in (*self._gradients.values(), *self._joined)]
+        self._joined = Joined(small) if small else None
+        joined = [self._joined] if self._joined else []
+        squares = [each.squared_norms() for each in (*self._gradients.values(), *joined)]
         self.norms = torch.stack(squares).sum(dim=0).sqrt()
 
     def weighted_sum(self, factors: Tensor, totals: Iterable[Tensor | None] = repeat(None)) -> Iterator[Tensor | None]:
@@ -82,7 +86,8 @@ class MicrobatchGradients:
         """
         factors = factors.float()
         some_are_zero = bool((factors == 0).any())
-        small = self._joined.pop().weighted_sums(factors, some_are_zero) if self._joined else {}
+        small = self._joined.weighted_sums(factors, some_are_zero) if self._joined else {}
+        self._joined = None
         for parameter, total in zip(self.parameters, totals):
             if id(parameter) in small:
                 total = added(total, small[id(parameter)].view_as(parameter))

@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     # The same names for type checkers, which do not run `__getattr__`.
     from .composition import RunRecord as RunRecord
     from .composition import Total as Total
+    from .composition import composed as composed
     from .composition import totals as totals
     from .ledger import LEDGER_NAME as LEDGER_NAME
     from .ledger import Ledger as Ledger
-    from .ledger import Recording as Recording
+    from .ledger import RunRecorder as RunRecorder
     from .mechanism import GaussianMechanism as GaussianMechanism
     from .mechanism import clip_ as clip_
     from .plan import PrivacyPlan as PrivacyPlan
     from .plan import PrivacySpent as PrivacySpent
-    from .plan import composed as composed
     from .randomness import Randomness as Randomness
     from .sampling import PoissonSampler as PoissonSampler
     from .secure_noise import SecureGaussianMechanism as SecureGaussianMechanism
@@ -43,12 +43,12 @@ _HOME_OF = {
     "PrivacySpent": "plan",
     "PrivacyStatement": "statement",
     "Randomness": "randomness",
-    "Recording": "ledger",
     "RunRecord": "composition",
+    "RunRecorder": "ledger",
     "SecureGaussianMechanism": "secure_noise",
     "Total": "composition",
     "clip_": "mechanism",
-    "composed": "plan",
+    "composed": "composition",
     "totals": "composition",
 }
 

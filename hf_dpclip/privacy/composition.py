@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import accounting
+from .plan import PrivacyPlan, PrivacySpent
+
+
+# Several runs on the same records: each run's plan and the steps that it took.
+Runs = Sequence[tuple[PrivacyPlan, int]]
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,27 @@ class Total:
     def privacy_units(self) -> tuple[str, ...]:
         """What the private runs protect; more than one have no common ε."""
         return _privacy_units(self.runs)
+
+
+def composed(runs: Runs) -> PrivacySpent:
+    """What several runs on the same records cost together.
+
+    Runs of one mechanism compose as their steps do. Where σ, q or δ differ between runs, results of the earlier ones
+    may have decided on them; ε and δ are then added up, which holds for mechanisms chosen that way too. Raises
+    `ValueError` for different privacy units, for which there is no common ε.
+
+    Reference: Rogers et al., Privacy Odometers and Filters: Pay-as-you-Go Composition (2016).
+    """
+    runs = [(plan, steps) for plan, steps in runs if steps] or runs[-1:]
+    plans, total = [plan for plan, _ in runs], sum(steps for _, steps in runs)
+    units = {plan.privacy_unit for plan in plans}
+    if len(units) > 1:
+        raise ValueError(f"runs with different privacy units, {' and '.join(sorted(units))}, have no common ε.")
+    mechanisms = {(p.sampling_probability, p.noise_multiplier, p.target_delta, p.accountant) for p in plans}
+    if len(mechanisms) == 1:
+        return PrivacySpent(plans[0].epsilon(total), plans[0].target_delta, total)
+    epsilon = sum(plan.epsilon(steps) for plan, steps in runs)
+    return PrivacySpent(epsilon, sum(plan.target_delta for plan in plans), total)
 
 
 def totals(runs: Iterable[RunRecord], delta: float | None = None) -> list[Total]:

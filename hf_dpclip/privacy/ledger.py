@@ -22,8 +22,8 @@ from .plan import PrivacyPlan
 
 # Uploads to the Hub leave out what begins with an underscore: the fingerprint is computed from the private records.
 LEDGER_NAME = "_privacy_ledger.jsonl"
-# Steps are written down in blocks of a hundredth of what is planned, one at least: a crash counts fewer than these too
-# many.
+# Steps are written down in blocks of a hundredth of what is planned, one at least: a crash counts at most one block
+# too many.
 BLOCKS = 100
 
 
@@ -34,8 +34,8 @@ class Ledger:
         path (`str` or `Path`): the file. It is created, with its folder, when the first run begins.
 
     Formal guarantees:
-        When [`Recording.before_step`] returns, a line that covers the step is on the disk. The ledger therefore never
-        has fewer steps of a run than were taken, and [`totals`] of its runs bounds ε of all of them together.
+        When [`RunRecorder.before_step`] returns, a line that covers the step is on the disk. The ledger therefore
+        never has fewer steps of a run than were taken, and [`totals`] of its runs bounds ε of all of them together.
     """
 
     def __init__(self, path: str | Path):
@@ -62,7 +62,7 @@ class Ledger:
         not_private_because: Iterable[str] = (),
         earlier: int = 0,
         budget: float | None = None,
-    ) -> "Recording":
+    ) -> "RunRecorder":
         """Writes down that a call of `train` begins.
 
         Args:
@@ -96,7 +96,7 @@ class Ledger:
             if budget is not None:
                 self._check_budget(run_records(parts), run, budget)
             self._append(file, event)
-        return Recording(self, run, part, event["steps"], max(planned // BLOCKS, 1))
+        return RunRecorder(self, run, part, event["steps"], max(planned // BLOCKS, 1))
 
     def write(self, event: dict[str, Any]) -> None:
         """Appends one line, which is on the disk when this returns. Raises `OSError` if it cannot be."""
@@ -182,7 +182,7 @@ class Ledger:
             raise ValueError(_over_budget(total, budget, self.path, unfinished))
 
 
-class Recording:
+class RunRecorder:
     """The part of a run that one call of `train` takes, while it is taken.
 
     Made by [`Ledger.begin`].

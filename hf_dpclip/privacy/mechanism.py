@@ -100,7 +100,7 @@ class GaussianMechanism:
         # slices of all: what is new to the process would take longer to reach than to fill.
         self._slices_of_sum: list[Tensor] | None = None
         self._gathered: list[Tensor] = []
-        self._noise_threads = ThreadPoolExecutor(len(generators))
+        self._noise_threads = ThreadPoolExecutor(self._num_noise_threads)
 
     @contextmanager
     def microbatch(self) -> Iterator[None]:
@@ -188,6 +188,10 @@ class GaussianMechanism:
         self._add_noise_(own)
         all_gather_(memory, own, self.num_processes)
         return memory
+
+    @property
+    def _num_noise_threads(self) -> int:
+        return len(self.generators)
 
     def _add_noise_(self, tensors: list[Tensor]) -> None:
         """Adds an independent draw from N(0, (σΔ)²) to every coordinate, each stream to its share of them."""

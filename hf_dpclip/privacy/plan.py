@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -76,17 +75,13 @@ class PrivacyPlan:
             _require(possible, name, getattr(self, name), expected)
 
     @classmethod
-    def calibrate(
-        cls, *, target_epsilon: float, num_examples: int, target_delta: float | None = None, **fields: Any
-    ) -> "PrivacyPlan":
+    def calibrate(cls, *, target_epsilon: float, **fields: Any) -> "PrivacyPlan":
         """The plan whose noise puts ε of all `num_steps` steps within [0.992, 1.0] of `target_epsilon`.
 
         Takes the same fields, less `noise_multiplier`. Raises `ValueError` as the plan itself does, and for a target
         that no noise multiplier reaches.
         """
-        if target_delta is not None:
-            fields["target_delta"] = target_delta
-        plan = cls(num_examples=num_examples, noise_multiplier=1.0, **fields)
+        plan = cls(noise_multiplier=1.0, **fields)
         target = _positive(target_epsilon) and target_epsilon <= LARGEST_TARGET
         expected = f"a positive number of at most {LARGEST_TARGET}, e.g. 3.0; beyond, no record is protected"
         _require(target, "target_epsilon", target_epsilon, expected)
@@ -174,8 +169,10 @@ class PrivacyPlan:
 
     def _computable(self) -> bool:
         """Whether the plan's accountant can compute ε."""
-        if self.accountant != "pld" or self.noise_multiplier == 0:
-            return self.noise_multiplier == 0 or self.noise_multiplier >= SMALLEST_NOISE_MULTIPLIER
+        if self.noise_multiplier == 0:
+            return True
+        if self.accountant != "pld":
+            return self.noise_multiplier >= SMALLEST_NOISE_MULTIPLIER
         loss = accounting.typical_loss(self.sampling_probability, self.noise_multiplier, self.num_steps)
         return loss <= accounting.LARGEST_LOSS
 
@@ -203,31 +200,6 @@ class PrivacyPlan:
         expected = "more, e.g. 1.0: so little noise protects no record (non_private=True trains without any)"
         yield "noise_multiplier", self._computable(), expected
         yield "clipping", self.clipping in CLIPPINGS, " or ".join(CLIPPINGS)
-
-
-# Several runs on the same records: each run's plan and the steps that it took.
-Runs = Sequence[tuple[PrivacyPlan, int]]
-
-
-def composed(runs: Runs) -> PrivacySpent:
-    """What several runs on the same records cost together.
-
-    Runs of one mechanism compose as their steps do. Where σ, q or δ differ between runs, results of the earlier ones
-    may have decided on them; ε and δ are then added up, which holds for mechanisms chosen that way too. Raises
-    `ValueError` for different privacy units, for which there is no common ε.
-
-    Reference: Rogers et al., Privacy Odometers and Filters: Pay-as-you-Go Composition (2016).
-    """
-    runs = [(plan, steps) for plan, steps in runs if steps] or runs[-1:]
-    plans, total = [plan for plan, _ in runs], sum(steps for _, steps in runs)
-    units = {plan.privacy_unit for plan in plans}
-    if len(units) > 1:
-        raise ValueError(f"runs with different privacy units, {' and '.join(sorted(units))}, have no common ε.")
-    mechanisms = {(p.sampling_probability, p.noise_multiplier, p.target_delta, p.accountant) for p in plans}
-    if len(mechanisms) == 1:
-        return PrivacySpent(plans[0].epsilon(total), plans[0].target_delta, total)
-    epsilon = sum(plan.epsilon(steps) for plan, steps in runs)
-    return PrivacySpent(epsilon, sum(plan.target_delta for plan in plans), total)
 
 
 def finite(epsilon: float) -> float | None:

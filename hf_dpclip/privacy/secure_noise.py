@@ -9,12 +9,9 @@ all that is released are multiples of a public number, each of which every sum r
 
 import math
 import os
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from .mechanism import NOISE_CHUNK, GaussianMechanism
 from .plan import PrivacyPlan
@@ -41,16 +38,9 @@ class SecureGaussianMechanism(GaussianMechanism):
         numbers, not more: to the order of 2^-40, relative, in the probability of a grid point near the centre.
     """
 
-    def __init__(
-        self,
-        plan: PrivacyPlan,
-        parameters: Iterable[Parameter],
-        generators: list[torch.Generator],
-        process: int = 0,
-        num_processes: int = 1,
-    ):
-        super().__init__(plan, parameters, generators, process, num_processes)
-        self._noise_threads = ThreadPoolExecutor(THREADS)
+    @property
+    def _num_noise_threads(self) -> int:
+        return THREADS
 
     def _noised_and_reduced(self, sums: list[Tensor]) -> list[Tensor]:
         """Noise after the sums are added up: what was rounded earlier would leave the grid when other processes' sums

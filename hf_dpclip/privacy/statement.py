@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from .plan import PrivacyPlan, PrivacySpent, Runs, composed, finite
+from .composition import Runs, composed
+from .plan import PrivacyPlan, PrivacySpent, finite
 
 
 STATEMENT_NAME = "privacy.json"
