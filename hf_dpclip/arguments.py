@@ -2,14 +2,12 @@
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
 from .incompatible_options import check_options
 from .privacy.accounting import ACCOUNTANTS
-from .privacy.ledger import LEDGER_NAME
 from .privacy.plan import CLIPPINGS
 
 
@@ -24,6 +22,8 @@ WHOLE_NUMBERS = (
 )
 # Those of them that may be left unset.
 OPTIONAL = ("microbatch_size", "max_records_per_unit")
+
+YES_OR_NO = ("public_negatives_gradient", "secure_noise", "non_private", "log_private_statistics")
 
 # Arguments of which one says how much noise there is.
 NOISE = ("target_epsilon", "noise_multiplier")
@@ -165,7 +165,6 @@ class DPTrainingArguments(TrainingArguments):
         self._check_mechanism()
         self._check_length()
         self._check_microbatch_size()
-        self._check_ledger_path()
         check_options(self)
 
     @property
@@ -242,6 +241,10 @@ class DPTrainingArguments(TrainingArguments):
                 "max_records_per_unit is set, but a unit is a single record: name the column of its ids with "
                 "privacy_unit_column, or remove it."
             )
+        for name in YES_OR_NO:
+            if not isinstance(getattr(self, name), bool):
+                # A text would count as True, whatever it says.
+                raise ValueError(f"{name}={getattr(self, name)!r} is not possible: it must be True or False.")
         for name, choices in {"clipping": CLIPPINGS, "accountant": ACCOUNTANTS}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose one of {', '.join(choices)}.")
@@ -249,7 +252,7 @@ class DPTrainingArguments(TrainingArguments):
     def _check_length(self):
         epochs, steps = self.num_train_epochs, self.max_steps
         by_epochs = isinstance(epochs, int | float) and 0 < epochs < math.inf
-        if not isinstance(steps, int) or (steps <= 0 and not by_epochs):
+        if not isinstance(steps, int) or steps == 0 or (steps < 0 and not by_epochs):
             raise ValueError(
                 f"num_train_epochs={epochs!r} and max_steps={steps!r} give no number of steps: set one of them to a "
                 "positive, finite number."
@@ -275,16 +278,6 @@ class DPTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"microbatch_size={size} does not divide the expected batch size {total}: choose a divisor of it, or "
                 f"set gradient_accumulation_steps={passes} or a multiple of that."
-            )
-
-    def _check_ledger_path(self):
-        path, folder = Path(self.ledger_path or LEDGER_NAME).resolve(), Path(self.output_dir or "").resolve()
-        inside = path.relative_to(folder).parts if path.is_relative_to(folder) else ()
-        if inside and not inside[0].startswith("_"):
-            raise ValueError(
-                f"ledger_path={self.ledger_path!r} is in output_dir, which push_to_hub uploads, and a ledger holds a "
-                "fingerprint of the private records: keep it elsewhere, or let its name begin with an underscore, "
-                "which uploads leave out."
             )
 
     def _check_positive(self, name: str, value: float | None):

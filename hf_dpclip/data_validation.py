@@ -122,7 +122,7 @@ def warn_of_cut_texts(collator: Callable, dataset: Any) -> None:
 
 
 def check_evaluation_data(
-    train_dataset: Dataset,
+    train_dataset: Any,
     evaluated: Dataset | dict[str, Dataset] | None,
     unit_column: str | None,
     name: str = "eval_dataset",

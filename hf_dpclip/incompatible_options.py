@@ -1,7 +1,10 @@
 """Options of `TrainingArguments` that break the guarantee: refused."""
 
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .privacy import LEDGER_NAME
 
 
 if TYPE_CHECKING:
@@ -13,15 +16,17 @@ def check_options(args: "DPTrainingArguments") -> None:
     for refused, message in _incompatible(args):
         if refused:
             raise ValueError(message)
+    _check_ledger_path(args)
 
 
 def _incompatible(args: "DPTrainingArguments") -> list[tuple[bool, str]]:
     """(whether it is set, what is wrong with it and how to mend it) for each such option."""
     optimizer = str(getattr(args.optim, "value", args.optim))
     steps_early = "layerwise" in optimizer or "lomo" in optimizer
-    shows_batch = args.include_num_input_tokens_seen != "no" or not args.skip_memory_metrics
     # It puts a function of its own in the place of `Tensor.backward`.
     comet_logs_losses = os.environ.get("COMET_AUTO_LOG_METRICS", "").lower() not in ("0", "false")
+    # Made of what was given.
+    accelerator_config: Any = args.accelerator_config
     return [
         (args.fp16, "fp16 scales the loss, and with it the gradients to be clipped: use bf16=True instead."),
         (bool(args.fsdp), "FSDP reduces gradients before they are clipped: use DDP (torchrun), with LoRA."),
@@ -40,9 +45,17 @@ def _incompatible(args: "DPTrainingArguments") -> list[tuple[bool, str]]:
             f"optim={optimizer!r} updates weights during the backward pass, before the noise: use adamw_torch.",
         ),
         (
-            shows_batch and not args.log_private_statistics,
-            "token counts and memory metrics reveal realised batch sizes: leave "
-            "include_num_input_tokens_seen='no' and skip_memory_metrics=True.",
+            args.include_num_input_tokens_seen != "no",
+            "token counts reveal realised batch sizes: leave include_num_input_tokens_seen='no'.",
+        ),
+        (
+            not args.skip_memory_metrics and not args.log_private_statistics,
+            "memory metrics reveal realised batch sizes: leave skip_memory_metrics=True.",
+        ),
+        (
+            accelerator_config.split_batches,
+            "split_batches makes per_device_train_batch_size that of all processes together, and the sampling "
+            "probability rests on that of each: leave it out, and divide per_device_train_batch_size by their number.",
         ),
         (
             bool(args.debug) and not args.log_private_statistics,
@@ -59,3 +72,14 @@ def _incompatible(args: "DPTrainingArguments") -> list[tuple[bool, str]]:
             "GPU with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES=0.",
         ),
     ]
+
+
+def _check_ledger_path(args: "DPTrainingArguments"):
+    path, folder = Path(args.ledger_path or LEDGER_NAME).resolve(), Path(args.output_dir or "").resolve()
+    inside = path.relative_to(folder).parts if path.is_relative_to(folder) else ()
+    if inside and not inside[0].startswith("_"):
+        raise ValueError(
+            f"ledger_path={args.ledger_path!r} is in output_dir, which push_to_hub uploads, and a ledger holds a "
+            "fingerprint of the private records: keep it elsewhere, or let its name begin with an underscore, "
+            "which uploads leave out."
+        )

@@ -31,6 +31,28 @@ def make_plan(args: DPTrainingArguments, num_examples: int) -> PrivacyPlan:
     return PrivacyPlan(noise_multiplier=args.noise_multiplier or 0.0, non_private=args.non_private, **fields)
 
 
+# The arguments from which it is made, but for those that say how many steps there are.
+PLANNED = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "microbatch_size",
+    "max_grad_norm",
+    "clipping",
+    "target_epsilon",
+    "noise_multiplier",
+    "non_private",
+    "target_delta",
+    "accountant",
+    "privacy_unit_column",
+    "max_records_per_unit",
+)
+
+
+def planned_values(args: DPTrainingArguments) -> dict[str, Any]:
+    """The values of `PLANNED`."""
+    return {name: getattr(args, name) for name in PLANNED}
+
+
 def steps_per_epoch(num_examples: int, expected_batch_size: int) -> int:
     """Steps in which as many units as the dataset has are drawn, in expectation."""
     return math.ceil(num_examples / expected_batch_size)

@@ -11,12 +11,12 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from . import checkpoints
 from .arguments import DPTrainingArguments
 from .averaging import load_averages, save_averages
+from .evaluating import EvaluatingTrainer
 from .model_card import write_model_card
 from .privacy import STATEMENT_NAME, PrivacyPlan, PrivacyStatement
 from .privacy_section import NOT_PRIVATE
@@ -27,7 +27,7 @@ from .resuming import check_settings, fitting
 PRIVATE_STATISTICS = ("loss", "train_loss")
 
 
-class PublishingTrainer(Trainer):
+class PublishingTrainer(EvaluatingTrainer):
     """The part of [`DPCLIPTrainer`] that logs, saves and publishes."""
 
     args: DPTrainingArguments
@@ -51,20 +51,26 @@ class PublishingTrainer(Trainer):
         return 0
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """As in the `Trainer`, with ε and without statistics of the private data."""
-        # Not in place: they are the metrics that a hyperparameter search adds up.
-        logs = dict(logs) if self.args.log_private_statistics else self._without_private_statistics(logs)
-        if self.plan is not None:
-            statement = self.privacy_statement()
-            if statement.steps and not self.plan.non_private:
-                logs["epsilon"] = statement.spent.epsilon
-            if statement.not_private_because:
-                logs[NOT_PRIVATE] = 1.0
+        """As in the `Trainer`, with ε and without statistics of the private data, which are removed from `logs`."""
+        if not self.args.log_private_statistics:
+            for name in PRIVATE_STATISTICS:
+                logs.pop(name, None)
+        privacy = self._privacy_figures()
+        logs.update(privacy)
         super().log(logs, *args, **kwargs)
+        # They are the metrics that a hyperparameter search adds up.
+        for name in privacy:
+            del logs[name]
 
-    @staticmethod
-    def _without_private_statistics(logs: dict[str, float]) -> dict[str, float]:
-        return {name: value for name, value in logs.items() if name not in PRIVATE_STATISTICS}
+    def _privacy_figures(self) -> dict[str, float]:
+        if self.plan is None:
+            return {}
+        statement, figures = self.privacy_statement(), {}
+        if statement.steps and not self.plan.non_private:
+            figures["epsilon"] = statement.spent.epsilon
+        if statement.not_private_because:
+            figures[NOT_PRIVATE] = 1.0
+        return figures
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.output_dir)

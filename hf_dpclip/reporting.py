@@ -1,9 +1,12 @@
 """What a run says of its privacy while it runs: the start-up summary, the progress bar, the stop at the target."""
 
+import math
+
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback
 
 from .advice import advice, is_hopeless
+from .planning import steps_per_epoch
 from .privacy import PrivacySpent, PrivacyStatement, composed
 from .privacy_section import NOT_PRIVATE, plan_rows
 
@@ -24,6 +27,27 @@ class PrivacyCallback(TrainerCallback):
         if self.trainer.remaining_steps == 0:
             control.should_training_stop = True
         return control
+
+
+class EpochCallback(TrainerCallback):
+    """Lets a run that was resumed in the middle of an epoch go on to its end.
+
+    The `Trainer` would begin it anew where it does not skip data, of which there is none to be skipped. To be called
+    before others, which then see the epoch as it is.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        plan = self.trainer.plan
+        self._length = steps_per_epoch(plan.num_examples, plan.expected_batch_size)
+        self._end = math.ceil(state.global_step / self._length) * self._length
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step <= self._end:
+            state.epoch = state.global_step / self._length
+            control.should_epoch_stop = state.global_step == self._end
 
 
 class PrivacyProgressCallback(ProgressCallback):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torch.optim import Optimizer
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
@@ -120,7 +121,9 @@ def _same_calibration(plan: PrivacyPlan, saved: PrivacyPlan) -> bool:
 
 
 def _warn_of_lost_steps(checkpoint: Path) -> None:
-    later = [path.name for path in _checkpoints_in(checkpoint.parent) if _step(path) > _step(checkpoint)]
+    # Its name need not say it, as that of the copy in a repository.
+    state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    later = [path.name for path in _checkpoints_in(checkpoint.parent) if _step(path) > state.global_step]
     if later:
         logger.warning(
             f"{', '.join(later)} beside {checkpoint} came from steps that ε of the resumed run will not contain: if "

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from . import validation
 from .checkpoints import restate
 from .faults import explained
-from .planning import num_steps
+from .planning import num_steps, planned_values
 from .privacy import PrivacyPlan, PrivacySpent, PrivacyStatement
 from .privacy.composition import Runs
 from .publishing import PublishingTrainer
@@ -45,6 +45,8 @@ class RunningTrainer(PublishingTrainer):
 
     # None where there is no training dataset, as in a trainer that only evaluates.
     plan: PrivacyPlan
+    # What it was made of.
+    _planned_values: dict[str, Any]
 
     # Whether the plan is that of the last trial, whose steps are taken.
     _plan_is_a_trials = False
@@ -110,7 +112,13 @@ class RunningTrainer(PublishingTrainer):
 
     # ---- A run ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+        **kwargs,
+    ) -> TrainOutput:
         """As in the `Trainer`, within the plan.
 
         A second call composes with the first. Resuming continues the count of the checkpoint with fresh randomness.
@@ -127,10 +135,10 @@ class RunningTrainer(PublishingTrainer):
         if has_own_plan and self.planned_steps == 0:
             return self._finished(resume_from_checkpoint)
         with explained():
-            output = super().train(resume_from_checkpoint, trial, **kwargs)
+            output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval, **kwargs)
         if self.args.log_private_statistics:
             return output
-        return TrainOutput(output.global_step, math.nan, self._without_private_statistics(output.metrics))
+        return TrainOutput(output.global_step, math.nan, output.metrics)
 
     def _take_over(self, checkpoint: str) -> int:
         """Continues the count of a checkpoint. Returns how many steps its run has left."""
@@ -148,6 +156,9 @@ class RunningTrainer(PublishingTrainer):
         # What the resumed steps lost, the steps to come cannot restore.
         self._not_private_because += statement.not_private_because
         self.state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+        # In the file they are those of the process that wrote it.
+        self.state.is_local_process_zero = self.is_local_process_zero()
+        self.state.is_world_process_zero = self.is_world_process_zero()
         return max(self.plan.num_steps - self.state.global_step, 0)
 
     def _finished(self, checkpoint: str | None) -> TrainOutput:
@@ -171,15 +182,23 @@ class RunningTrainer(PublishingTrainer):
 
     def _inner_training_loop(self, *args, **kwargs):
         # Not before a trial of a search has a plan of its own.
-        self._check_length()
+        self._check_unchanged()
         self._agree()
         self._draw_randomness()
         self._last_step = self._steps_taken + self.planned_steps
         with recorded(self, self._run, self.planned_steps) as self._before_release:
             return super()._inner_training_loop(*args, **kwargs)
 
-    def _check_length(self) -> None:
-        """Raises `ValueError` if arguments were changed to more steps than were planned, and than a ledger allowed."""
+    def _check_unchanged(self) -> None:
+        """Raises `ValueError` if arguments were changed since the plan was made of them, and would have no effect, or
+        if they ask for more steps than were planned, and than a ledger allowed."""
+        now = planned_values(self.args)
+        changed = [name for name, value in self._planned_values.items() if value != now[name]]
+        if changed:
+            raise ValueError(
+                f"{changed[0]} was {self._planned_values[changed[0]]!r} when the privacy plan was made, and is "
+                f"{now[changed[0]]!r}: call trainer.begin_run() after changing arguments, so that they count."
+            )
         asked = num_steps(self.args, self.plan.num_examples)
         if asked > self.plan.num_steps:
             raise ValueError(

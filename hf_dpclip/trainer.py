@@ -7,13 +7,12 @@ before every optimizer step) releases their noisy sum. Everything else is the `T
 
 import functools
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import datasets
 import torch
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin
@@ -21,13 +20,13 @@ from transformers import trainer as hf_trainer
 
 from . import data_validation, validation
 from .arguments import DPTrainingArguments
-from .collators import ImageTextCollator, PairCollator, default_collator
+from .collators import PairCollator, default_collator
 from .dataloader import ForwardBatchSampler, MicrobatchDataset, RecordNumbers, make_dataloader
 from .forward_pass import choose_forward_pass, make_contrastive_model
 from .gradients import contrastive_base
 from .guard import StepGuard
 from .models import base_model
-from .planning import make_plan, steps_per_epoch
+from .planning import make_plan, planned_values, steps_per_epoch
 from .privacy import (
     GaussianMechanism,
     PoissonSampler,
@@ -37,7 +36,7 @@ from .privacy import (
 )
 from .privacy_units import PrivacyUnits
 from .public_negatives import PublicNegatives, encode_public_negatives
-from .reporting import PrivacyCallback, privacy_progress
+from .reporting import EpochCallback, PrivacyCallback, privacy_progress
 from .runs import RunningTrainer
 from .shared_images import warn_of_shared_images
 
@@ -69,6 +68,9 @@ class DPCLIPTrainer(RunningTrainer):
         Several calls of `train` compose, and so do the trials of `hyperparameter_search`.
     """
 
+    # Drawn when training begins, or when its data loader is asked for before.
+    _sampler: PoissonSampler | None = None
+
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -77,6 +79,7 @@ class DPCLIPTrainer(RunningTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        *,
         public_negatives: list[str] | datasets.Dataset | None = None,
         **kwargs,
     ):
@@ -129,6 +132,7 @@ class DPCLIPTrainer(RunningTrainer):
         data_validation.check_records(self.data_collator, self.train_dataset, self.eval_dataset)
         data_validation.check_pairs_are_read(base_model(self.model), self.data_collator, self.train_dataset)
         self._units = PrivacyUnits(self.train_dataset, args.privacy_unit_column, args.max_records_per_unit)
+        self._planned_values = planned_values(args)
         return make_plan(args, len(self._units))
 
     def _encode_public(self, public: list[str] | datasets.Dataset) -> PublicNegatives:
@@ -136,42 +140,6 @@ class DPCLIPTrainer(RunningTrainer):
         size = self.args.per_device_train_batch_size
         chunks = encode_public_negatives(public, self.data_collator, self.processing_class, size)
         return PublicNegatives(chunks, self.args.public_negatives_gradient, self.args.public_negatives_steps)
-
-    # ---- Evaluation ----
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As in the `Trainer`. Raises `ValueError` for the private training dataset, and for records that cannot be
-        collated."""
-        self._check_evaluated(eval_dataset, "eval_dataset")
-        with self._images_as_they_are():
-            return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """As in the `Trainer`. Raises `ValueError` for the private training dataset."""
-        self._check_evaluated(test_dataset, "test_dataset")
-        with self._images_as_they_are():
-            return super().get_test_dataloader(test_dataset)
-
-    def _check_evaluated(self, dataset: Any, name: str) -> None:
-        if not self.args.log_private_statistics:
-            # By a name, one of those of the trainer is meant.
-            candidates = self.eval_dataset if dataset is None or isinstance(dataset, str) else dataset
-            unit_column = self.args.privacy_unit_column
-            data_validation.check_evaluation_data(self.train_dataset, candidates, unit_column, name)
-        # What the trainer was made with was checked then.
-        if dataset is not self.eval_dataset and not isinstance(dataset, str):
-            data_validation.check_records(self.data_collator, dataset)
-
-    @contextmanager
-    def _images_as_they_are(self) -> Iterator[None]:
-        """Views and augmentation are for training."""
-        collator = self.data_collator
-        if isinstance(collator, ImageTextCollator):
-            self.data_collator = collator.unaugmented()
-        try:
-            yield
-        finally:
-            self.data_collator = collator
 
     # ---- What is minimised ----
 
@@ -183,7 +151,8 @@ class DPCLIPTrainer(RunningTrainer):
     @property
     def minimises_own_loss(self) -> bool:
         """Whether nobody put another loss in the place of the one that the model returns."""
-        return self.compute_loss_func is None and type(self).compute_loss is DPCLIPTrainer.compute_loss
+        own = getattr(self.compute_loss, "__func__", None) is DPCLIPTrainer.compute_loss
+        return own and self.compute_loss_func is None
 
     @property
     def _modules_in_use(self) -> nn.ModuleList:
@@ -196,7 +165,13 @@ class DPCLIPTrainer(RunningTrainer):
     # ---- One step ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """Forward batches of Poisson-drawn microbatches, the share of this process."""
+        """Forward batches of Poisson-drawn microbatches, the share of this process.
+
+        Raises `ValueError` if there is no training dataset, or another one than was planned for.
+        """
+        self._check_planned()
+        if self._sampler is None:
+            self._draw_randomness()
         if self.train_dataset is not self._units.dataset:
             raise ValueError("the privacy plan was made for another train_dataset: make a new DPCLIPTrainer for this.")
         sampler = ForwardBatchSampler(
@@ -214,11 +189,18 @@ class DPCLIPTrainer(RunningTrainer):
 
     def num_examples(self, dataloader: DataLoader) -> int:
         """As in the `Trainer`; of the training data, n privacy units. How many records they have is not public."""
-        is_private = isinstance(getattr(dataloader, "sampler", None), ForwardBatchSampler)
-        return self.plan.num_examples if is_private else super().num_examples(dataloader)
+        return self.plan.num_examples if _draws_samples(dataloader) else super().num_examples(dataloader)
 
     def prepare_mechanism(self) -> None:
-        """Binds the mechanism to the model's trainable parameters. Called when training begins."""
+        """Binds the mechanism to the model's trainable parameters. Called when training begins.
+
+        Raises `ValueError` for a model, an optimizer or a data loader that the guarantee does not cover.
+        """
+        if not _draws_samples(self.callback_handler.train_dataloader):
+            raise ValueError(
+                "get_train_dataloader was overridden, and what it returns does not draw the samples that the "
+                "guarantee rests on: return what super().get_train_dataloader() gives."
+            )
         validation.check_model(self.model)
         if self.public_negatives is not None:
             self.public_negatives.forget()
@@ -243,8 +225,13 @@ class DPCLIPTrainer(RunningTrainer):
         if self._guard.count_forward_pass() == 1 and self.public_negatives is not None:
             self.public_negatives.begin_step(self._contrastive_model)
         losses = self._forward_pass(inputs)
+        empty_after = self.args.torch_empty_cache_steps
+        if empty_after is not None and self.state.global_step % empty_after == 0:
+            clear_device_cache()
         if losses and self.args.log_private_statistics:
-            return torch.stack(losses).mean()
+            # The Trainer adds up forward passes and takes the mean over processes; wanted is the microbatches' mean.
+            processes = 1 if self.args.microbatch_spans_processes else self.args.world_size
+            return torch.stack(losses).sum() * processes / self.plan.num_microbatches
         return torch.zeros((), device=self.args.device)
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
@@ -275,6 +262,7 @@ class DPCLIPTrainer(RunningTrainer):
     # ---- Set-up ----
 
     def _use_own_callbacks(self):
+        self.callback_handler.callbacks.insert(0, EpochCallback(self))
         self.add_callback(PrivacyCallback(self))
         progress = hf_trainer.DEFAULT_PROGRESS_CALLBACK
         if self.pop_callback(progress) is not None:
@@ -292,7 +280,12 @@ class DPCLIPTrainer(RunningTrainer):
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         if isinstance(self.data_collator, PairCollator):
-            self._signature_columns = [*self._signature_columns, *self.data_collator.columns]
+            # Once, however often this is called.
+            self._signature_columns = [*dict.fromkeys([*self._signature_columns, *self.data_collator.columns])]
+
+
+def _draws_samples(dataloader: Any) -> bool:
+    return isinstance(getattr(dataloader, "sampler", None), ForwardBatchSampler)
 
 
 def _needs_processing(dataset: Any, processing_class: Any) -> bool:

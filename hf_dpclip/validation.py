@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, ProcessorMixin, Trainer
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
 from transformers.trainer_utils import HPSearchBackend
 from transformers.utils import logging
 
@@ -162,8 +162,10 @@ def check_loss_is_known(
 def check_best_metric(trainer: Trainer) -> None:
     """Raises `ValueError` if the best weights are to be told by a metric that evaluation is known not to give."""
     metric, evaluated = trainer.args.metric_for_best_model, trainer.eval_dataset
-    is_the_trainers = getattr(trainer.evaluate, "__func__", None) is Trainer.evaluate
-    if trainer.args.eval_strategy == "no" or trainer.compute_metrics is not None or not is_the_trainers:
+    methods = ("evaluate", "evaluation_loop")
+    others = any(getattr(getattr(trainer, name), "__func__", None) is not getattr(Trainer, name) for name in methods)
+    others = others or any(map(_may_add_metrics, trainer.callback_handler.callbacks))
+    if trainer.args.eval_strategy == "no" or trainer.compute_metrics is not None or others:
         return
     prefixes = [f"{name}_" for name in evaluated] if isinstance(evaluated, dict) else [""]
     given = [prefix + name for prefix in prefixes for name in METRICS_OF_ITSELF]
@@ -209,6 +211,12 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Parame
                 "the optimizer holds trainable parameters that are not the model's: their gradients would be neither "
                 "clipped nor noised. Make them part of the model, or remove them from the optimizer."
             )
+
+
+def _may_add_metrics(callback: TrainerCallback) -> bool:
+    """Whether a callback of the user's own is shown the metrics, to which it may add."""
+    of_a_library = type(callback).__module__.split(".")[0] in ("transformers", "hf_dpclip")
+    return not of_a_library and type(callback).on_evaluate is not TrainerCallback.on_evaluate
 
 
 def _keeps_statistics(module: nn.Module) -> bool:

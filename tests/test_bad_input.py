@@ -84,6 +84,12 @@ ARGUMENTS = [
         "use adamw_torch",
     ),
     ({"include_num_input_tokens_seen": "all"}, "realised batch sizes", "include_num_input_tokens_seen='no'"),
+    ({"accelerator_config": {"split_batches": True}}, "split_batches makes", "divide per_device_train_batch_size"),
+    ({"max_steps": 0, "num_train_epochs": 2}, "max_steps=0 give no number of steps", "a positive, finite number"),
+    ({"log_private_statistics": "False"}, "log_private_statistics='False' is not possible", "True or False"),
+    ({"secure_noise": "false"}, "secure_noise='false' is not possible", "True or False"),
+    ({"non_private": 1}, "non_private=1 is not possible", "True or False"),
+    ({"public_negatives_gradient": None}, "public_negatives_gradient=None is not possible", "True or False"),
     ({"skip_memory_metrics": False}, "realised batch sizes", "skip_memory_metrics=True"),
 ]
 
