@@ -23,8 +23,6 @@ WHOLE_NUMBERS = (
 # Those of them that may be left unset.
 OPTIONAL = ("microbatch_size", "max_records_per_unit")
 
-YES_OR_NO = ("public_negatives_gradient", "secure_noise", "non_private", "log_private_statistics")
-
 # Arguments of which one says how much noise there is.
 NOISE = ("target_epsilon", "noise_multiplier")
 
@@ -48,6 +46,9 @@ class DPTrainingArguments(TrainingArguments):
             `public_negatives`.
         clipping (`str`, *optional*, defaults to `"flat"`): `"flat"` or `"automatic"`.
         accountant (`str`, *optional*, defaults to `"pld"`): `"pld"` or `"rdp"`.
+        vectorized (`bool`, *optional*, defaults to `True`): computes the microbatches of a forward batch in one pass
+            where that is known to give the same. `False` computes each by itself, out of reach of the others even for
+            rounding, and takes longer (`docs/privacy.md`, "What remains").
         static_shapes (`bool`, *optional*): fills batches up to a few fixed sizes, for `torch_compile`, and because
             cuDNN plans attention anew for every size of a batch. The result does not change. Defaults to `True` for
             `CLIPModel` and `MetaClip2Model` without dropout in bfloat16 on a GPU of the kind H100 or B200, where
@@ -99,6 +100,9 @@ class DPTrainingArguments(TrainingArguments):
     )
     accountant: str = field(
         default="pld", metadata={"help": "How epsilon is computed: pld (tight) or rdp.", "choices": list(ACCOUNTANTS)}
+    )
+    vectorized: bool = field(
+        default=True, metadata={"help": "Compute microbatches together; False: each by itself, even in rounding."}
     )
     static_shapes: bool | None = field(
         default=None,
@@ -241,10 +245,6 @@ class DPTrainingArguments(TrainingArguments):
                 "max_records_per_unit is set, but a unit is a single record: name the column of its ids with "
                 "privacy_unit_column, or remove it."
             )
-        for name in YES_OR_NO:
-            if not isinstance(getattr(self, name), bool):
-                # A text would count as True, whatever it says.
-                raise ValueError(f"{name}={getattr(self, name)!r} is not possible: it must be True or False.")
         for name, choices in {"clipping": CLIPPINGS, "accountant": ACCOUNTANTS}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose one of {', '.join(choices)}.")

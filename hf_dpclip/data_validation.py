@@ -2,6 +2,7 @@
 warning of what is read in part."""
 
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from .collators import AudioTextCollator, ImageTextCollator, PairCollator, VisualQuestionCollator, tokenizer_of
+from .dataloader import MicrobatchDataset
 from .gradients import contrastive_base
 from .models import CLIPForVisualQuestionAnswering
 from .public_negatives import shared_rows
@@ -59,6 +61,24 @@ def check_records(collator: Callable, *collated: Dataset | dict[str, Dataset] | 
         for dataset in candidate.values() if isinstance(candidate, dict) else [candidate]:
             if _has_random_access(dataset) and len(dataset) > 0:
                 collator.check_records(dataset)
+
+
+def check_collates(dataset: MicrobatchDataset) -> None:
+    """Raises `ValueError` if the first record cannot be collated.
+
+    Whether a microbatch was collated before weights are saved would show in the files of a tokenizer, which remembers
+    how it was called. After this, one always was.
+    """
+    try:
+        dataset[[(0, np.array([0]))]]
+    except ValueError:
+        raise
+    except Exception as error:
+        # Whatever a data_collator of the user's own may raise.
+        raise ValueError(
+            f"the data_collator cannot collate the first record ({type(error).__name__}: {error}): pass an "
+            "ImageTextCollator with the columns of the dataset, or one that makes the model's inputs of such records."
+        ) from error
 
 
 def check_encoded(model: PreTrainedModel | None, dataset: Dataset | None) -> None:
@@ -148,8 +168,13 @@ def _num_shared_units(private: Any, evaluated: Any, column: str | None) -> int:
     """Records of the one whose privacy unit has records in the other."""
     if not all(isinstance(each, datasets.Dataset) and column in each.column_names for each in (private, evaluated)):
         return 0
-    units = {unit for unit in private.with_format(None)[column][:] if isinstance(unit, str | int)}
-    return sum(isinstance(unit, str | int) and unit in units for unit in evaluated.with_format(None)[column][:])
+    units = _as_texts(private, column)
+    return sum(unit in units for unit in _as_texts(evaluated, column).elements())
+
+
+def _as_texts(dataset: datasets.Dataset, column: str) -> Counter[str]:
+    """The values of a column, in which 7 and "7" are the same."""
+    return Counter(str(unit) for unit in dataset.with_format(None)[column][:] if isinstance(unit, str | int))
 
 
 def check_public(train_dataset: Dataset, public_negatives: list[str] | datasets.Dataset) -> None:

@@ -220,6 +220,8 @@ def _own_model(trainer: "DPCLIPTrainer") -> nn.Module:
 
 
 def _obstacle(trainer: "DPCLIPTrainer", vectorizable: VectorizableModel | None) -> str | None:
+    if not trainer.args.vectorized:
+        return "vectorized=False"
     if vectorizable is None:
         return "of this model and loss it is not known how to compute many of them at once"
     if trainer.public_negatives is not None and trainer.args.public_negatives_gradient:

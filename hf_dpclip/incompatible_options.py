@@ -11,8 +11,14 @@ if TYPE_CHECKING:
     from .arguments import DPTrainingArguments
 
 
+YES_OR_NO = ("vectorized", "public_negatives_gradient", "secure_noise", "non_private", "log_private_statistics")
+
+
 def check_options(args: "DPTrainingArguments") -> None:
-    """Raises `ValueError` for the first option that breaks the guarantee."""
+    """Raises `ValueError` for the first option that breaks the guarantee, or that a text would switch on."""
+    for name in YES_OR_NO:
+        if not isinstance(getattr(args, name), bool):
+            raise ValueError(f"{name}={getattr(args, name)!r} is not possible: it must be True or False.")
     for refused, message in _incompatible(args):
         if refused:
             raise ValueError(message)

@@ -2,6 +2,8 @@
 
 from transformers.utils.notebook import NotebookProgressCallback
 
+from .privacy_section import NOT_PRIVATE
+
 
 class PrivacyNotebookProgressCallback(NotebookProgressCallback):
     """The usual table with a column for ε, and a line for every log even where there is no training loss to show."""
@@ -9,7 +11,8 @@ class PrivacyNotebookProgressCallback(NotebookProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         # The last log, of the whole run, has no loss of a step.
         if args.eval_strategy == "no" and self.training_tracker is not None and "train_runtime" not in logs:
-            loss, epsilon = logs.get("loss", "private"), logs.get("epsilon", "none")
+            loss = logs.get("loss", "private")
+            epsilon = NOT_PRIVATE if NOT_PRIVATE in logs else logs.get("epsilon", "none")
             self.training_tracker.write_line({"Training Loss": loss, "Step": state.global_step, "Epsilon": epsilon})
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):

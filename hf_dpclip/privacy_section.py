@@ -10,7 +10,11 @@ CARD_NAME = "README.md"
 HEADING = "## Privacy"
 NOT_PRIVATE = "NOT PRIVATE"
 
-_CLAIM = re.compile(r"\(\s*([^(),]+),\s*([^(),]+)\)\s*-\s*differentially\s+private", re.IGNORECASE)
+_CLAIM = re.compile(r"\(\s*([^(),]+),\s*([^(),]+)\)\W{0,3}(?:differentially\s+private|DP\b)", re.IGNORECASE)
+# Not that of Adam, which the list of hyperparameters has beside its betas.
+_EPSILON = re.compile(r"(?:ε|(?<!and )\bepsilon\b)[\s*]*[=:≈≤<][\s*]*([0-9][0-9.]*(?:e[+-]?[0-9]+)?)", re.IGNORECASE)
+_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+_NUMBER = re.compile(r"[0-9][0-9.]*(?:,[0-9]{3})*(?:e[+-]?[0-9]+)?|inf\b")
 _SPEAKS_OF_PRIVACY = re.compile(r"differential(ly)?[\s-]priva|\bepsilon\b|ε", re.IGNORECASE)
 
 # Cards round to four digits, and another release of the accountant may differ in the fourth.
@@ -80,8 +84,10 @@ def privacy_section(statement: PrivacyStatement) -> str:
 def contradictions(card: str, statement: PrivacyStatement) -> list[str]:
     """Where the text of a card disagrees with the statement, one sentence each; none where it says nothing of privacy.
 
-    The claim, wherever it stands, and every row of the table are compared.
+    Every claim, wherever it stands, every row of the table and every line of the section are compared. What stands in
+    comments, nobody reads.
     """
+    card = _COMMENT.sub("", card)
     claims = _CLAIM.findall(card)
     if HEADING not in card.splitlines() and not claims:
         spoken = _SPEAKS_OF_PRIVACY.search(card)
@@ -92,7 +98,10 @@ def contradictions(card: str, statement: PrivacyStatement) -> list[str]:
     if not statement.not_private_because and not claims:
         found.append("it does not state the guarantee")
     rows = statement_rows(statement)
-    return found + [problem for name, value in rows.items() for problem in _check_row(card, name, value)]
+    found += [problem for name, value in rows.items() for problem in _check_row(card, name, value)]
+    found += _check_epsilons(card, statement)
+    # Lines that carry a wrong number have been named.
+    return found or _check_lines(card, statement)
 
 
 def _claim(statement: PrivacyStatement) -> str:
@@ -125,6 +134,44 @@ def _check_row(card: str, name: str, expected: str) -> list[str]:
         for value in values
         if not _agree(value, expected)
     ]
+
+
+def _check_epsilons(card: str, statement: PrivacyStatement) -> list[str]:
+    """Outside the section, where a claim would not be looked for."""
+    known = f"{statement.spent.epsilon:.4g}"
+    return [
+        f"it gives {found[0]!r} outside the section, but {STATEMENT_NAME} gives {known}"
+        for found in _EPSILON.finditer("\n".join(_lines(card)[1]))
+        if statement.not_private_because or not _agree(found[1].rstrip("."), known)
+    ]
+
+
+def _check_lines(card: str, statement: PrivacyStatement) -> list[str]:
+    """Of the section. Numbers are compared where they are claims, or in rows."""
+    written, expected = (
+        {_without_numbers(line): line for line in _lines(text)[0]} for text in (card, privacy_section(statement))
+    )
+    return [
+        *(f"its section lacks {line!r}" for key, line in expected.items() if key not in written),
+        *(f"its section has a line of its own, {line!r}" for key, line in written.items() if key not in expected),
+    ]
+
+
+def _lines(card: str) -> tuple[list[str], list[str]]:
+    """Those of the section, up to the next heading of its rank, and all others."""
+    inside: list[str] = []
+    outside: list[str] = []
+    is_inside = False
+    for line in map(str.strip, card.splitlines()):
+        if line.startswith(("# ", "## ")):
+            is_inside = line == HEADING
+        if line:
+            (inside if is_inside else outside).append(line)
+    return inside, outside
+
+
+def _without_numbers(line: str) -> str:
+    return _NUMBER.sub("#", "".join(line.split()))
 
 
 def _agree(text: str, expected: str) -> bool:

@@ -43,6 +43,10 @@ class PublishingTrainer(EvaluatingTrainer):
         return self._get_output_dir(trial=None)
 
     @abstractmethod
+    def keep_reasons(self) -> None:
+        """What the arguments allow now was done, and stays done when they are changed back."""
+
+    @abstractmethod
     def privacy_statement(self) -> PrivacyStatement:
         """What may be claimed of the weights as they are now."""
 
@@ -52,7 +56,9 @@ class PublishingTrainer(EvaluatingTrainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As in the `Trainer`, with ε and without statistics of the private data, which are removed from `logs`."""
-        if not self.args.log_private_statistics:
+        if self.args.log_private_statistics:
+            self.keep_reasons()
+        else:
             for name in PRIVATE_STATISTICS:
                 logs.pop(name, None)
         privacy = self._privacy_figures()
@@ -75,8 +81,8 @@ class PublishingTrainer(EvaluatingTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.output_dir)
         states_privacy = self.args.should_save and self.plan is not None
-        if states_privacy:
-            # Whatever interrupts this, no weights lie beside the claim of others.
+        if self.args.should_save:
+            # Whatever interrupts this, and if there is nothing to claim, no weights lie beside the claim of others.
             Path(folder, STATEMENT_NAME).unlink(missing_ok=True)
         super()._save(output_dir, state_dict)
         if states_privacy:

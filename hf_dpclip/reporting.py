@@ -99,6 +99,7 @@ def search_summary(statement: PrivacyStatement) -> str:
         mechanism = f"q = {plan.sampling_probability:.4g}, σ = {plan.noise_multiplier:.4g}"
         lines.append(f"  run {number}: {cost} ({mechanism})")
     lines.append(f"  together: {_cost(statement.spent)}; training on with what was found adds to it")
+    lines += [f"  {NOT_PRIVATE}: {reason}" for reason in statement.not_private_because]
     return "\n".join(lines)
 
 

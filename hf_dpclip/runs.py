@@ -101,6 +101,10 @@ class RunningTrainer(PublishingTrainer):
             self.plan, self._steps_taken, self._reasons, run=self._run, earlier_runs=self._earlier_runs
         )
 
+    def keep_reasons(self) -> None:
+        """As in [`PublishingTrainer`]."""
+        self._not_private_because = self._reasons
+
     @property
     def _reasons(self) -> tuple[str, ...]:
         """Why no guarantee holds, in the past or by the arguments of today."""

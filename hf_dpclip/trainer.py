@@ -131,6 +131,7 @@ class DPCLIPTrainer(RunningTrainer):
         validation.check_loss_decomposes(args.expected_batch_size // args.num_microbatches, contrasts_in_batch)
         data_validation.check_records(self.data_collator, self.train_dataset, self.eval_dataset)
         data_validation.check_pairs_are_read(base_model(self.model), self.data_collator, self.train_dataset)
+        data_validation.check_collates(self._microbatch_dataset())
         self._units = PrivacyUnits(self.train_dataset, args.privacy_unit_column, args.max_records_per_unit)
         self._planned_values = planned_values(args)
         return make_plan(args, len(self._units))
@@ -202,6 +203,7 @@ class DPCLIPTrainer(RunningTrainer):
                 "guarantee rests on: return what super().get_train_dataloader() gives."
             )
         validation.check_model(self.model)
+        validation.set_precision()
         if self.public_negatives is not None:
             self.public_negatives.forget()
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -244,7 +246,7 @@ class DPCLIPTrainer(RunningTrainer):
         self._before_release()
         self._steps_taken += 1
         self._mechanism.release()
-        self._not_private_because = self._reasons
+        self.keep_reasons()
         return nn.utils.get_total_norm([parameter.grad for parameter in self._mechanism.parameters])
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):

@@ -90,6 +90,17 @@ def check_model(model: nn.Module) -> None:
     check_no_hooks(trainable)
 
 
+def set_precision() -> None:
+    """Takes back what lets torch round the factors of float32 products, of which the norms to be clipped are made."""
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+        logger.warning(
+            f"torch.set_float32_matmul_precision({precision!r}) (or TF32) rounds the products of which norms are "
+            "made, so that gradients would exceed C: it is set back to 'highest'. Use bf16=True to train faster."
+        )
+
+
 def warn_of_adapters_made_from_records(model: nn.Module) -> None:
     """Warns of starting weights of LoRA that were computed from records: of these, the guarantee says nothing."""
     configs = model.peft_config.values() if isinstance(model, PeftModel) else []

@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset, Image
 from factories import arguments, pairs, pictures, raw_pairs, tiny_clip, tiny_clip_vqa, tiny_processor
 from PIL import Image as PILImage
+from transformers import default_data_collator
 from wrong_calls import check_explained, processed, table, trainer
 
 from hf_dpclip import DPCLIPTrainer, ImageTextCollator, VisualQuestionCollator
@@ -259,6 +260,16 @@ DATA = {
         lambda f: larger_images(f, tiny_clip_vqa()),
         "images of 16 x 12 pixels, the model reads 8 x 8",
         "from the same checkpoint",
+    ),
+    "a collator for something else": (
+        lambda f: trainer(f, raw_pairs(8), collator=default_data_collator, remove_unused_columns=False),
+        "the data_collator cannot collate the first record (RuntimeError",
+        "pass an ImageTextCollator",
+    ),
+    "a processor as collator": (
+        lambda f: trainer(f, raw_pairs(8), collator=tiny_processor(), remove_unused_columns=False),
+        "the data_collator cannot collate the first record",
+        "pass an ImageTextCollator",
     ),
     "one id for all": (
         lambda f: processed(f, raw_pairs(8), privacy_unit_column="text", per_device_train_batch_size=8),

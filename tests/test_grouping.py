@@ -5,7 +5,7 @@ import torch
 from factories import tiny_clip, tiny_clip_vqa
 from hypothesis import given
 from hypothesis import strategies as st
-from test_vectorized import microbatches
+from test_vectorized import microbatch, microbatches
 
 from hf_dpclip.gradients import ContrastiveModel, MeanLossModel, alike, grouping
 
@@ -33,6 +33,21 @@ def test_no_pass_is_larger_than_it_may_be(sizes, most):
     assert sorted(seed for group in groups for seed, _ in group) == sorted(seed for seed, _ in batches)
     assert all(rows(group) < most + max(sizes) for group in groups)
     assert len(groups) <= -(-sum(sizes) // most)
+
+
+@pytest.mark.parametrize("length", [1, 6, 7, 13])
+@pytest.mark.parametrize("others", [[2], [6], [9, 3], [14, 14]], ids=str)
+def test_how_long_texts_are_depends_on_nothing_that_was_drawn_beside_them(length, others):
+    """Other shapes are rounded in other ways, by which one record would reach into the gradients of all others."""
+    model, own = contrastive(), microbatch(3, length, seed=1)
+    beside = [microbatch(2, other, seed=seed) for seed, other in enumerate(others, start=2)]
+
+    def tokens(batches):
+        groups, _ = alike(model, batches)
+        return next(inputs["input_ids"] for group in groups for seed, inputs in group if seed == 1)
+
+    assert torch.equal(tokens([own]), tokens([own, *beside]))
+    assert tokens([own]).shape[1] == min(-(-(length + 2) // 8) * 8, 16)
 
 
 def test_what_fits_is_one_pass():

@@ -327,7 +327,7 @@ def test_the_notebook_table_shows_epsilon(make_trainer, monkeypatch):
     trainer.train()
     assert [row[1] for row in tables[-1][1:]] == [log["loss"] for log in trainer.state.log_history[:-1]]
     make_trainer(**settings, non_private=True, log_private_statistics=True).train()
-    assert [row[2] for row in tables[-1][1:]] == ["none", "none"]
+    assert [row[2] for row in tables[-1][1:]] == ["NOT PRIVATE", "NOT PRIVATE"]
     options = {"eval_dataset": pairs(8, seed=1)}
     trainer = make_trainer(trainer_options=options, **settings, eval_strategy="steps", eval_steps=1)
     trainer.train()

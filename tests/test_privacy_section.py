@@ -40,6 +40,39 @@ def test_an_edited_claim_is_exposed(claim):
     assert true in problem
 
 
+@pytest.mark.parametrize(
+    "claim",
+    [
+        "(0.1, 1e-12) differentially private",
+        "(0.1, 1e-12)\u2011differentially private",
+        "(0.1, 1e-12)-DP",
+        "ε = 0.1",
+        "epsilon: 0.1",
+        "**ε** ≤ 0.1",
+    ],
+)
+@pytest.mark.parametrize("hidden", [False, True], ids=["beside it", "with the true one in a comment"])
+def test_another_claim_however_it_is_written_is_exposed(claim, hidden):
+    true = f"<!--\n{card()}\n-->" if hidden else card()
+    assert contradictions(f"---\nlanguage: en\n---\n{claim}\n\n{true}", PRIVATE)
+
+
+@pytest.mark.parametrize(
+    ("line", "edited"),
+    [
+        ("| adjacency |", "| **ε** | 0.1 |\n| adjacency |"),
+        ("removing one record", "removing one patient with all their records"),
+        ("- Several records of one person, unless the privacy unit above is that person.\n", ""),
+        ("- Whatever was declared public", "- Nothing is left out, and whatever was declared public"),
+        ("### Not covered", "It cannot leak anything.\n\n### Not covered"),
+    ],
+)
+def test_an_edited_line_is_exposed(line, edited):
+    assert line in card()
+    problems = contradictions(card().replace(line, edited), PRIVATE)
+    assert any("its section" in problem for problem in problems)
+
+
 def test_a_second_claim_elsewhere_is_exposed():
     (problem,) = contradictions(card() + "\nThis is a (0.5, 1e-5)-Differentially Private model.\n", PRIVATE)
     assert "it claims (0.5, 1e-5)-differentially private" in problem

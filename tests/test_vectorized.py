@@ -33,7 +33,7 @@ def lora_clip(**settings):
     return with_adapters(tiny_clip(), **settings)
 
 
-def microbatch(size, length=5, seed=0, mask=False):
+def microbatch(size, length=6, seed=0, mask=False):
     """The seed and the inputs of a microbatch of noise, its texts `length` words long."""
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(1, 47, (size, length), generator=generator)
@@ -379,7 +379,7 @@ def test_texts_that_are_hidden_from_themselves(hidden):
     # It has no end token, so that its first position is what is read.
     batches[0][1]["input_ids"][1, -1] = 5
     groups = groups_of(model, batches)
-    assert groups.keys() == {(5,), (9, 4, 6)}
+    assert groups.keys() == {(5,), (9,), (4, 6)}
     for group in groups.values():
         assert_same(model, group)
 
@@ -435,7 +435,7 @@ def test_autocast():
 
 
 def test_longer_texts_elsewhere_must_not_move_dropout_masks():
-    batches = [microbatch(3, seed=1, length=9), microbatch(4, seed=2), microbatch(2, seed=3)]
+    batches = [microbatch(3, seed=1, length=3), microbatch(4, seed=2), microbatch(2, seed=3)]
     model = lora_clip(lora_dropout=0.4)
     groups = groups_of(model, batches)
     assert groups.keys() == {(1,), (2, 3)}

@@ -27,9 +27,6 @@ from .vectorizable import VectorizableModel
 WITH_CLIP_LOSS = (CLIPModel, AltCLIPModel, ChineseCLIPModel, MetaClip2Model, VisionTextDualEncoderModel)
 WITH_SIGMOID_LOSS = (SiglipModel, Siglip2Model)
 
-# Texts are filled up to multiples of this where shapes are static.
-TEXT_STEP = 16
-
 
 class Negatives(Protocol):
     """Where the embeddings of public negatives come from."""
@@ -83,8 +80,7 @@ class ContrastiveModel(VectorizableModel):
         inputs = self.prepare_inputs(pairs_only(inputs))
         if not (self.static_shapes and can_be_filled_up(inputs)):
             return inputs
-        longest = self.base.config.text_config.max_position_embeddings
-        length = min(_next_multiple(text_length(inputs), TEXT_STEP), longest)
+        length = self.filled_length(text_length(inputs))
         return filled_up(inputs, static_rows(num_rows(inputs)), length, self.pad_token_id)
 
     def encode(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -138,8 +134,4 @@ def static_rows(rows: int) -> int:
     """The next of a few sizes. Poisson samples deviate by the root of their size; steps of two deviations, in powers
     of two, make a handful of sizes do."""
     step = max(8, 2 ** round(math.log2(2 * math.sqrt(rows))))
-    return _next_multiple(rows, step)
-
-
-def _next_multiple(number: int, factor: int) -> int:
-    return math.ceil(number / factor) * factor
+    return math.ceil(rows / step) * step

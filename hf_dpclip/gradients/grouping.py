@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .inputs import concatenated, num_rows, pairs_only, row_shapes, text_length
+from .inputs import concatenated, lengthened, num_rows, pairs_only, row_shapes, text_length
 from .vectorizable import VectorizableModel
 
 
@@ -22,8 +22,7 @@ CPU_STATE = 2**22
 def alike(model: VectorizableModel, microbatches: list[Microbatch]) -> tuple[list[list[Microbatch]], list[Microbatch]]:
     """Groups of microbatches, each for a pass of its own, and those that have to be computed one by one.
 
-    Which of the two a microbatch is depends on nothing but itself; so does what the model makes of it in its group,
-    where texts are filled up only if that changes nothing.
+    Which of the two a microbatch is depends on nothing but itself, and so does the length of its texts.
     """
     by_shape: dict[frozenset, list[Microbatch]] = defaultdict(list)
     others: list[Microbatch] = []
@@ -41,18 +40,24 @@ def _is_known(model: VectorizableModel, inputs: dict[str, Any]) -> bool:
 
 
 def _by_length(model: VectorizableModel, microbatches: list[Microbatch]) -> list[list[Microbatch]]:
-    """Those whose texts can be filled up without changing what the model makes of them; of all others, those of one
-    length."""
+    """Those of one length, with texts filled up where that changes nothing in what the model makes of them.
+
+    How far follows from the microbatch itself, and not from longer texts that were drawn beside it: other shapes are
+    rounded in other ways.
+    """
     lengths = [text_length(inputs) for _, inputs in microbatches]
-    if len(set(lengths)) == 1:
-        return [microbatches]
-    groups: dict[int | None, list[Microbatch]] = defaultdict(list)
-    for microbatch, length, is_changed in zip(microbatches, lengths, _changed_by_filler(model, microbatches)):
-        groups[length if is_changed else None].append(microbatch)
+    filled = [model.filled_length(length) for length in lengths]
+    if filled != lengths:
+        changed = _changed_by_filler(model, microbatches)
+        filled = [length if is_changed else more for length, more, is_changed in zip(lengths, filled, changed)]
+    groups: dict[int, list[Microbatch]] = defaultdict(list)
+    for length, (seed, inputs) in zip(filled, microbatches):
+        groups[length].append((seed, lengthened(inputs, length, model.pad_token_id)))
     return list(groups.values())
 
 
 def _changed_by_filler(model: VectorizableModel, microbatches: list[Microbatch]) -> list[bool]:
+    """Of which microbatches the model would make something else, if their texts were filled up."""
     if model.has_dropout:
         # What is drawn depends on the shape.
         return [True] * len(microbatches)

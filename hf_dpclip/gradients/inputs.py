@@ -61,15 +61,27 @@ def row_shapes(inputs: dict[str, Any]) -> frozenset:
     )
 
 
+def lengthened(inputs: dict[str, Any], length: int, pad_token_id: int) -> dict[str, Any]:
+    """The batch with texts filled up to `length` tokens."""
+    missing = length - text_length(inputs)
+    if missing == 0:
+        return inputs
+    fillers = TEXT_FILLERS | {"input_ids": pad_token_id}
+    return {
+        name: F.pad(value, (0, missing), value=fillers[name]) if name in fillers else value
+        for name, value in inputs.items()
+    }
+
+
 def concatenated(batches: list[dict[str, Any]], length: int, pad_token_id: int) -> dict[str, Any]:
-    """One batch of all rows, from batches of equal [`row_shapes`], with texts of `length` tokens."""
-    batches = [_lengthened(batch, length, pad_token_id) for batch in batches]
+    """One batch of all rows, from batches of equal [`row_shapes`], with texts filled up to `length` tokens."""
+    batches = [lengthened(batch, length, pad_token_id) for batch in batches]
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def filled_up(inputs: dict[str, Any], rows: int, length: int, pad_token_id: int) -> dict[str, Any]:
     """The batch with its first pair repeated until there are `rows`, and texts filled up to `length`."""
-    inputs = _lengthened(inputs, length, pad_token_id)
+    inputs = lengthened(inputs, length, pad_token_id)
     missing = rows - num_rows(inputs)
     if missing == 0:
         return inputs
@@ -95,14 +107,3 @@ def end_in_filler(input_ids: Tensor, lengths: Tensor, end_token_id: int) -> Tens
     """
     candidates = (input_ids.int(), (input_ids == end_token_id).int())
     return torch.stack([each.argmax(dim=1) >= lengths for each in candidates]).any(dim=0)
-
-
-def _lengthened(inputs: dict[str, Any], length: int, pad_token_id: int) -> dict[str, Any]:
-    missing = length - text_length(inputs)
-    if missing == 0:
-        return inputs
-    fillers = TEXT_FILLERS | {"input_ids": pad_token_id}
-    return {
-        name: F.pad(value, (0, missing), value=fillers[name]) if name in fillers else value
-        for name, value in inputs.items()
-    }

@@ -1,5 +1,6 @@
 """What has to be known of a model for many microbatches to be computed at once, and models whose loss is a mean."""
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -26,6 +27,9 @@ FIRST_POSITION_TEXTS = (
     "transformers.models.roberta.modeling_roberta",
     "transformers.models.xlm_roberta.modeling_xlm_roberta",
 )
+
+# Texts are filled up to multiples of one of these, the latter where shapes are static.
+TEXT_STEP, STATIC_TEXT_STEP = 8, 16
 
 
 class VectorizableModel:
@@ -90,6 +94,12 @@ class VectorizableModel:
         patch = vision.num_channels * int(np.prod(np.broadcast_to(vision.patch_size, 2)))
         patches = inputs["pixel_values"][0].numel() // patch
         return max(patches * vision.intermediate_size, text_length(inputs) * text.intermediate_size)
+
+    def filled_length(self, length: int) -> int:
+        """Tokens to which texts of that length are filled up, so that there are few lengths."""
+        step = STATIC_TEXT_STEP if self.static_shapes else TEXT_STEP
+        longest = self.towers.config.text_config.max_position_embeddings
+        return max(length, min(math.ceil(length / step) * step, longest))
 
     def changed_by_filler(self, texts: dict[str, Tensor], lengths: Tensor) -> Tensor:
         """`[rows]`: whether the model would make something else of a text if it is filled up on the right.

@@ -11,6 +11,8 @@ from . import accounting
 
 CLIPPINGS = ("flat", "automatic")
 LARGEST_TARGET = 100
+# With which every plan has an ε that can be computed.
+PLENTY_OF_NOISE = 1e6
 # Where ε is some hundred million; squares of much smaller numbers overflow.
 SMALLEST_NOISE_MULTIPLIER = 1e-3
 
@@ -81,7 +83,7 @@ class PrivacyPlan:
         Takes the same fields, less `noise_multiplier`. Raises `ValueError` as the plan itself does, and for a target
         that no noise multiplier reaches.
         """
-        plan = cls(noise_multiplier=1.0, **fields)
+        plan = cls(noise_multiplier=PLENTY_OF_NOISE, **fields)
         target = _positive(target_epsilon) and target_epsilon <= LARGEST_TARGET
         expected = f"a positive number of at most {LARGEST_TARGET}, e.g. 3.0; beyond, no record is protected"
         _require(target, "target_epsilon", target_epsilon, expected)
@@ -122,7 +124,7 @@ class PrivacyPlan:
     def epsilon(self, steps: int | None = None) -> float:
         """ε at `target_delta` after `steps` steps (*optional*, defaults to all `num_steps`)."""
         steps = self.num_steps if steps is None else steps
-        _require(isinstance(steps, int) and steps >= 0, "steps", steps, "0 or more")
+        _require(is_whole(steps) and steps >= 0, "steps", steps, "0 or more")
         return accounting.epsilon(
             self.sampling_probability, self.noise_multiplier, steps, self.target_delta, self.accountant
         )
@@ -148,7 +150,7 @@ class PrivacyPlan:
         follow from the fields."""
         _require(isinstance(values, dict), "plan", values, "the dictionary that to_dict returns")
         names = {field.name for field in dataclasses.fields(cls)}
-        missing = names - values.keys()
+        missing = {*names, "accountant_version"} - values.keys()
         _require(not missing, "missing", sorted(missing), "a complete plan")
         plan = cls(**{name: values[name] for name in names})
         unknown = values.keys() - plan.to_dict().keys()
@@ -180,7 +182,7 @@ class PrivacyPlan:
         """Yields (field, whether its value is possible, what is), in an order in which each may rely on the former."""
         for name in ("num_examples", "expected_batch_size", "num_microbatches", "num_steps"):
             value = getattr(self, name)
-            yield name, isinstance(value, int) and value >= 1, "a whole number of at least 1"
+            yield name, is_whole(value) and value >= 1, "a whole number of at least 1"
         n, batch = self.num_examples, self.expected_batch_size
         yield "expected_batch_size", batch <= n, f"at most the {n} privacy units of the dataset; lower the batch size"
         yield "num_microbatches", self.num_microbatches <= batch, f"at most expected_batch_size={batch}, one unit each"
@@ -200,6 +202,8 @@ class PrivacyPlan:
         expected = "more, e.g. 1.0: so little noise protects no record (non_private=True trains without any)"
         yield "noise_multiplier", self._computable(), expected
         yield "clipping", self.clipping in CLIPPINGS, " or ".join(CLIPPINGS)
+        named = isinstance(self.privacy_unit, str) and self.privacy_unit.isprintable() and "|" not in self.privacy_unit
+        yield "privacy_unit", named, "a name that a table can show, without line breaks and vertical bars"
 
 
 def finite(epsilon: float) -> float | None:
@@ -215,6 +219,11 @@ def default_delta(num_examples: int) -> float:
 def accountant_version() -> str:
     """Name and version of the library that computes ε."""
     return f"dp-accounting {version('dp-accounting')}"
+
+
+def is_whole(number: Any) -> bool:
+    """Whether it is a whole number, which `True` is not, although it is an `int`."""
+    return isinstance(number, int) and not isinstance(number, bool)
 
 
 def _positive(value: float) -> bool:

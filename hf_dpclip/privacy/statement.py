@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .composition import Runs, composed
-from .plan import PrivacyPlan, PrivacySpent, finite
+from .plan import PrivacyPlan, PrivacySpent, finite, is_whole
 
 
 STATEMENT_NAME = "privacy.json"
@@ -70,7 +70,7 @@ class PrivacyStatement:
             reasons = tuple(values["not_private_because"])
             earlier = values.get("earlier_runs", [])
             earlier = tuple((PrivacyPlan.from_dict(run["plan"]), run["steps"]) for run in earlier)
-            statement = cls(plan, values["steps"], reasons, values["versions"], values.get("run"), earlier)
+            statement = cls(plan, values["steps"], reasons, values["versions"], values["run"], earlier)
             statement._check(values)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged or was edited ({error}). Restore it from a backup.") from error
@@ -102,8 +102,10 @@ class PrivacyStatement:
             raise ValueError(f"versions does not name all of {', '.join(_LIBRARIES)}")
         if not isinstance(self.run, str | None):
             raise ValueError(f"run is {self.run!r}, not the id of a run")
+        if self.plan.non_private and not self.not_private_because:
+            raise ValueError("the plan has no noise, and not_private_because gives no reason")
         for _, steps in self.runs:
-            if not isinstance(steps, int) or steps < 0:
+            if not is_whole(steps) or steps < 0:
                 raise ValueError(f"steps is {steps!r}, not a number of steps")
         expected = self._to_dict()
         for name in ("private", "delta"):
