@@ -1,6 +1,7 @@
 """Refusals of data: what cannot be sampled, collated or read by the model, and private records in public places. And a
 warning of what is read in part."""
 
+import copy
 import inspect
 from collections import Counter
 from collections.abc import Callable
@@ -130,7 +131,8 @@ def warn_of_cut_texts(collator: Callable, dataset: Any) -> None:
     if not reads_texts or not holds_texts(dataset, collator.text_column):
         return
     texts = dataset.select_columns([collator.text_column])[:COUNTED_TEXTS][collator.text_column]
-    tokenizer = tokenizer_of(collator.processor)
+    # It remembers how it was called, and is saved with the weights.
+    tokenizer = copy.deepcopy(tokenizer_of(collator.processor))
     limit = tokenizer.model_max_length
     cut = sum(len(tokens) > limit for tokens in tokenizer([*texts], verbose=False)["input_ids"])
     if cut:

@@ -14,7 +14,7 @@ from .arguments import DPTrainingArguments
 from .gradients import Microbatch
 from .privacy import PoissonSampler
 from .privacy_units import PrivacyUnits
-from .records import read_records
+from .records import described, read_records
 from .seeding import preserved_generators, seed_generators
 
 
@@ -126,16 +126,28 @@ class MicrobatchDataset(Dataset):
             for (seed, numbers), records in zip(forward_batch, fetched):
                 seed_generators(seed)
                 records = records or read_records(self.dataset, numbers.tolist())
-                microbatches.append((seed, self._collated(records)))
+                microbatches.append((seed, self._collated(records, numbers)))
         return microbatches
 
-    def _collated(self, records: list[Any]) -> dict[str, Any]:
-        batch = self.collator(records)
+    def _collated(self, records: list[Any], numbers: np.ndarray) -> dict[str, Any]:
+        try:
+            batch = self.collator(records)
+        except ValueError as error:
+            raise ValueError(f"{error}{self._found_in(records, numbers)}") from error
         if not isinstance(batch, Mapping):
             raise ValueError(
                 f"the data_collator returned a {type(batch).__name__}: return a dictionary of the model's inputs."
             )
         return dict(batch)
+
+    def _found_in(self, records: list[Any], numbers: np.ndarray) -> str:
+        """Which record it is that cannot be collated, if it is one by itself."""
+        for record, number in zip(records, numbers.tolist()):
+            try:
+                self.collator([record])
+            except ValueError:
+                return f" (Found in {described(self.dataset, number)}.)"
+        return ""
 
     def _fetched_together(self, forward_batch: list[DrawnMicrobatch]) -> list[list[Any] | None]:
         """The records of each microbatch, in one access where that cannot make them depend on one another: transforms

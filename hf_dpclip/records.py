@@ -31,8 +31,8 @@ def read_records(dataset: Dataset, numbers: list[int]) -> list[Any]:
         # Whatever a decoder, a transform or a dataset of the user's own may raise.
         number, cause = next(unreadable(dataset, numbers), (numbers[0], error))
         raise ValueError(
-            f"record {number} of the dataset{_with_images(dataset, number)} cannot be read ({type(cause).__name__}: "
-            f"{cause}): repair it, or leave it out, as in dataset.select(row for row in range(len(dataset)) if row != "
+            f"{described(dataset, number)} cannot be read ({type(cause).__name__}: {shortened(str(cause), 300)}): "
+            "repair it, or leave it out, as in dataset.select(row for row in range(len(dataset)) if row != "
             f"{number}). A run that has begun goes on, with resume_from_checkpoint=True, only if it is repaired: "
             "without it, the dataset is another."
         ) from cause
@@ -125,14 +125,19 @@ def _read(dataset: Dataset, numbers: list[int]) -> list[Any]:
     return [dataset[number] for number in numbers]
 
 
-def _with_images(dataset: Dataset, number: int) -> str:
-    """The files of a record's images, as far as its table names them: its number is not always that in a file."""
+def described(dataset: Dataset, number: int) -> str:
+    """A record by its number; where records were selected, by the row of the table; and by the files of its images, as
+    far as the table names them."""
+    name = f"record {number} of the dataset"
     if not isinstance(dataset, datasets.Dataset):
-        return ""
+        return name
+    details = []
+    if dataset._indices is not None:
+        details.append(f"row {dataset._indices.column(0)[number]} of the table that it was selected from")
     columns = image_columns(dataset)
     (row,) = dataset.with_format("arrow")[[number]].select(columns).to_pylist() if columns else [{}]
-    paths = [image["path"] for image in row.values() if image and image["path"]]
-    return f", with {', '.join(paths)}," if paths else ""
+    details += [shortened(image["path"]) for image in row.values() if image and image["path"]]
+    return f"{name} ({', '.join(details)})" if details else name
 
 
 def _is_empty(images: Any) -> Any:
@@ -151,9 +156,14 @@ def _check_files_exist(dataset: datasets.Dataset, column: str):
     if missing:
         (record,) = dataset.select_columns([column]).with_format("arrow")[missing[:1]][column].to_pylist()
         raise ValueError(
-            f"record {missing[0]} ({len(missing)} such records) names an image that is not there, {record['path']!r}: "
-            "put the file there, correct the path, or leave such records out."
+            f"record {missing[0]} ({len(missing)} such records) names an image that is not there, "
+            f"{shortened(record['path'])!r}: put the file there, correct the path, or leave such records out."
         )
+
+
+def shortened(text: str, length: int = 100) -> str:
+    """The beginning of what may be a whole image instead of a path."""
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def _names_no_file(images: Any) -> pa.Array:

@@ -56,6 +56,13 @@ def long_texts(folder):
     return trainer(folder, raw_pairs(8), processor=processor)
 
 
+def deep_images():
+    """The sixth of eight records, which are some of ten."""
+    grey = [PILImage.fromarray(np.full((8, 8), 30_000 if row == 7 else 30, dtype=np.uint16)) for row in range(10)]
+    dataset = Dataset.from_dict({"image": grey, "text": ["a"] * 10}).cast_column("image", Image())
+    return dataset.select([1, 2, 3, 4, 5, 7, 8, 9])
+
+
 def more_words(folder):
     processor = tiny_processor()
     processor.tokenizer.add_tokens(["x", "y", "z"])
@@ -175,7 +182,17 @@ DATA = {
     ),
     "a missing file": (
         lambda f: processed(f, with_images(["nowhere.png"] * 8).cast_column("image", Image())),
-        "record 0 of the dataset, with nowhere.png, cannot be read (FileNotFoundError",
+        "record 0 of the dataset (nowhere.png) cannot be read (FileNotFoundError",
+        "leave it out",
+    ),
+    "an image of 16 bits": (
+        lambda f: processed(f, deep_images(), train=True, max_steps=40),
+        "Found in record 5 of the dataset (row 7 of the table that it was selected from)",
+        "convert images to 8 bits first",
+    ),
+    "a base64 text in place of an image": (
+        lambda f: processed(f, with_images(["iVBORw0KGgo" * 100] * 8).cast_column("image", Image())),
+        f"record 0 of the dataset ({('iVBORw0KGgo' * 100)[:100]}...) cannot be read",
         "leave it out",
     ),
     "a file that is missing later": (

@@ -94,7 +94,7 @@ class Ledger:
             }
             apply(parts, event)
             if budget is not None:
-                self._check_budget(run_records(parts), run, budget)
+                self._check_budget(run_records(parts), run, budget, resumed=part > 0)
             self._append(file, event)
         return RunRecorder(self, run, part, event["steps"], max(planned // BLOCKS, 1))
 
@@ -168,7 +168,7 @@ class Ledger:
                 "disk and resume with resume_from_checkpoint=True.",
             ) from error
 
-    def _check_budget(self, runs: list[RunRecord], run: str, budget: float) -> None:
+    def _check_budget(self, runs: list[RunRecord], run: str, budget: float, resumed: bool) -> None:
         """A call of `train` that has not ended counts with all the steps that it was begun for."""
         whole = [dataclasses.replace(record, steps=record.steps + record.reserved) for record in runs]
         (total,) = (total for total in totals(whole) if any(record.run == run for record in total.runs))
@@ -179,7 +179,7 @@ class Ledger:
             )
         if total.epsilon_of_private_runs > budget:
             unfinished = [record.run[:8] for record in runs if record.reserved and record.run != run]
-            raise ValueError(_over_budget(total, budget, self.path, unfinished))
+            raise ValueError(_over_budget(total, budget, self.path, unfinished, resumed))
 
 
 class RunRecorder:
@@ -210,16 +210,22 @@ class RunRecorder:
         self._ledger.write({"event": event, "run": self._run, "part": self._part, "steps": steps})
 
 
-def _over_budget(total: Total, budget: float, path: Path, unfinished: list[str]) -> str:
+def _over_budget(total: Total, budget: float, path: Path, unfinished: list[str], resumed: bool) -> str:
     units = total.privacy_units
     spent = (
         f"protect different units ({', '.join(units)}), for which there is no common ε"
         if len(units) > 1
         else f"would come to ε = {total.epsilon_of_private_runs:.4g} at δ = {total.delta:.3g}"
     )
+    remedy = (
+        "the steps after the checkpoint are taken again, and both times count; raise ledger_epsilon, since the plan "
+        "of a resumed run stays as it is"
+        if resumed
+        else "lower target_epsilon or the number of steps, or raise ledger_epsilon"
+    )
     message = (
         f"with this run, all {len(total.runs)} runs on dataset {total.dataset} in {path} {spent}, and "
-        f"ledger_epsilon={budget:g}: lower target_epsilon or the number of steps, or raise ledger_epsilon."
+        f"ledger_epsilon={budget:g}: {remedy}."
     )
     if unfinished:
         message += (
