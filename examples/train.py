@@ -259,6 +259,8 @@ def load_data(arguments: ExampleArguments, unit: str | None) -> tuple[Dataset, D
         )
     text_column = arguments.label_column or arguments.caption_column
     train, held_out = private_and_held_out(splits, arguments, text_column, unit)
+    if arguments.label_column is None and arguments.compare_non_private:
+        raise ValueError("--compare_non_private compares accuracies: name a column of class labels, --label_column.")
     if arguments.label_column is None:
         return train, held_out, None
     template = arguments.prompt_template or "a photo of a {}"
@@ -384,8 +386,8 @@ def save(trainer: DPCLIPTrainer) -> Path:
 def report(job: Job, scores: dict[str, float], folder: Path):
     """What was learnt, at what price, and how to load it."""
     statement = job.trainer.privacy_statement()
-    pairs = job.trainer.args.per_device_eval_batch_size
-    loss = f"contrastive loss on held-out pairs, {pairs} at a time (guessing: {math.log(pairs):.3f})"
+    pairs, held_out = job.trainer.args.per_device_eval_batch_size, len(job.trainer.eval_dataset)
+    loss = f"contrastive loss on held-out pairs, {pairs} at a time (guessing: {loss_of_guessing(held_out, pairs):.3f})"
     measure = "zero-shot accuracy on held-out images" if job.accuracy else loss
     print(f"\n***** Result: {measure} *****")
     for name, value in scores.items():
@@ -393,11 +395,19 @@ def report(job: Job, scores: dict[str, float], folder: Path):
     spent = statement.spent
     print(f"\nPrivacy: ε = {spent.epsilon:.4g} at δ = {spent.delta:.3g} after {spent.steps} steps.")
     print("".join(f"NOT PRIVATE: {reason}\n" for reason in statement.not_private_because))
+    if any(map(math.isnan, scores.values())):
+        print("A result is not a number: the model is of no use. A lower learning rate may help.\n")
     mention_other_runs(job.trainer)
     name = type(base_model(job.trainer.model)).__name__
     print(f"from transformers import AutoProcessor, {name}")
     print(f'model = {name}.from_pretrained("{folder}")')
     print(f'processor = AutoProcessor.from_pretrained("{folder}")')
+
+
+def loss_of_guessing(num_pairs: int, batch_size: int) -> float:
+    """The contrastive loss, averaged over pairs, where all pairs of a batch look alike."""
+    whole, rest = divmod(num_pairs, batch_size)
+    return (whole * batch_size * math.log(batch_size) + rest * math.log(max(rest, 1))) / num_pairs
 
 
 def mention_other_runs(trainer: DPCLIPTrainer):

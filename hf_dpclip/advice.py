@@ -7,6 +7,8 @@ from .privacy import PrivacyPlan
 
 # Below this, all steps together add up to less signal than this share of their noise, and training mostly wanders.
 HOPELESS_SIGNAL_TO_NOISE = 0.3
+# Beyond these, a guarantee says little.
+LARGE_EPSILON, LARGE_DELTA = 10, 1e-3
 
 
 def total_signal_to_noise(plan: PrivacyPlan, num_parameters: int) -> float:
@@ -17,6 +19,22 @@ def total_signal_to_noise(plan: PrivacyPlan, num_parameters: int) -> float:
 def is_hopeless(plan: PrivacyPlan, num_parameters: int) -> bool:
     """Whether a model of `num_parameters` trainable parameters will hardly learn under this plan."""
     return total_signal_to_noise(plan, num_parameters) < HOPELESS_SIGNAL_TO_NOISE
+
+
+def weak_promises(plan: PrivacyPlan, epsilon: float) -> list[str]:
+    """What an (ε, δ) hardly promises, in words; nothing where it does."""
+    weak = []
+    if epsilon > LARGE_EPSILON and not plan.non_private:
+        weak.append(
+            f"ε = {epsilon:.4g} promises little: with it, what an attacker knows of a record may change by a factor "
+            "of e^ε. Up to 8 is usual, and below 1 is strong."
+        )
+    if plan.target_delta > LARGE_DELTA:
+        weak.append(
+            f"δ = {plan.target_delta:.3g} is the probability with which nothing is promised to a record. "
+            f"{plan.num_examples:,} privacy units are few; set target_delta to 1e-5, say, or gather more."
+        )
+    return weak
 
 
 def advice(plan: PrivacyPlan, num_parameters: int) -> str:

@@ -15,7 +15,10 @@ from .records import check_complete, check_image, check_text, first_record
 
 @dataclass
 class PairCollator:
-    """What all collators of ours know: the dataset columns that they read, which their `*_column` fields name."""
+    """What all collators of ours know: a processor, and the dataset columns that they read, which their `*_column`
+    fields name."""
+
+    processor: ProcessorMixin
 
     @property
     def columns(self) -> list[str]:
@@ -64,7 +67,6 @@ class ImageTextCollator(PairCollator):
         ```
     """
 
-    processor: ProcessorMixin
     image_column: str | None = "image"
     text_column: str | None = "text"
     augmentation: Callable[[PILImage], PILImage] | None = None
@@ -203,7 +205,6 @@ class AudioTextCollator(PairCollator):
         ```
     """
 
-    processor: ProcessorMixin
     audio_column: str = "audio"
     text_column: str = "text"
 

@@ -80,6 +80,10 @@ def hold_out(dataset: Dataset, column: str, share: float = 0.1) -> DatasetDict:
 
     Raises `ValueError` if there is no such column of texts, numbers or images, or if nothing is left to train on.
     """
+    if isinstance(dataset, DatasetDict):
+        raise ValueError(
+            f"the dataset has several splits ({', '.join(dataset)}): pass one of them, as splits['train']."
+        )
     if not 0 < share < 1:
         raise ValueError(f"share={share!r} is not possible: it must be between 0 and 1, e.g. 0.1.")
     if not isinstance(dataset.features.get(column), Image | Value | ClassLabel):

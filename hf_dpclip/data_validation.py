@@ -20,6 +20,7 @@ from .gradients import contrastive_base
 from .models import CLIPForVisualQuestionAnswering
 from .public_negatives import shared_rows
 from .records import first_record, holds_texts
+from .shared_images import LOOKED_AT, image_columns, image_digests
 
 
 logger = logging.get_logger(__name__)
@@ -157,6 +158,12 @@ def check_evaluation_data(
             "hold records out with hf_dpclip.data.hold_out, or set log_private_statistics=True on public data."
         )
 
+    if any(_is_part_of(candidate, train_dataset) for candidate in candidates):
+        raise ValueError(
+            f"the records of {name} are among those of the private training dataset, so its metrics would be raw "
+            "statistics of private records: hold records out with hf_dpclip.data.hold_out, or set "
+            "log_private_statistics=True on public data."
+        )
     shared = max((_num_shared_units(train_dataset, candidate, unit_column) for candidate in candidates), default=0)
     if shared:
         raise ValueError(
@@ -164,6 +171,25 @@ def check_evaluation_data(
             f"the guarantee protects as a whole: split with hf_dpclip.data.hold_out(dataset, {unit_column!r}), number "
             "the units of both apart if they are others, or set log_private_statistics=True on public data."
         )
+
+
+def _is_part_of(evaluated: Any, private: Any) -> bool:
+    """Whether all of the first records for evaluation are among the private ones: a copy, or a selection."""
+    if not all(isinstance(each, datasets.Dataset) and len(each) for each in (evaluated, private)):
+        return False
+    common = [name for name in evaluated.column_names if name in private.column_names]
+    images = [name for name in common if {name} <= {*image_columns(evaluated)} & {*image_columns(private)}]
+    texts = [name for name in common if holds_texts(evaluated, name) and holds_texts(private, name)]
+    return bool(images) and _first_records(evaluated, images, texts, 64) <= _first_records(
+        private, images, texts, LOOKED_AT
+    )
+
+
+def _first_records(dataset: datasets.Dataset, images: list[str], texts: list[str], count: int) -> set[tuple]:
+    """Their images, by digest, and texts."""
+    first = dataset.select(range(min(len(dataset), count)))
+    columns = [image_digests(first, name) for name in images]
+    return {*zip(*columns, *(first.with_format(None)[name][:] for name in texts))}
 
 
 def _num_shared_units(private: Any, evaluated: Any, column: str | None) -> int:

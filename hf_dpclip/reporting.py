@@ -5,7 +5,7 @@ import math
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback
 
-from .advice import advice, is_hopeless
+from .advice import advice, is_hopeless, weak_promises
 from .planning import steps_per_epoch
 from .privacy import PrivacySpent, PrivacyStatement, composed
 from .privacy_section import NOT_PRIVATE, plan_rows
@@ -86,6 +86,7 @@ def summary(statement: PrivacyStatement, model: nn.Module, total_steps: int) -> 
         *_earlier(statement),
         *(f"  {NOT_PRIVATE}: {reason}" for reason in statement.not_private_because),
     ]
+    lines += [f"  WARNING: {weakness}" for weakness in weak_promises(plan, epsilon)]
     if is_hopeless(plan, num_parameters):
         lines.append(f"  WARNING: {advice(plan, num_parameters)}")
     return "\n".join(lines)

@@ -46,6 +46,11 @@ def check_resumable(checkpoint: str | Path, plan: PrivacyPlan) -> PrivacyStateme
     """
     if not isinstance(checkpoint, str | Path):
         raise ValueError(f"resume_from_checkpoint={checkpoint!r} is no folder: name one, or pass True for the last.")
+    if not Path(checkpoint).is_dir():
+        raise FileNotFoundError(
+            f"resume_from_checkpoint={str(checkpoint)!r} is not a folder: name one of the checkpoint-... folders, or "
+            "pass True for the last."
+        )
     statement = PrivacyStatement.load(checkpoint)
     if not Path(checkpoint, TRAINER_STATE_NAME).is_file():
         raise ValueError(

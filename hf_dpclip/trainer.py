@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers import trainer as hf_trainer
 
-from . import data_validation, validation
+from . import caveats, data_validation, validation
 from .arguments import DPTrainingArguments
 from .collators import PairCollator, default_collator
 from .dataloader import ForwardBatchSampler, MicrobatchDataset, RecordNumbers, make_dataloader
@@ -38,7 +38,6 @@ from .privacy_units import PrivacyUnits
 from .public_negatives import PublicNegatives, encode_public_negatives
 from .reporting import EpochCallback, PrivacyCallback, privacy_progress
 from .runs import RunningTrainer
-from .shared_images import warn_of_shared_images
 
 
 class DPCLIPTrainer(RunningTrainer):
@@ -90,6 +89,9 @@ class DPCLIPTrainer(RunningTrainer):
         validation.check_call(model, data_collator, train_dataset, processing_class)
         if data_collator is None and _needs_processing(train_dataset, processing_class):
             data_collator = default_collator(processing_class)
+        if processing_class is None and isinstance(data_collator, PairCollator):
+            # To be saved beside the weights, which are of no use without it.
+            processing_class = data_collator.processor
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         forward = inspect.signature(base_model(self.model).forward).parameters
         # The Trainer looks for `return_loss=True` as the default, which no contrastive model has any more.
@@ -103,15 +105,9 @@ class DPCLIPTrainer(RunningTrainer):
         self.public_negatives = None if public_negatives is None else self._encode_public(public_negatives)
         self._begin_first_run(None if train_dataset is None else self._make_plan())
         if self.is_world_process_zero():
-            self._warn_of_records()
+            caveats.warn(self, public_negatives)
         self._planned_forward_passes = args.gradient_accumulation_steps
         self._use_own_callbacks()
-
-    def _warn_of_records(self) -> None:
-        # When the trainer is made, before a tracker reads the console along.
-        if self.args.privacy_unit_column is None:
-            warn_of_shared_images(self.train_dataset)
-        data_validation.warn_of_cut_texts(self.data_collator, self.train_dataset)
 
     # ---- The plan ----
 

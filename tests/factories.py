@@ -211,6 +211,11 @@ def raw_pairs(n: int = 3, image: str = "image", text: str = "text") -> Dataset:
     return Dataset.from_dict({image: pictures(n), text: captions}).cast_column(image, Image())
 
 
+def other_raw_pairs(n: int) -> Dataset:
+    """Pairs that show other images than the first eight [`raw_pairs`]."""
+    return raw_pairs(n + 8).select(range(8, n + 8))
+
+
 def answered_questions(n: int, seed: int = 0) -> Dataset:
     """[`pairs`] in which the text is a question, with the number of its answer."""
     return pairs(n, seed).add_column("labels", [number % len(ANSWERS) for number in range(n)])

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from datasets import Dataset, Image
-from factories import arguments, pairs, pictures, raw_pairs, tiny_clip, tiny_clip_vqa, tiny_processor
+from factories import arguments, other_raw_pairs, pairs, pictures, raw_pairs, tiny_clip, tiny_clip_vqa, tiny_processor
 from PIL import Image as PILImage
 from transformers import default_data_collator
 from wrong_calls import check_explained, processed, table, trainer
@@ -308,8 +308,18 @@ DATA = {
         "no column 'image'",
         "image_column=...",
     ),
+    "evaluation on some of the records": (
+        lambda f: processed(f, raw_pairs(8), options={"eval_dataset": raw_pairs(8).shuffle(seed=0).select(range(3))}),
+        "the records of eval_dataset are among those of the private training dataset",
+        "hf_dpclip.data.hold_out",
+    ),
+    "evaluation on a copy later": (
+        lambda f: processed(f, raw_pairs(8)).evaluate(raw_pairs(8)),
+        "the records of eval_dataset are among those of the private training dataset",
+        "hf_dpclip.data.hold_out",
+    ),
     "evaluation without a caption": (
-        lambda f: processed(f, raw_pairs(8), options={"eval_dataset": {"test": with_texts(["a", None])}}),
+        lambda f: processed(f, other_raw_pairs(8), options={"eval_dataset": {"test": with_texts(["a", None])}}),
         "record 1 (1 such records) has no text",
         "dataset.filter",
     ),

@@ -286,7 +286,12 @@ def resume(folder, checkpoint):
 CHECKPOINTS = {
     "no folder": (
         lambda f: resume(f, "nowhere/checkpoint-1"),
-        "nowhere/checkpoint-1/privacy.json does not exist",
+        "nowhere/checkpoint-1' is not a folder",
+        "name one of the checkpoint-... folders",
+    ),
+    "a folder of other things": (
+        lambda f: resume(f, f),
+        "/privacy.json does not exist",
         "Choose a folder checkpoint-... that DPCLIPTrainer saved",
     ),
     "a number": (lambda f: resume(f, 3), "resume_from_checkpoint=3 is no folder", "pass True for the last"),
@@ -349,7 +354,7 @@ TRAINING = [
     ("--max_train_samples 0", "--max_train_samples 0 is not possible", "give 1 or more"),
     ("--max_eval_samples -5", "--max_eval_samples -5 is not possible", "give 1 or more"),
     ("--epsilon 3", "--epsilon 3: no such option", "--help lists all of them"),
-    ("--resume_from_checkpoint nowhere", "nowhere/privacy.json does not exist", "Choose a folder checkpoint-"),
+    ("--resume_from_checkpoint nowhere", "'nowhere' is not a folder", "name one of the checkpoint-... folders"),
     ("--num_train_epochs 0", "num_train_epochs=0.0", "a positive, finite number"),
     ("--noise_multiplier 1e-6", "noise_multiplier=1e-06 is not possible", "expected more"),
     ("--learning_rate -1", "learning_rate=-1.0 is not possible", "positive and finite"),

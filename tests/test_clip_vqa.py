@@ -130,7 +130,8 @@ def test_questions_are_answered_after_training(make_trainer):
         "compute_metrics": partial(vqa_accuracy, id2label=model.config.id2label),
     }
     settings = {"max_steps": 40, "learning_rate": 0.01, "lr_scheduler_type": "constant", "microbatch_size": 4}
-    trainer = make_trainer(model, records(24), options, non_private=True, per_device_eval_batch_size=5, **settings)
+    settings |= {"non_private": True, "log_private_statistics": True}
+    trainer = make_trainer(model, records(24), options, per_device_eval_batch_size=5, **settings)
     assert trainer.evaluate()["eval_vqa_accuracy"] < 1
     trainer.train()
     assert trainer.evaluate()["eval_vqa_accuracy"] == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from checks import SIGMAS
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
-from factories import BOS, CAPTIONS, EOS, arguments, pictures, raw_pairs, tiny_clip, tiny_processor
+from factories import BOS, CAPTIONS, EOS, arguments, other_raw_pairs, pictures, raw_pairs, tiny_clip, tiny_processor
 from PIL import Image as PILImage
 
 from hf_dpclip import DPCLIPTrainer, ImageTextCollator
@@ -73,7 +73,7 @@ def test_texts_of_a_model_that_is_not_told_where_they_end_have_one_length():
 
 
 def test_evaluation_sees_images_as_they_are(tmp_path):
-    flipping, records = Flipping(), raw_pairs(8)
+    flipping, records = Flipping(), other_raw_pairs(8)
     collator = ImageTextCollator(tiny_processor(), augmentation=flipping, views=2)
     args = arguments(tmp_path, remove_unused_columns=False)
     trainer = DPCLIPTrainer(tiny_clip(), args, collator, records, raw_pairs(4))

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from factories import pairs, raw_pairs, tiny_clip
+from factories import other_raw_pairs, pairs, raw_pairs, tiny_clip
 from transformers import EvalPrediction
 from wrong_calls import processed
 
@@ -78,7 +78,7 @@ def test_records_are_looked_at_once_and_those_of_several_datasets_by_name(tmp_pa
         ImageTextCollator, "check_records", lambda *args: looked_at.append(len(args[1])) or check(*args)
     )
     held_out = {"near": raw_pairs(4), "far": raw_pairs(6)}
-    trainer = processed(tmp_path, raw_pairs(8), options={"eval_dataset": held_out})
+    trainer = processed(tmp_path, other_raw_pairs(8), options={"eval_dataset": held_out})
     assert looked_at == [8, 4, 6]
     assert {"eval_near_loss", "eval_far_loss"} <= trainer.evaluate().keys()
     assert looked_at == [8, 4, 6]

@@ -113,14 +113,15 @@ def test_they_are_encoded_every_so_many_steps():
     assert not torch.equal(seen[1], seen[2])
 
 
-def test_when_they_are_encoded_does_not_depend_on_who_was_drawn(tmp_path):
+def test_when_they_are_encoded_does_not_depend_on_who_was_drawn(tmp_path, monkeypatch):
     """Nobody or somebody in the first of two steps that share embeddings: these are of the first step's weights."""
     model = tiny_clip()
     trainer = trainer_of(tmp_path, raw_pairs(8), CAPTIONS, model, public_negatives_steps=2, max_steps=1)
     before = trainer.public_negatives
     with torch.no_grad():
         expected = F.normalize(model.eval().get_text_features(**before.chunks[0]).pooler_output, dim=1)
-    trainer.get_train_dataloader = lambda: [[]]  # a forward batch in which nobody was drawn
+    # A forward batch in which nobody was drawn.
+    monkeypatch.setattr("hf_dpclip.dataloader.ForwardBatchSampler.__iter__", lambda self: iter([[]]))
     trainer.train()
     assert torch.allclose(before.embeddings(None).texts, expected, atol=1e-5)
 

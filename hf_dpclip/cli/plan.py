@@ -84,6 +84,7 @@ def _make_plan(arguments: argparse.Namespace):
 
 
 def _show(plan, num_parameters: int | None) -> None:
+    from ..advice import weak_promises
     from ..privacy_section import plan_rows
 
     rows = {**plan_rows(plan), **_epsilon_rows(plan)}
@@ -93,6 +94,8 @@ def _show(plan, num_parameters: int | None) -> None:
     else:
         print_table("Privacy plan", {**rows, **_signal_rows(plan, num_parameters)})
         print(_verdict(plan, num_parameters))
+    for weakness in weak_promises(plan, plan.epsilon()):
+        print(f"WARNING: {weakness}")
 
 
 def _epsilon_rows(plan) -> dict[str, str]:

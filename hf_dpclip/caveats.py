@@ -1,0 +1,74 @@
+"""What a trainer says when it is made, on the console alone: what its guarantee leaves out as far as can be seen."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from . import data_validation
+from .collators import ImageTextCollator
+from .models import base_model
+from .privacy import STATEMENT_NAME
+from .records import holds_texts
+from .resuming import readable_statement
+from .shared_images import warn_of_shared_images
+
+
+if TYPE_CHECKING:
+    from .trainer import DPCLIPTrainer
+
+logger = logging.get_logger(__name__)
+
+
+def warn(trainer: "DPCLIPTrainer", public_negatives: list[str] | Dataset | None) -> None:
+    """Warns of all that is known here. To be called before a tracker reads the console along."""
+    warn_of_private_start(trainer.model)
+    if trainer.args.privacy_unit_column is None:
+        warn_of_shared_images(trainer.train_dataset)
+    warn_of_private_captions(trainer.train_dataset, trainer.data_collator, public_negatives)
+    data_validation.warn_of_cut_texts(trainer.data_collator, trainer.train_dataset)
+
+
+def warn_of_private_start(model: nn.Module) -> None:
+    """Warns of starting weights that another private run left in a folder, whose cost adds to that of this run."""
+    base = base_model(model)
+    folder = Path(base.config._name_or_path) if isinstance(base, PreTrainedModel) else Path()
+    statement = readable_statement(folder)
+    if statement is not None and statement.steps:
+        spent = statement.spent
+        logger.warning(
+            f"the model starts from {folder}, which spent ε = {spent.epsilon:.4g} at δ = {spent.delta:.3g} on private "
+            "records. If they are those of this run, or of the same people, both costs add up, and the "
+            f"{STATEMENT_NAME} of this run will know of one: give both runs one ledger_path, or, to go on with the "
+            "other run, use resume_from_checkpoint."
+        )
+
+
+def warn_of_private_captions(private: Any, collator: Callable, public: list[str] | Dataset | None) -> None:
+    """Warns of public captions that stand beside a single private record each, as those taken from the records do.
+
+    Class prompts stand beside many. The message counts private records, and is not part of any log.
+    """
+    if public is None or not isinstance(collator, ImageTextCollator) or collator.text_column is None:
+        return
+    column = collator.text_column
+    if not holds_texts(private, column) or (isinstance(public, Dataset) and not holds_texts(public, column)):
+        return
+    times = Counter(_texts(private, column))
+    captions = _texts(public, column) if isinstance(public, Dataset) else public
+    rare = sum(times[caption] == 1 for caption in captions)
+    if rare:
+        logger.warning(
+            f"{rare:,} of the {len(public):,} public_negatives are the caption of one private record each. If they "
+            "were taken from there, the guarantee does not cover what they reveal: give captions of another source, "
+            "or class prompts. (For your eyes only: this counts private records.)"
+        )
+
+
+def _texts(dataset: Dataset, column: str) -> Iterable[str]:
+    return dataset.with_format(None)[column][:]

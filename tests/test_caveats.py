@@ -1,0 +1,122 @@
+"""What a trainer warns of when it is made."""
+
+import logging
+
+import pytest
+from datasets import Dataset
+from factories import other_raw_pairs, pairs, raw_pairs, tiny_clip, tiny_processor, with_adapters
+from plans import plan
+from torch import nn
+from transformers import CLIPModel
+
+from hf_dpclip import DPCLIPTrainer, ImageTextCollator
+from hf_dpclip.advice import weak_promises
+from hf_dpclip.caveats import warn_of_private_captions, warn_of_private_start
+
+
+def warnings_of(caplog, warn, *args) -> str:
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        warn(*args)
+    return caplog.text
+
+
+# ---- Starting weights ----
+
+
+@pytest.fixture
+def saved(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    return tmp_path / "saved", trainer.privacy_spent()
+
+
+def test_weights_that_have_cost_something_are_named(saved, caplog):
+    folder, spent = saved
+    model = CLIPModel.from_pretrained(folder)
+    for start in (model, with_adapters(model)):
+        message = warnings_of(caplog, warn_of_private_start, start)
+        assert f"starts from {folder}, which spent ε = {spent.epsilon:.4g}" in message
+        assert "both costs add up" in message and "ledger_path" in message
+
+
+@pytest.mark.parametrize("model", [tiny_clip(), nn.Linear(2, 2)], ids=["a new model", "no model of transformers"])
+def test_nothing_is_said_of_others(model, caplog):
+    assert warnings_of(caplog, warn_of_private_start, model) == ""
+
+
+def test_nor_of_weights_that_were_saved_before_training(make_trainer, tmp_path, caplog):
+    make_trainer().save_model(tmp_path / "saved")
+    assert warnings_of(caplog, warn_of_private_start, CLIPModel.from_pretrained(tmp_path / "saved")) == ""
+
+
+def test_the_trainer_says_it(saved, make_trainer, caplog):
+    folder, _ = saved
+    with caplog.at_level(logging.WARNING):
+        make_trainer(CLIPModel.from_pretrained(folder))
+    assert "both costs add up" in caplog.text
+
+
+# ---- Captions ----
+
+
+def captioned(*texts: str) -> Dataset:
+    return raw_pairs(len(texts)).remove_columns("text").add_column("text", list(texts))
+
+
+@pytest.mark.parametrize("public", [["a", "b", "c"], captioned("a", "b", "c")], ids=["texts", "records"])
+def test_public_captions_that_one_private_record_has_are_counted(public, caplog):
+    collator = ImageTextCollator(tiny_processor())
+    message = warnings_of(caplog, warn_of_private_captions, captioned("a", "b", "c", "c"), collator, public)
+    assert "2 of the 3 public_negatives are the caption of one private record each" in message
+
+
+@pytest.mark.parametrize(
+    ("private", "collator", "public"),
+    [
+        (captioned("a", "a", "b", "b"), ImageTextCollator(tiny_processor()), ["a", "b", "c"]),
+        (captioned("a", "b"), ImageTextCollator(tiny_processor()), other_raw_pairs(3).remove_columns("text")),
+        (captioned("a", "b"), ImageTextCollator(tiny_processor()), None),
+        (captioned("a", "b"), list, ["a"]),
+        (pairs(4), ImageTextCollator(tiny_processor()), ["a"]),
+    ],
+    ids=["class prompts", "images", "none", "another collator", "encoded"],
+)
+def test_no_other_captions_are(private, collator, public, caplog):
+    assert warnings_of(caplog, warn_of_private_captions, private, collator, public) == ""
+
+
+def test_the_trainer_counts_them_too(make_trainer, caplog):
+    options = {"data_collator": ImageTextCollator(tiny_processor()), "public_negatives": ["a", "u"]}
+    dataset = captioned("a", *["u"] * 15)
+    with caplog.at_level(logging.WARNING):
+        make_trainer(train_dataset=dataset, trainer_options=options, microbatch_size=1)
+    assert "1 of the 2 public_negatives" in caplog.text
+
+
+# ---- Promises ----
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "words"), [(11, 1e-5, "ε = 11 promises little"), (1, 0.002, "δ = 0.002")]
+)
+def test_a_guarantee_that_says_little_is_called_that(epsilon, delta, words):
+    (weakness,) = weak_promises(plan(num_examples=400, expected_batch_size=128, target_delta=delta), epsilon)
+    assert words in weakness
+
+
+def test_a_usual_one_is_not():
+    assert weak_promises(plan(), 8.0) == []
+    assert weak_promises(plan(noise_multiplier=0, non_private=True), float("inf")) == []
+
+
+# ---- What is saved ----
+
+
+def test_the_collators_processor_is_saved_where_no_other_was_given(tmp_path, make_trainer):
+    options = {"data_collator": ImageTextCollator(tiny_processor())}
+    trainer = make_trainer(train_dataset=raw_pairs(16), trainer_options=options)
+    trainer.save_model(tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.json").exists()
+    assert isinstance(trainer, DPCLIPTrainer)
