@@ -45,7 +45,7 @@ def test_every_own_option_has_a_help_text(capsys):
         parse("--help")
     own = DPTrainingArguments.__dataclass_fields__.keys() - TrainingArguments.__dataclass_fields__.keys()
     shown = capsys.readouterr().out
-    assert len(own) == 18
+    assert len(own) == 19
     assert all(DPTrainingArguments.__dataclass_fields__[name].metadata["help"] for name in own)
     assert all(f"--{name}" in shown for name in own)
 
