@@ -23,8 +23,10 @@ def is_hopeless(plan: PrivacyPlan, num_parameters: int) -> bool:
 
 def weak_promises(plan: PrivacyPlan, epsilon: float) -> list[str]:
     """What an (ε, δ) hardly promises, in words; nothing where it does."""
+    if plan.non_private:
+        return []
     weak = []
-    if epsilon > LARGE_EPSILON and not plan.non_private:
+    if epsilon > LARGE_EPSILON:
         weak.append(
             f"ε = {epsilon:.4g} promises little: with it, what an attacker knows of a record may change by a factor "
             "of e^ε. Up to 8 is usual, and below 1 is strong."

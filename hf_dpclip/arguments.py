@@ -252,7 +252,9 @@ class DPTrainingArguments(TrainingArguments):
     def _check_length(self):
         epochs, steps = self.num_train_epochs, self.max_steps
         by_epochs = isinstance(epochs, int | float) and 0 < epochs < math.inf
-        if not isinstance(steps, int) or steps == 0 or (steps < 0 and not by_epochs):
+        if steps == 0 and by_epochs:
+            raise ValueError(f"max_steps=0 takes no step: set max_steps to -1 for num_train_epochs={epochs!r}.")
+        if not isinstance(steps, int) or (steps <= 0 and not by_epochs):
             raise ValueError(
                 f"num_train_epochs={epochs!r} and max_steps={steps!r} give no number of steps: set one of them to a "
                 "positive, finite number."

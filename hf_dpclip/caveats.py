@@ -37,8 +37,8 @@ def warn(trainer: "DPCLIPTrainer", public_negatives: list[str] | Dataset | None)
 def warn_of_private_start(model: nn.Module) -> None:
     """Warns of starting weights that another private run left in a folder, whose cost adds to that of this run."""
     base = base_model(model)
-    folder = Path(base.config._name_or_path) if isinstance(base, PreTrainedModel) else Path()
-    statement = readable_statement(folder)
+    folder = base.config._name_or_path if isinstance(base, PreTrainedModel) else ""
+    statement = readable_statement(Path(folder)) if folder else None
     if statement is not None and statement.steps:
         spent = statement.spent
         logger.warning(

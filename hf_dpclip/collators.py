@@ -1,5 +1,6 @@
 """Collating images or sounds with texts: captions, or questions and answers."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -15,10 +16,7 @@ from .records import check_complete, check_image, check_text, first_record
 
 @dataclass
 class PairCollator:
-    """What all collators of ours know: a processor, and the dataset columns that they read, which their `*_column`
-    fields name."""
-
-    processor: ProcessorMixin
+    """What all collators of ours know: the dataset columns that they read, which their `*_column` fields name."""
 
     @property
     def columns(self) -> list[str]:
@@ -67,6 +65,7 @@ class ImageTextCollator(PairCollator):
         ```
     """
 
+    processor: ProcessorMixin
     image_column: str | None = "image"
     text_column: str | None = "text"
     augmentation: Callable[[PILImage], PILImage] | None = None
@@ -95,7 +94,10 @@ class ImageTextCollator(PairCollator):
 
     def unaugmented(self) -> "ImageTextCollator":
         """For records that are not trained on: one view of each, as it is."""
-        return replace(self, augmentation=None, views=1)
+        # A copy, since a subclass may be made from other arguments.
+        collator = copy.copy(self)
+        collator.augmentation, collator.views = None, 1
+        return collator
 
     def for_public(self, names: list[str]) -> "ImageTextCollator":
         """For records that may lack images or captions, as they are. Raises `ValueError` if they lack both."""
@@ -205,6 +207,7 @@ class AudioTextCollator(PairCollator):
         ```
     """
 
+    processor: ProcessorMixin
     audio_column: str = "audio"
     text_column: str = "text"
 

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, VisionTextDualEncoderModel
 from transformers.utils import logging
 
 from .collators import AudioTextCollator, ImageTextCollator, PairCollator, VisualQuestionCollator, tokenizer_of
@@ -119,7 +119,9 @@ def check_pairs_are_read(model: nn.Module, collator: Callable, dataset: Dataset 
     base = model.clip if isinstance(model, CLIPForVisualQuestionAnswering) else contrastive_base(model)
     if base is not None and collator.text_column is not None:
         _check_tokenizer(tokenizer_of(collator.processor), base.config.text_config)
-    if base is not None and collator.image_column is not None and dataset is not None:
+    # A vision tower of another family may interpolate its positions.
+    known = base is not None and not isinstance(base, VisionTextDualEncoderModel)
+    if known and collator.image_column is not None and dataset is not None:
         _check_image_size(collator, dataset, base.config.vision_config)
 
 
@@ -131,11 +133,13 @@ def warn_of_cut_texts(collator: Callable, dataset: Any) -> None:
     reads_texts = isinstance(collator, ImageTextCollator | AudioTextCollator)
     if not reads_texts or not holds_texts(dataset, collator.text_column):
         return
-    texts = dataset.select_columns([collator.text_column])[:COUNTED_TEXTS][collator.text_column]
+    first = dataset.select_columns([collator.text_column])[:COUNTED_TEXTS][collator.text_column]
+    # A collator of the user's own may know what to do where there is none.
+    texts = [text for text in first if isinstance(text, str)]
     # It remembers how it was called, and is saved with the weights.
     tokenizer = copy.deepcopy(tokenizer_of(collator.processor))
     limit = tokenizer.model_max_length
-    cut = sum(len(tokens) > limit for tokens in tokenizer([*texts], verbose=False)["input_ids"])
+    cut = sum(len(tokens) > limit for tokens in tokenizer(texts, verbose=False)["input_ids"]) if texts else 0
     if cut:
         logger.warning(
             f"{cut:,} of the first {len(texts):,} texts have more than the {limit} tokens that the model reads; the "
@@ -240,11 +244,10 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, read: PreTrainedConfig)
 
 def _check_image_size(collator: ImageTextCollator, dataset: Dataset, read: PreTrainedConfig):
     pixel_values = collator.unaugmented()([first_record(dataset)])["pixel_values"]
-    # Not all vision towers want one size, and some are given patches.
-    size = getattr(read, "image_size", None)
-    if size is None or pixel_values.dim() != 4:
+    if pixel_values.dim() != 4:
+        # Patches, of whatever size the image had.
         return
-    made, wanted = list(pixel_values.shape[-2:]), np.broadcast_to(size, 2).tolist()
+    made, wanted = list(pixel_values.shape[-2:]), np.broadcast_to(read.image_size, 2).tolist()
     if made != wanted:
         raise ValueError(
             f"the processor makes images of {made[0]} x {made[1]} pixels, the model reads {wanted[0]} x {wanted[1]}: "

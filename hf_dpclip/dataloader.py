@@ -83,6 +83,11 @@ class ForwardBatchSampler(Sampler[list[DrawnMicrobatch]]):
             yield [(seed, records) for seed, records in forward_batch if len(records)]
 
 
+def draws_samples(dataloader: Any) -> bool:
+    """Whether a loader is the training loader, which goes through Poisson samples."""
+    return isinstance(getattr(dataloader, "sampler", None), ForwardBatchSampler)
+
+
 def dealt_out(microbatches: list[DrawnMicrobatch], num_shares: int) -> list[list[DrawnMicrobatch]]:
     """Equally many microbatches in each share, but for a remainder, and nearly equally many records: no two shares are
     further apart than the largest microbatch and an empty one."""
@@ -147,6 +152,9 @@ class MicrobatchDataset(Dataset):
                 self.collator([record])
             except ValueError:
                 return f" (Found in {described(self.dataset, number)}.)"
+            except Exception:
+                # Another error, of a collator that takes no single records.
+                return ""
         return ""
 
     def _fetched_together(self, forward_batch: list[DrawnMicrobatch]) -> list[list[Any] | None]:

@@ -1,5 +1,6 @@
 """Evaluation in the course of training: on records that are not private, and not augmented."""
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,12 @@ class EvaluatingTrainer(Trainer):
     """The part of [`DPCLIPTrainer`] that evaluates and predicts."""
 
     args: DPTrainingArguments
+    # Datasets that are known to hold no private records.
+    _held_out: list[Any]
+
+    @abstractmethod
+    def keep_reasons(self) -> None:
+        """What the arguments allow now was done, and stays done when they are changed back."""
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As in the `Trainer`. Raises `ValueError` for the private training dataset, and for records that cannot be
@@ -31,14 +38,26 @@ class EvaluatingTrainer(Trainer):
             return super().get_test_dataloader(test_dataset)
 
     def _check_evaluated(self, dataset: Any, name: str) -> None:
-        if not self.args.log_private_statistics:
-            # By a name, one of those of the trainer is meant.
-            candidates = self.eval_dataset if dataset is None or isinstance(dataset, str) else dataset
-            unit_column = self.args.privacy_unit_column
-            data_validation.check_evaluation_data(self.train_dataset, candidates, unit_column, name)
+        if self.args.log_private_statistics:
+            self.keep_reasons()
+        # A name means one of the trainer's own.
+        own: Any = self.eval_dataset
+        own = own[dataset] if isinstance(dataset, str) else own
+        is_own = dataset is None or isinstance(dataset, str) or dataset is own
+        self._check_held_out(own if is_own else dataset, name)
         # What the trainer was made with was checked then.
-        if dataset is not self.eval_dataset and not isinstance(dataset, str):
+        if not is_own:
             data_validation.check_records(self.data_collator, dataset)
+
+    def _check_held_out(self, evaluated: Any, name: str) -> None:
+        """Once for each dataset, since it reads the private one. Raises `ValueError` as the loaders do."""
+        if self.args.log_private_statistics:
+            return
+        for dataset in evaluated.values() if isinstance(evaluated, dict) else [evaluated]:
+            if not any(dataset is known for known in self._held_out):
+                unit_column = self.args.privacy_unit_column
+                data_validation.check_evaluation_data(self.train_dataset, dataset, unit_column, name)
+                self._held_out.append(dataset)
 
     @contextmanager
     def _images_as_they_are(self) -> Iterator[None]:

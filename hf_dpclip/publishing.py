@@ -5,6 +5,7 @@ Each states ε and holds no statistic of the private data (`docs/privacy.md`, "W
 
 import inspect
 from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from huggingface_hub import CommitInfo
 from torch import nn
 from torch.optim import Optimizer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import logging
 
 from . import checkpoints
 from .arguments import DPTrainingArguments
@@ -22,6 +24,8 @@ from .privacy import STATEMENT_NAME, PrivacyPlan, PrivacyStatement
 from .privacy_section import NOT_PRIVATE
 from .resuming import check_settings, fitting
 
+
+logger = logging.get_logger(__name__)
 
 # Statistics of the private data that the `Trainer` would log.
 PRIVATE_STATISTICS = ("loss", "train_loss")
@@ -43,10 +47,6 @@ class PublishingTrainer(EvaluatingTrainer):
         return self._get_output_dir(trial=None)
 
     @abstractmethod
-    def keep_reasons(self) -> None:
-        """What the arguments allow now was done, and stays done when they are changed back."""
-
-    @abstractmethod
     def privacy_statement(self) -> PrivacyStatement:
         """What may be claimed of the weights as they are now."""
 
@@ -54,19 +54,20 @@ class PublishingTrainer(EvaluatingTrainer):
         """0: a count of the realised inputs would reveal the realised batch size."""
         return 0
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """As in the `Trainer`, with ε and without statistics of the private data, which are removed from `logs`."""
+    def log(self, logs: Mapping[str, float], *args, **kwargs) -> None:
+        """As in the `Trainer`, with ε and without statistics of the private data."""
         if self.args.log_private_statistics:
             self.keep_reasons()
-        else:
-            for name in PRIVATE_STATISTICS:
-                logs.pop(name, None)
-        privacy = self._privacy_figures()
-        logs.update(privacy)
-        super().log(logs, *args, **kwargs)
-        # They are the metrics that a hyperparameter search adds up.
-        for name in privacy:
-            del logs[name]
+        # Not in place: they are the metrics that a hyperparameter search adds up.
+        shown = self._without_private_statistics(logs) | self._privacy_figures()
+        super().log(shown, *args, **kwargs)
+        if isinstance(logs, dict) and "epoch" in shown:
+            # Where the Trainer puts it, for those to whom the metrics are returned.
+            logs["epoch"] = shown["epoch"]
+
+    def _without_private_statistics(self, logs: Mapping[str, float]) -> dict[str, float]:
+        hidden = () if self.args.log_private_statistics else PRIVATE_STATISTICS
+        return {name: value for name, value in logs.items() if name not in hidden}
 
     def _privacy_figures(self) -> dict[str, float]:
         if self.plan is None:
@@ -83,6 +84,10 @@ class PublishingTrainer(EvaluatingTrainer):
         states_privacy = self.args.should_save and self.plan is not None
         if self.args.should_save:
             # Whatever interrupts this, and if there is nothing to claim, no weights lie beside the claim of others.
+            if self.plan is None and Path(folder, STATEMENT_NAME).exists():
+                logger.warning(
+                    f"{STATEMENT_NAME} in {folder} is removed: this trainer does not know what weights cost."
+                )
             Path(folder, STATEMENT_NAME).unlink(missing_ok=True)
         super()._save(output_dir, state_dict)
         if states_privacy:

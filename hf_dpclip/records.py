@@ -162,8 +162,8 @@ def _check_files_exist(dataset: datasets.Dataset, column: str):
 
 
 def shortened(text: str, length: int = 100) -> str:
-    """The beginning of what may be a whole image instead of a path."""
-    return text if len(text) <= length else f"{text[:length]}..."
+    """The two ends of a text that may be a whole image instead of a path."""
+    return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 2 :]}"
 
 
 def _names_no_file(images: Any) -> pa.Array:

@@ -102,7 +102,7 @@ class RunningTrainer(PublishingTrainer):
         )
 
     def keep_reasons(self) -> None:
-        """As in [`PublishingTrainer`]."""
+        """As in [`EvaluatingTrainer`]."""
         self._not_private_because = self._reasons
 
     @property
@@ -140,9 +140,11 @@ class RunningTrainer(PublishingTrainer):
             return self._finished(resume_from_checkpoint)
         with explained():
             output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval, **kwargs)
-        if self.args.log_private_statistics:
-            return output
-        return TrainOutput(output.global_step, math.nan, output.metrics)
+        loss = output.training_loss if self.args.log_private_statistics else math.nan
+        metrics = self._without_private_statistics(output.metrics)
+        # As the Trainer's callbacks leave them.
+        metrics.pop("total_flos", None)
+        return TrainOutput(output.global_step, loss, metrics)
 
     def _take_over(self, checkpoint: str) -> int:
         """Continues the count of a checkpoint. Returns how many steps its run has left."""

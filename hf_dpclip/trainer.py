@@ -20,8 +20,8 @@ from transformers import trainer as hf_trainer
 
 from . import caveats, data_validation, validation
 from .arguments import DPTrainingArguments
-from .collators import PairCollator, default_collator
-from .dataloader import ForwardBatchSampler, MicrobatchDataset, RecordNumbers, make_dataloader
+from .collators import AudioTextCollator, ImageTextCollator, PairCollator, default_collator
+from .dataloader import ForwardBatchSampler, MicrobatchDataset, RecordNumbers, draws_samples, make_dataloader
 from .forward_pass import choose_forward_pass, make_contrastive_model
 from .gradients import contrastive_base
 from .guard import StepGuard
@@ -89,7 +89,7 @@ class DPCLIPTrainer(RunningTrainer):
         validation.check_call(model, data_collator, train_dataset, processing_class)
         if data_collator is None and _needs_processing(train_dataset, processing_class):
             data_collator = default_collator(processing_class)
-        if processing_class is None and isinstance(data_collator, PairCollator):
+        if processing_class is None and isinstance(data_collator, ImageTextCollator | AudioTextCollator):
             # To be saved beside the weights, which are of no use without it.
             processing_class = data_collator.processor
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
@@ -103,34 +103,46 @@ class DPCLIPTrainer(RunningTrainer):
             data_validation.check_encoded(self.contrastive_base, train_dataset)
         validation.check_loss_is_known(args, self.contrastive_base, public_negatives is not None)
         self.public_negatives = None if public_negatives is None else self._encode_public(public_negatives)
-        self._begin_first_run(None if train_dataset is None else self._make_plan())
-        if self.is_world_process_zero():
-            caveats.warn(self, public_negatives)
-        self._planned_forward_passes = args.gradient_accumulation_steps
+        self._held_out = []
+        if train_dataset is None:
+            self._begin_first_run(None)
+        else:
+            plan, units = self._make_plan()
+            self._begin_first_run(plan)
+            self._keep_to(units)
+            if self.is_world_process_zero():
+                caveats.warn(self, public_negatives)
         self._use_own_callbacks()
 
     # ---- The plan ----
 
     def begin_run(self) -> None:
         """As in [`RunningTrainer`]. Raises `ValueError` for arguments that construction would not have accepted."""
+        self._check_planned()
         self.args.check()
         validation.check_loss_is_known(self.args, self.contrastive_base, self.public_negatives is not None)
-        plan = self._make_plan()
-        self._planned_forward_passes = self.args.gradient_accumulation_steps
+        plan, units = self._make_plan()
         self._begin_run(plan)
+        self._keep_to(units)
 
-    def _make_plan(self) -> PrivacyPlan:
+    def _keep_to(self, units: PrivacyUnits) -> None:
+        """The plan was accepted: what it was made of, which must stay as it is."""
+        self._units = units
+        self._planned_values = planned_values(self.args)
+        self._planned_forward_passes = self.args.gradient_accumulation_steps
+        self._sampler = None
+
+    def _make_plan(self) -> tuple[PrivacyPlan, PrivacyUnits]:
         args = self.args
-        if not args.log_private_statistics:
-            data_validation.check_evaluation_data(self.train_dataset, self.eval_dataset, args.privacy_unit_column)
+        self._held_out = []
+        self._check_held_out(self.eval_dataset, "eval_dataset")
         contrasts_in_batch = self.can_return_loss and self.compute_loss_func is None and self.public_negatives is None
         validation.check_loss_decomposes(args.expected_batch_size // args.num_microbatches, contrasts_in_batch)
         data_validation.check_records(self.data_collator, self.train_dataset, self.eval_dataset)
         data_validation.check_pairs_are_read(base_model(self.model), self.data_collator, self.train_dataset)
         data_validation.check_collates(self._microbatch_dataset())
-        self._units = PrivacyUnits(self.train_dataset, args.privacy_unit_column, args.max_records_per_unit)
-        self._planned_values = planned_values(args)
-        return make_plan(args, len(self._units))
+        units = PrivacyUnits(self.train_dataset, args.privacy_unit_column, args.max_records_per_unit)
+        return make_plan(args, len(units)), units
 
     def _encode_public(self, public: list[str] | datasets.Dataset) -> PublicNegatives:
         data_validation.check_public(self.train_dataset, public)
@@ -186,14 +198,14 @@ class DPCLIPTrainer(RunningTrainer):
 
     def num_examples(self, dataloader: DataLoader) -> int:
         """As in the `Trainer`; of the training data, n privacy units. How many records they have is not public."""
-        return self.plan.num_examples if _draws_samples(dataloader) else super().num_examples(dataloader)
+        return self.plan.num_examples if draws_samples(dataloader) else super().num_examples(dataloader)
 
     def prepare_mechanism(self) -> None:
         """Binds the mechanism to the model's trainable parameters. Called when training begins.
 
         Raises `ValueError` for a model, an optimizer or a data loader that the guarantee does not cover.
         """
-        if not _draws_samples(self.callback_handler.train_dataloader):
+        if not draws_samples(self.callback_handler.train_dataloader):
             raise ValueError(
                 "get_train_dataloader was overridden, and what it returns does not draw the samples that the "
                 "guarantee rests on: return what super().get_train_dataloader() gives."
@@ -280,10 +292,6 @@ class DPCLIPTrainer(RunningTrainer):
         if isinstance(self.data_collator, PairCollator):
             # Once, however often this is called.
             self._signature_columns = [*dict.fromkeys([*self._signature_columns, *self.data_collator.columns])]
-
-
-def _draws_samples(dataloader: Any) -> bool:
-    return isinstance(getattr(dataloader, "sampler", None), ForwardBatchSampler)
 
 
 def _needs_processing(dataset: Any, processing_class: Any) -> bool:

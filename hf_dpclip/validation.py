@@ -92,7 +92,11 @@ def check_model(model: nn.Module) -> None:
 
 def set_precision() -> None:
     """Takes back what lets torch round the factors of float32 products, of which the norms to be clipped are made."""
-    precision = torch.get_float32_matmul_precision()
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # Set by names that this one does not know, as transformers does for torch_compile.
+        precision = "tf32"
     if precision != "highest":
         torch.set_float32_matmul_precision("highest")
         logger.warning(

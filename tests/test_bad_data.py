@@ -192,7 +192,7 @@ DATA = {
     ),
     "a base64 text in place of an image": (
         lambda f: processed(f, with_images(["iVBORw0KGgo" * 100] * 8).cast_column("image", Image())),
-        f"record 0 of the dataset ({('iVBORw0KGgo' * 100)[:100]}...) cannot be read",
+        f"record 0 of the dataset ({('iVBORw0KGgo' * 100)[:50]}...{('iVBORw0KGgo' * 100)[-50:]}) cannot be read",
         "leave it out",
     ),
     "a file that is missing later": (

@@ -85,7 +85,7 @@ ARGUMENTS = [
     ),
     ({"include_num_input_tokens_seen": "all"}, "realised batch sizes", "include_num_input_tokens_seen='no'"),
     ({"accelerator_config": {"split_batches": True}}, "split_batches makes", "divide per_device_train_batch_size"),
-    ({"max_steps": 0, "num_train_epochs": 2}, "max_steps=0 give no number of steps", "a positive, finite number"),
+    ({"max_steps": 0, "num_train_epochs": 2}, "max_steps=0 takes no step", "set max_steps to -1"),
     ({"log_private_statistics": "False"}, "log_private_statistics='False' is not possible", "True or False"),
     ({"secure_noise": "false"}, "secure_noise='false' is not possible", "True or False"),
     ({"non_private": 1}, "non_private=1 is not possible", "True or False"),

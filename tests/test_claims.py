@@ -3,12 +3,13 @@
 import copy
 import json
 import logging
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
-from factories import pairs, raw_pairs, tiny_clip, tiny_processor
+from factories import pairs, raw_pairs, tiny_clip, tiny_dual_encoder, tiny_processor
 from plans import plan
+from transformers import TrainerCallback
 
 from hf_dpclip import DPCLIPTrainer, ImageTextCollator, PrivacyPlan, PrivacyStatement
 from hf_dpclip.data_validation import check_evaluation_data
@@ -86,8 +87,23 @@ def test_a_unit_is_the_same_as_a_number_and_as_a_text(ids):
         check_evaluation_data(private, held_out, "patient")
 
 
-def test_products_are_not_rounded(make_trainer, caplog):
-    torch.set_float32_matmul_precision("medium")
+def round_by_the_new_name():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+@pytest.mark.parametrize(
+    "let_round",
+    [
+        lambda: torch.set_float32_matmul_precision("medium"),
+        pytest.param(
+            round_by_the_new_name,
+            marks=pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch has no such name"),
+        ),
+    ],
+    ids=["old name", "new name"],
+)
+def test_products_are_not_rounded(make_trainer, caplog, let_round):
+    let_round()
     try:
         with caplog.at_level(logging.WARNING):
             make_trainer().train()
@@ -95,6 +111,51 @@ def test_products_are_not_rounded(make_trainer, caplog):
     finally:
         torch.set_float32_matmul_precision("highest")
     assert "it is set back to 'highest'" in caplog.text
+
+
+def test_a_refused_run_changes_nothing(make_trainer):
+    dataset = pairs(64).add_column("patient", [number // 2 for number in range(64)])
+    trainer = make_trainer(train_dataset=dataset, privacy_unit_column="patient")
+    trainer.train()
+    trainer.args.privacy_unit_column = None
+    with pytest.raises(ValueError, match="there is no ε for both together"):
+        trainer.begin_run()
+    with pytest.raises(ValueError, match="privacy_unit_column was 'patient' when the privacy plan was made"):
+        trainer.train()
+    assert len(trainer._units) == trainer.plan.num_examples == 32
+
+
+def test_what_evaluation_reads_of_the_private_records_it_reads_once(make_trainer, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr("hf_dpclip.data_validation.check_evaluation_data", lambda *args: looked_at.append(args[1]))
+    held_out = {"near": pairs(4, seed=1), "far": pairs(4, seed=2)}
+    trainer = make_trainer(trainer_options={"eval_dataset": held_out})
+    for _ in range(2):
+        trainer.evaluate()
+        trainer.evaluate("near")
+    other = pairs(4, seed=3)
+    trainer.evaluate(other)
+    assert [*map(id, looked_at)] == [*map(id, (*held_out.values(), other))]
+
+
+def test_raw_statistics_of_a_prediction_stay_known_too(make_trainer):
+    trainer = make_trainer(log_private_statistics=True)
+    trainer.predict(trainer.train_dataset)
+    trainer.args.log_private_statistics = False
+    assert "raw statistics" in trainer.privacy_statement().not_private_because[0]
+
+
+def test_whatever_is_logged_by_others_is_left_as_it_is(make_trainer):
+    class Popping(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logs.pop("epsilon", None)
+
+    trainer = make_trainer(trainer_options={"callbacks": [Popping()]}, logging_steps=1)
+    trainer.train()
+    mine = {"loss": 1.0, "epsilon": 2.0}
+    trainer.log(mine)
+    trainer.log(MappingProxyType(mine))
+    assert mine == {"loss": 1.0, "epsilon": 2.0, "epoch": trainer.state.epoch}
 
 
 def test_calibration_finds_the_noise_of_very_long_runs():
@@ -108,7 +169,8 @@ def test_the_files_of_a_tokenizer_do_not_tell_whether_anybody_was_drawn(make_tra
     """It remembers how it was called, for the first time by the first microbatch that has records."""
     collator = ImageTextCollator(tiny_processor())
     options = {"data_collator": collator, "processing_class": collator.processor}
-    trainer = make_trainer(train_dataset=raw_pairs(8), trainer_options=options, per_device_train_batch_size=2)
+    # Of this one, no image is collated to compare its size.
+    trainer = make_trainer(tiny_dual_encoder(), raw_pairs(8), options, per_device_train_batch_size=2)
     trainer.save_model(tmp_path / "before")
     collator([raw_pairs(2)[0]])
     trainer.save_model(tmp_path / "after")

@@ -354,6 +354,17 @@ def test_a_run_that_would_exceed_the_budget_is_refused_before_it_begins(ledger):
     spend(ledger, "shorter", steps=1, plan=plan(num_steps=1), dataset="scans", budget=budget)
 
 
+def test_a_run_that_goes_on_beyond_the_budget_is_told_what_helps(ledger):
+    """Its plan cannot be changed any more."""
+    budget = 1.02 * plan().epsilon()
+    spend(ledger, "interrupted", steps=15, budget=budget)
+    with pytest.raises(
+        ValueError, match=r"steps after a checkpoint that are taken again; raise ledger_epsilon"
+    ) as over:
+        ledger.begin("interrupted", plan(), 10, budget=budget)
+    assert "lower target_epsilon" not in str(over.value)
+
+
 def test_a_run_that_has_not_ended_counts_in_full_until_it_is_closed(ledger):
     budget = 1.2 * plan().epsilon()
     ledger.begin("crashed", plan(), 20).before_step()

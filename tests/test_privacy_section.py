@@ -51,10 +51,32 @@ def test_an_edited_claim_is_exposed(claim):
         "**ε** ≤ 0.1",
     ],
 )
-@pytest.mark.parametrize("hidden", [False, True], ids=["beside it", "with the true one in a comment"])
-def test_another_claim_however_it_is_written_is_exposed(claim, hidden):
-    true = f"<!--\n{card()}\n-->" if hidden else card()
-    assert contradictions(f"---\nlanguage: en\n---\n{claim}\n\n{true}", PRIVATE)
+def test_another_claim_however_it_is_written_is_exposed(claim):
+    assert contradictions(f"---\nlanguage: en\n---\n{claim}\n\n{card()}", PRIVATE)
+
+
+@pytest.mark.parametrize("end", ["\n-->\n", ""], ids=["closed", "open"])
+def test_a_guarantee_in_a_comment_is_none(end):
+    hidden = f"It cannot tell anything of anybody: differential privacy.\n\n<!--\n\n{card()}{end}"
+    assert "has no section" in contradictions(hidden, PRIVATE)[0]
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        f"Trained with differential privacy, ε = {PLAN.epsilon(12):.4g}.",
+        f"ε ≤ {PLAN.epsilon(12) + 0.1:.3g}",
+        f"ε ≈ {PLAN.epsilon(12):.2g}",
+        "Its target ε = 3 was not exhausted, so its privacy is better.",
+        "label smoothing with ε = 0.1",
+        "The layer norm has epsilon = 1e-5.",
+        "- optimizer: AdamW with betas=(0.9,0.999) and epsilon=1e-08",
+        "# clip-epsilon=3",
+        "images of shape (B, T)\n\nDP is nice",
+    ],
+)
+def test_other_sentences_are_no_claims(sentence):
+    assert contradictions(f"{card()}\n{sentence}\n", PRIVATE) == []
 
 
 @pytest.mark.parametrize(

@@ -218,8 +218,8 @@ def _over_budget(total: Total, budget: float, path: Path, unfinished: list[str],
         else f"would come to ε = {total.epsilon_of_private_runs:.4g} at δ = {total.delta:.3g}"
     )
     remedy = (
-        "the steps after the checkpoint are taken again, and both times count; raise ledger_epsilon, since the plan "
-        "of a resumed run stays as it is"
+        "what this run has taken so far counts, and so do steps after a checkpoint that are taken again; raise "
+        "ledger_epsilon, since the plan of a run that goes on stays as it is"
         if resumed
         else "lower target_epsilon or the number of steps, or raise ledger_epsilon"
     )
