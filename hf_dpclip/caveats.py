@@ -1,5 +1,6 @@
 """What a trainer says when it is made, on the console alone: what its guarantee leaves out as far as can be seen."""
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,8 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from . import data_validation
-from .collators import ImageTextCollator
+from .collators import AudioTextCollator, ImageTextCollator, tokenizer_of
 from .models import base_model
 from .privacy import STATEMENT_NAME
 from .records import holds_texts
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+# Texts whose tokens are counted, in less than a second.
+COUNTED_TEXTS = 1_000
+
 
 def warn(trainer: "DPCLIPTrainer", public_negatives: list[str] | Dataset | None) -> None:
     """Warns of all that is known here. To be called before a tracker reads the console along."""
@@ -31,7 +34,7 @@ def warn(trainer: "DPCLIPTrainer", public_negatives: list[str] | Dataset | None)
     if trainer.args.privacy_unit_column is None:
         warn_of_shared_images(trainer.train_dataset)
     warn_of_private_captions(trainer.train_dataset, trainer.data_collator, public_negatives)
-    data_validation.warn_of_cut_texts(trainer.data_collator, trainer.train_dataset)
+    warn_of_cut_texts(trainer.data_collator, trainer.train_dataset)
 
 
 def warn_of_private_start(model: nn.Module) -> None:
@@ -67,6 +70,31 @@ def warn_of_private_captions(private: Any, collator: Callable, public: list[str]
             f"{rare:,} of the {len(public):,} public_negatives are the caption of one private record each. If they "
             "were taken from there, the guarantee does not cover what they reveal: give captions of another source, "
             "or class prompts. (For your eyes only: this counts private records.)"
+        )
+
+
+def warn_of_cut_texts(collator: Callable, dataset: Any) -> None:
+    """Warns if texts have more tokens than the model reads.
+
+    The message counts private records: it is for the console of whoever holds them, and is not part of any log.
+    """
+    if not isinstance(collator, ImageTextCollator | AudioTextCollator) or collator.text_column is None:
+        return
+    column = collator.text_column
+    if not holds_texts(dataset, column):
+        return
+    first = dataset.select_columns([column])[:COUNTED_TEXTS][column]
+    # A collator of the user's own may know what to do where there is none.
+    texts = [text for text in first if isinstance(text, str)]
+    # It remembers how it was called, and is saved with the weights.
+    tokenizer = copy.deepcopy(tokenizer_of(collator.processor))
+    limit = tokenizer.model_max_length
+    cut = sum(len(tokens) > limit for tokens in tokenizer(texts, verbose=False)["input_ids"]) if texts else 0
+    if cut:
+        logger.warning(
+            f"{cut:,} of the first {len(texts):,} texts have more than the {limit} tokens that the model reads; the "
+            "rest of them is cut off. Let what matters come first, or make several records of one, with a "
+            "privacy_unit_column that says which belong together. (For your eyes only: this counts private records.)"
         )
 
 

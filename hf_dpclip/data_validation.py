@@ -1,7 +1,5 @@
-"""Refusals of data: what cannot be sampled, collated or read by the model, and private records in public places. And a
-warning of what is read in part."""
+"""Refusals of data: what cannot be sampled, collated or read by the model, and private records in public places."""
 
-import copy
 import inspect
 from collections import Counter
 from collections.abc import Callable
@@ -9,24 +7,17 @@ from typing import Any
 
 import datasets
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, VisionTextDualEncoderModel
-from transformers.utils import logging
 
-from .collators import AudioTextCollator, ImageTextCollator, PairCollator, VisualQuestionCollator, tokenizer_of
+from .collators import ImageTextCollator, PairCollator, VisualQuestionCollator, tokenizer_of
 from .dataloader import MicrobatchDataset
 from .gradients import contrastive_base
 from .models import CLIPForVisualQuestionAnswering
 from .public_negatives import shared_rows
 from .records import first_record, holds_texts
 from .shared_images import LOOKED_AT, image_columns, image_digests
-
-
-logger = logging.get_logger(__name__)
-
-# Texts whose tokens are counted when training is set up, in less than a second.
-COUNTED_TEXTS = 1_000
 
 
 def check_dataset(dataset: Dataset) -> None:
@@ -65,14 +56,14 @@ def check_records(collator: Callable, *collated: Dataset | dict[str, Dataset] | 
                 collator.check_records(dataset)
 
 
-def check_collates(dataset: MicrobatchDataset) -> None:
-    """Raises `ValueError` if the first record cannot be collated.
+def first_batch(dataset: MicrobatchDataset) -> dict[str, Any]:
+    """The first record, collated. Raises `ValueError` if it cannot be.
 
     Whether a microbatch was collated before weights are saved would show in the files of a tokenizer, which remembers
     how it was called. After this, one always was.
     """
     try:
-        dataset[[(0, np.array([0]))]]
+        ((_, batch),) = dataset[[(0, np.array([0]))]]
     except ValueError:
         raise
     except Exception as error:
@@ -81,6 +72,7 @@ def check_collates(dataset: MicrobatchDataset) -> None:
             f"the data_collator cannot collate the first record ({type(error).__name__}: {error}): pass an "
             "ImageTextCollator with the columns of the dataset, or one that makes the model's inputs of such records."
         ) from error
+    return batch
 
 
 def check_encoded(model: PreTrainedModel | None, dataset: Dataset | None) -> None:
@@ -96,8 +88,8 @@ def check_encoded(model: PreTrainedModel | None, dataset: Dataset | None) -> Non
         )
 
 
-def check_pairs_are_read(model: nn.Module, collator: Callable, dataset: Dataset | None) -> None:
-    """Raises `ValueError` where the model cannot take what an [`ImageTextCollator`] makes of records.
+def check_pairs_are_read(model: nn.Module, collator: Callable, batch: dict[str, Any]) -> None:
+    """Raises `ValueError` where the model cannot take what an [`ImageTextCollator`] makes of records, as in a batch.
 
     `model` is the one without adapters. What its towers read is known of dual encoders.
     """
@@ -120,55 +112,29 @@ def check_pairs_are_read(model: nn.Module, collator: Callable, dataset: Dataset 
     if base is not None and collator.text_column is not None:
         _check_tokenizer(tokenizer_of(collator.processor), base.config.text_config)
     # A vision tower of another family may interpolate its positions.
-    known = base is not None and not isinstance(base, VisionTextDualEncoderModel)
-    if known and collator.image_column is not None and dataset is not None:
-        _check_image_size(collator, dataset, base.config.vision_config)
-
-
-def warn_of_cut_texts(collator: Callable, dataset: Any) -> None:
-    """Warns if texts have more tokens than the model reads.
-
-    The message counts private records: it is for the console of whoever holds them, and is not part of any log.
-    """
-    reads_texts = isinstance(collator, ImageTextCollator | AudioTextCollator)
-    if not reads_texts or not holds_texts(dataset, collator.text_column):
-        return
-    first = dataset.select_columns([collator.text_column])[:COUNTED_TEXTS][collator.text_column]
-    # A collator of the user's own may know what to do where there is none.
-    texts = [text for text in first if isinstance(text, str)]
-    # It remembers how it was called, and is saved with the weights.
-    tokenizer = copy.deepcopy(tokenizer_of(collator.processor))
-    limit = tokenizer.model_max_length
-    cut = sum(len(tokens) > limit for tokens in tokenizer(texts, verbose=False)["input_ids"]) if texts else 0
-    if cut:
-        logger.warning(
-            f"{cut:,} of the first {len(texts):,} texts have more than the {limit} tokens that the model reads; the "
-            "rest of them is cut off. Let what matters come first, or make several records of one, with a "
-            "privacy_unit_column that says which belong together. (For your eyes only: this counts private records.)"
-        )
+    if base is not None and "pixel_values" in batch and not isinstance(base, VisionTextDualEncoderModel):
+        _check_image_size(batch["pixel_values"], base.config.vision_config)
 
 
 def check_evaluation_data(
     train_dataset: Any,
-    evaluated: Dataset | dict[str, Dataset] | None,
+    evaluated: Any,
     unit_column: str | None,
     name: str = "eval_dataset",
 ) -> None:
     """Raises `ValueError` if metrics would be computed on the private records, or on others of the same units."""
-    candidates = [*evaluated.values()] if isinstance(evaluated, dict) else [evaluated]
-    if train_dataset is not None and any(candidate is train_dataset for candidate in candidates):
+    if train_dataset is not None and evaluated is train_dataset:
         raise ValueError(
             f"{name} is the private training dataset, so its metrics would be raw statistics of private records: "
             "hold records out with hf_dpclip.data.hold_out, or set log_private_statistics=True on public data."
         )
-
-    if any(_is_part_of(candidate, train_dataset) for candidate in candidates):
+    if _is_part_of(evaluated, train_dataset):
         raise ValueError(
             f"the records of {name} are among those of the private training dataset, so its metrics would be raw "
             "statistics of private records: hold records out with hf_dpclip.data.hold_out, or set "
             "log_private_statistics=True on public data."
         )
-    shared = max((_num_shared_units(train_dataset, candidate, unit_column) for candidate in candidates), default=0)
+    shared = _num_shared_units(train_dataset, evaluated, unit_column)
     if shared:
         raise ValueError(
             f"{shared} records of {name} have the {unit_column!r} of records of the private training dataset, which "
@@ -182,7 +148,7 @@ def _is_part_of(evaluated: Any, private: Any) -> bool:
     if not all(isinstance(each, datasets.Dataset) and len(each) for each in (evaluated, private)):
         return False
     common = [name for name in evaluated.column_names if name in private.column_names]
-    images = [name for name in common if {name} <= {*image_columns(evaluated)} & {*image_columns(private)}]
+    images = [name for name in common if name in image_columns(evaluated) and name in image_columns(private)]
     texts = [name for name in common if holds_texts(evaluated, name) and holds_texts(private, name)]
     return bool(images) and _first_records(evaluated, images, texts, 64) <= _first_records(
         private, images, texts, LOOKED_AT
@@ -242,8 +208,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, read: PreTrainedConfig)
         )
 
 
-def _check_image_size(collator: ImageTextCollator, dataset: Dataset, read: PreTrainedConfig):
-    pixel_values = collator.unaugmented()([first_record(dataset)])["pixel_values"]
+def _check_image_size(pixel_values: Tensor, read: PreTrainedConfig):
     if pixel_values.dim() != 4:
         # Patches, of whatever size the image had.
         return

@@ -129,7 +129,6 @@ class DPCLIPTrainer(RunningTrainer):
         """The plan was accepted: what it was made of, which must stay as it is."""
         self._units = units
         self._planned_values = planned_values(self.args)
-        self._planned_forward_passes = self.args.gradient_accumulation_steps
         self._sampler = None
 
     def _make_plan(self) -> tuple[PrivacyPlan, PrivacyUnits]:
@@ -139,8 +138,8 @@ class DPCLIPTrainer(RunningTrainer):
         contrasts_in_batch = self.can_return_loss and self.compute_loss_func is None and self.public_negatives is None
         validation.check_loss_decomposes(args.expected_batch_size // args.num_microbatches, contrasts_in_batch)
         data_validation.check_records(self.data_collator, self.train_dataset, self.eval_dataset)
-        data_validation.check_pairs_are_read(base_model(self.model), self.data_collator, self.train_dataset)
-        data_validation.check_collates(self._microbatch_dataset())
+        batch = data_validation.first_batch(self._microbatch_dataset())
+        data_validation.check_pairs_are_read(base_model(self.model), self.data_collator, batch)
         units = PrivacyUnits(self.train_dataset, args.privacy_unit_column, args.max_records_per_unit)
         return make_plan(args, len(units)), units
 
@@ -187,7 +186,7 @@ class DPCLIPTrainer(RunningTrainer):
             self._sampler,
             self._units,
             steps_per_epoch(self.plan.num_examples, self.plan.expected_batch_size),
-            self._planned_forward_passes,
+            self._planned_values["gradient_accumulation_steps"],
             self.args.process_index,
             self.args.world_size,
             self.args.microbatch_spans_processes,
@@ -219,7 +218,7 @@ class DPCLIPTrainer(RunningTrainer):
         process, num_processes = self.args.process_index, self.args.world_size
         mechanism = SecureGaussianMechanism if self.args.secure_noise else GaussianMechanism
         self._mechanism = mechanism(self.plan, parameters, self._noise, process, num_processes)
-        self._guard = StepGuard(self._modules_in_use, self._planned_forward_passes)
+        self._guard = StepGuard(self._modules_in_use, self._planned_values["gradient_accumulation_steps"])
         self._contrastive_model = make_contrastive_model(self, self._prepare_inputs)
         self._forward_pass = choose_forward_pass(
             self, self._mechanism, self._microbatch_dataset(), self._prepare_inputs, self._contrastive_model

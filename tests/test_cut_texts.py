@@ -6,7 +6,7 @@ import pytest
 from factories import arguments, clap_processor, raw_pairs, tiny_clip, tiny_processor
 
 from hf_dpclip import AudioTextCollator, DPCLIPTrainer, ImageTextCollator
-from hf_dpclip.data_validation import warn_of_cut_texts
+from hf_dpclip.caveats import warn_of_cut_texts
 
 
 # With the beginning and the end, texts of 14 letters fill the 16 tokens that the tokenizer of the tests leaves.
@@ -47,7 +47,7 @@ def test_collators_of_others_are_not_asked(caplog):
 
 
 def test_of_a_large_dataset_the_first_are_counted(caplog, monkeypatch):
-    monkeypatch.setattr("hf_dpclip.data_validation.COUNTED_TEXTS", 2)
+    monkeypatch.setattr("hf_dpclip.caveats.COUNTED_TEXTS", 2)
     assert "1 of the first 2 texts" in warnings_of(caplog, texts("a", LONGEST * 2, LONGEST * 2))
 
 
