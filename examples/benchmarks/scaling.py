@@ -7,9 +7,8 @@ sees the whole batch, of which each process has its share.
     python examples/benchmarks/scaling.py --processes 2 --model vit-b-32 --batch_size 16 --num_microbatches 1 2 8
 
 Bytes are those of all tensors that go through collective operations from the first forward pass of a step to its end,
-whoever calls them, on one process: once for a reduction, and half for each of its halves, the scatter of sums and the
-gather of slices, as in a ring (NCCL; gloo's scatter of sums sends as much as a reduction). They are counted in a step
-of their own, since counting takes time.
+whoever calls them, on one process: once for a reduction, and half for each of its halves, the exchange of slices and
+the gather of their sums, as in a ring. They are counted in a step of their own, since counting takes time.
 """
 
 import argparse
