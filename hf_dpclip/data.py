@@ -1,13 +1,17 @@
 """Loading and captioning datasets."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
+from tqdm.auto import tqdm
 
+from .collators import PairCollator
+from .records import check_not_blank, read, shortened
 from .shared_images import image_digests
 
 
@@ -141,6 +145,38 @@ def load_pairs(name: str, image_column: str | None = "image") -> DatasetDict:
     return splits
 
 
+def unusable_records(dataset: Any, collator: Callable[[list[Any]], Any]) -> dict[int, str]:
+    """The records at which training would stop, by number, each with the reason: those that cannot be read, have a
+    blank text, or cannot be collated.
+
+    Goes through all of them, which takes about as long as reading them takes in an epoch.
+
+    Args:
+        dataset (`datasets.Dataset` or `torch.utils.data.Dataset`): with random access.
+        collator (`Callable`): the one that the trainer will be given, such as an [`ImageTextCollator`].
+
+    Formal guarantees:
+        Whether a record is among them depends on this record alone. Of two datasets that differ by one record, what is
+        left without them therefore differs by one record at most: a guarantee for the rest is one for the dataset.
+
+    Example:
+        ```python
+        unusable = unusable_records(train_dataset, collator)
+        usable = train_dataset.select(row for row in range(len(train_dataset)) if row not in unusable)
+        ```
+    """
+    columns: list[str] = collator.columns if isinstance(collator, PairCollator) else []
+    unusable: dict[int, str] = {}
+    for number in tqdm(range(len(dataset)), desc="Checking records", unit=" records"):
+        try:
+            (record,) = read(dataset, [number])
+            collator([check_not_blank(record, columns)])
+        except Exception as error:
+            # Whatever a decoder, a transform or a collator of the user's own may raise.
+            unusable[number] = f"{type(error).__name__}: {shortened(str(error), 300)}"
+    return unusable
+
+
 def load_from_hub(name: str, config: str | None = None) -> DatasetDict:
     """All splits of a dataset on the Hub. Raises `FileNotFoundError` if it does not give them."""
     try:
@@ -172,8 +208,10 @@ def _load_file(path: Path, image_column: str | None) -> DatasetDict:
 
 
 def _holds_bytes(dataset: Dataset, column: str | None) -> bool:
+    """Whether files are the column's values, or beside their paths, as `datasets` itself stores images."""
     feature = dataset.features.get(column)
-    return isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
+    content = feature.get("bytes") if isinstance(feature, dict) else feature
+    return isinstance(content, Value) and content.dtype in ("binary", "large_binary")
 
 
 def _beside(table: Path, row: int, image: Any) -> str:

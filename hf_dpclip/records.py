@@ -26,23 +26,30 @@ TEXT_BATCH = 10_000
 def read_records(dataset: Dataset, numbers: list[int]) -> list[Any]:
     """The records of these numbers. Raises `ValueError` that names the first one that cannot be read."""
     try:
-        return _read(dataset, numbers)
+        return read(dataset, numbers)
     except Exception as error:
         # Whatever a decoder, a transform or a dataset of the user's own may raise.
         number, cause = next(unreadable(dataset, numbers), (numbers[0], error))
         raise ValueError(
             f"{described(dataset, number)} cannot be read ({type(cause).__name__}: {shortened(str(cause), 300)}): "
             "repair it, or leave it out, as in dataset.select(row for row in range(len(dataset)) if row != "
-            f"{number}). A run that has begun goes on, with resume_from_checkpoint=True, only if it is repaired: "
-            "without it, the dataset is another."
+            f"{number}); hf_dpclip.data.unusable_records finds all of its kind. A run that has begun goes on, with "
+            "resume_from_checkpoint=True, only if it is repaired: without it, the dataset is another."
         ) from cause
+
+
+def read(dataset: Dataset, numbers: list[int]) -> list[Any]:
+    """The records of these numbers, or whatever error reading them raises."""
+    if isinstance(dataset, datasets.Dataset):
+        return dataset.__getitems__(numbers)
+    return [dataset[number] for number in numbers]
 
 
 def unreadable(dataset: Dataset, numbers: Iterable[int]) -> Iterator[tuple[int, Exception]]:
     """Those of the records that cannot be read, each with its error."""
     for number in numbers:
         try:
-            _read(dataset, [number])
+            read(dataset, [number])
         except Exception as error:
             yield number, error
 
@@ -94,6 +101,14 @@ def check_text(text: Any, column: str) -> str:
     return text
 
 
+def check_not_blank(record: Mapping[str, Any], columns: list[str]) -> Mapping[str, Any]:
+    """The record itself. Raises `ValueError` if one of the columns holds a text without a character to be seen."""
+    blank = [name for name in columns if isinstance(record[name], str) and not record[name].strip()]
+    if blank:
+        raise ValueError(f"column {blank[0]!r} holds a blank text.")
+    return record
+
+
 def check_complete(dataset: Dataset, image_column: str | None, text_column: str | None) -> None:
     """Raises `ValueError` if a record of a `datasets.Dataset` lacks an image or a text, has a blank text, or names an
     image file that is not there.
@@ -117,12 +132,6 @@ def holds_texts(dataset: Any, column: str) -> bool:
         return False
     feature = dataset.features.get(column)
     return isinstance(feature, Value) and feature.dtype in STRINGS
-
-
-def _read(dataset: Dataset, numbers: list[int]) -> list[Any]:
-    if isinstance(dataset, datasets.Dataset):
-        return dataset.__getitems__(numbers)
-    return [dataset[number] for number in numbers]
 
 
 def described(dataset: Dataset, number: int) -> str:

@@ -49,6 +49,7 @@ ARGUMENTS = [
     ({"target_epsilon": np.float32(3)}, "target_epsilon=np.float32(3.0) is not", "type float32: give a Python number"),
     ({"per_device_train_batch_size": np.int64(8)}, "train_batch_size=np.int64(8)", "type int64: give a Python number"),
     ({"max_grad_norm": "1"}, "max_grad_norm='1' is not possible", "of type str: give a Python number"),
+    ({"target_delta": "1e-5"}, "target_delta='1e-5' is not possible", "1.0e-5 in YAML, where 1e-5 is text"),
     ({"per_device_eval_batch_size": 0}, "eval_batch_size=0 is not possible", "a whole number of at least 1"),
     ({"microbatch_size": 3}, "=3 does not divide per_device_train_batch_size=8", "to a multiple of 3"),
     ({"microbatch_size": 16}, "does not divide the expected batch size 8", "set gradient_accumulation_steps=2"),

@@ -121,6 +121,12 @@ def test_a_folder_without_a_statement_is_unusable_input(tmp_path, capsys):
     assert "privacy.json does not exist" in capsys.readouterr().err
 
 
+def test_a_file_is_unusable_input(publish, capsys):
+    folder = publish()
+    assert main(["card", str(folder / "privacy.json")]) == 2
+    assert f"name the folder that it is in, {folder}" in capsys.readouterr().err
+
+
 def test_a_revision_of_a_folder_is_unusable_input(publish, capsys):
     assert main(["card", str(publish()), "--revision", "main"]) == 2
     assert "--revision is for models on the Hub" in capsys.readouterr().err

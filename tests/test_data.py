@@ -269,13 +269,14 @@ def test_a_folder_of_images_with_their_metadata_is_loaded(tmp_path):
     assert sorted(dataset["text"]) == sorted(CAPTIONS)
 
 
-@pytest.mark.parametrize("column", ["bytes", "Image"])
+@pytest.mark.parametrize("column", ["bytes", "bytes and path", "Image"])
 def test_a_folder_of_parquet_files_is_loaded(tmp_path, column):
     """As `snapshot_download` leaves it, or other libraries write it."""
     pairs = raw_pairs(4)
-    if column == "bytes":
-        files = [image["bytes"] for image in pairs.cast_column("image", Image(decode=False))["image"]]
-        pairs = Dataset.from_dict({"image": files, "text": pairs["text"]})
+    if column != "Image":
+        files = pairs.cast_column("image", Image(decode=False))["image"][:]
+        values = [image["bytes"] for image in files] if column == "bytes" else files
+        pairs = Dataset.from_dict({"image": values, "text": pairs["text"][:]})
     (tmp_path / "data").mkdir()
     for shard in range(2):
         pairs.select([2 * shard, 2 * shard + 1]).to_parquet(tmp_path / "data" / f"train-{shard}-of-2.parquet")

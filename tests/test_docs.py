@@ -52,7 +52,7 @@ TOGETHER = [block for block in all_blocks("bash") if any(command.num_processes >
 
 def names_of_examples(folder) -> dict:
     """For docstrings, moreover all that is public, and what an evaluation produces."""
-    rooms = [importlib.import_module(f"hf_dpclip.{room}") for room in ("metrics", "privacy", "evaluation")]
+    rooms = [importlib.import_module(f"hf_dpclip.{room}") for room in ("data", "metrics", "privacy", "evaluation")]
     embeddings = {name: torch.randn(64, 8).numpy() for name in ("image_embeds", "text_embeds")}
     similarities = {"logits_per_image": torch.eye(3).tolist(), "labels": [0, 1, 2], "batches": [0]}
     public = {name: getattr(hf_dpclip, name) for name in hf_dpclip.__all__}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 
-COMMANDS: list[str] = ["audit", "card", "ledger", "plan"]
+COMMANDS: list[str] = ["audit", "card", "check", "ledger", "plan"]
 
 # argparse's own exit code for a wrong command line.
 WRONG_USAGE = 2
