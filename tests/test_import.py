@@ -53,6 +53,7 @@ def test_every_name_that_a_room_lists_resolves(room):
     module = import_module(f"hf_dpclip.{room}")
     assert module.__all__
     assert all(hasattr(module, name) for name in module.__all__)
+    assert {*module.__all__} <= {*dir(module)}
 
 
 def test_an_unknown_name_of_the_core_is_an_attribute_error():
