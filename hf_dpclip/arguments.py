@@ -228,8 +228,10 @@ class DPTrainingArguments(TrainingArguments):
                 "secure_noise=True cannot be combined with non_private=True or noise_seed, which leave no noise that "
                 "nobody knows: remove one or the other."
             )
-        for name in ("target_delta", "ledger_epsilon"):
-            self._check_positive(name, getattr(self, name))
+        self._check_positive("ledger_epsilon", self.ledger_epsilon)
+        if not isinstance(self.target_delta, int | float):
+            # What number it may be depends on n, which the plan knows.
+            self._check_positive("target_delta", self.target_delta)
 
     def _check_mechanism(self):
         if self.max_grad_norm is None:
@@ -295,5 +297,5 @@ def _type_hint(value: Any) -> str:
     """What is wrong with it if it is not a number of Python, such as text, or a number of numpy."""
     if isinstance(value, int | float):
         return ""
-    in_yaml = ", or 1.0e-5 in YAML, where 1e-5 is text" if isinstance(value, str) else ""
+    in_yaml = ", or 1.0e-5 in YAML, where 1e-5 is text" if isinstance(value, str) and "e-" in value else ""
     return f" (It is of type {type(value).__name__}: give a Python number{in_yaml}.)"

@@ -111,15 +111,20 @@ class ImageTextCollator(PairCollator):
             )
         return replace(self.unaugmented(), image_column=image_column, text_column=text_column)
 
-    def check_records(self, dataset: TorchDataset) -> None:
-        """Raises `ValueError` for records that cannot be collated, as far as the first one and the table tell."""
-        super().check_records(dataset)
-        first = first_record(dataset)
-        if self.image_column is not None and not isinstance(self.processor, ProcessorMixin):
+    def check_processor(self) -> None:
+        """Raises `ValueError` where images are read, unless the processor is one of images and texts."""
+        no_processor = not isinstance(self.processor, ProcessorMixin) or isinstance(self.processor, ClapProcessor)
+        if self.image_column is not None and no_processor:
             raise ValueError(
                 f"{type(self.processor).__name__} is no processor of images and texts: pass one, as "
                 "AutoProcessor.from_pretrained gives for the model."
             )
+
+    def check_records(self, dataset: TorchDataset) -> None:
+        """Raises `ValueError` for records that cannot be collated, as far as the first one and the table tell."""
+        super().check_records(dataset)
+        first = first_record(dataset)
+        self.check_processor()
         if self.image_column is not None:
             check_image(first[self.image_column], self.image_column)
         if self.text_column is not None:

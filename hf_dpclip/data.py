@@ -1,4 +1,4 @@
-"""Loading and captioning datasets."""
+"""Loading, captioning and splitting datasets, and finding the records in them that cannot be trained on."""
 
 import hashlib
 from collections.abc import Callable
@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
-from tqdm.auto import tqdm
+from transformers.utils import logging
 
-from .collators import PairCollator
-from .records import check_not_blank, read, shortened
+from .collators import AudioTextCollator, ImageTextCollator, PairCollator
+from .data_validation import check_dataset
+from .records import check_not_blank, read, reason
+from .seeding import seeded
 from .shared_images import image_digests
 
 
@@ -146,18 +148,22 @@ def load_pairs(name: str, image_column: str | None = "image") -> DatasetDict:
 
 
 def unusable_records(dataset: Any, collator: Callable[[list[Any]], Any]) -> dict[int, str]:
-    """The records at which training would stop, by number, each with the reason: those that cannot be read, have a
-    blank text, or cannot be collated.
+    """The records that cannot be trained on, by number, each with the reason: those that cannot be read or collated,
+    and those with a blank text.
 
-    Goes through all of them, which takes about as long as reading them takes in an epoch.
+    Reads and encodes all of them, one at a time.
 
     Args:
         dataset (`datasets.Dataset` or `torch.utils.data.Dataset`): with random access.
         collator (`Callable`): the one that the trainer will be given, such as an [`ImageTextCollator`].
 
+    Raises `ValueError` for what is no dataset, and for one without the columns that the collator reads.
+
     Formal guarantees:
-        Whether a record is among them depends on this record alone. Of two datasets that differ by one record, what is
-        left without them therefore differs by one record at most: a guarantee for the rest is one for the dataset.
+        Whether a record is among them depends on this record alone, if neither the dataset nor the collator remembers
+        what it saw before. Of two datasets that differ by one record, what is left without them therefore differs by
+        one record at most: a guarantee for the rest is one for the dataset. The global generators of Python, numpy and
+        torch go on as if nothing had been drawn.
 
     Example:
         ```python
@@ -165,15 +171,24 @@ def unusable_records(dataset: Any, collator: Callable[[list[Any]], Any]) -> dict
         usable = train_dataset.select(row for row in range(len(train_dataset)) if row not in unusable)
         ```
     """
-    columns: list[str] = collator.columns if isinstance(collator, PairCollator) else []
+    check_dataset(dataset)
+    if isinstance(collator, PairCollator) and isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
+        collator.check_columns(dataset.column_names)
+        # What stands in others is not read in training either.
+        dataset = dataset.select_columns(collator.columns)
+    text_column = collator.text_column if isinstance(collator, ImageTextCollator | AudioTextCollator) else None
     unusable: dict[int, str] = {}
-    for number in tqdm(range(len(dataset)), desc="Checking records", unit=" records"):
-        try:
-            (record,) = read(dataset, [number])
-            collator([check_not_blank(record, columns)])
-        except Exception as error:
-            # Whatever a decoder, a transform or a collator of the user's own may raise.
-            unusable[number] = f"{type(error).__name__}: {shortened(str(error), 300)}"
+    for number in logging.tqdm(range(len(dataset)), desc="Checking records"):
+        # From one seed each, so that what is drawn for one record decides nothing about the next, and shows nowhere.
+        with seeded(0):
+            try:
+                (record,) = read(dataset, [number])
+                if text_column is not None:
+                    check_not_blank(record, text_column)
+                collator([record])
+            except Exception as error:
+                # Whatever a decoder, a transform or a collator of the user's own may raise.
+                unusable[number] = reason(error)
     return unusable
 
 
@@ -200,7 +215,7 @@ def _load_file(path: Path, image_column: str | None) -> DatasetDict:
     dataset = _load(kind, str(path), data_files=str(path), **settings)["train"]
     names_images = isinstance(dataset.features.get(image_column), Value) and not _holds_bytes(dataset, image_column)
     if names_images:
-        paths = [_beside(path, row, image) for row, image in enumerate(dataset[image_column])]
+        paths = _beside(path, dataset[image_column][:])
         dataset = (
             dataset.remove_columns(image_column).add_column(image_column, paths).cast_column(image_column, Image())
         )
@@ -214,14 +229,17 @@ def _holds_bytes(dataset: Dataset, column: str | None) -> bool:
     return isinstance(content, Value) and content.dtype in ("binary", "large_binary")
 
 
-def _beside(table: Path, row: int, image: Any) -> str:
-    """The path of an image that row `row` of a table names."""
-    if not isinstance(image, str):
+def _beside(table: Path, images: list[Any]) -> list[str]:
+    """The paths of the images that the rows of a table name."""
+    missing = [row for row, image in enumerate(images) if not isinstance(image, str)]
+    if missing:
+        others = f" ({len(missing)} such rows: {', '.join(map(str, missing[:20]))}{', ...' * (len(missing) > 20)})"
         raise ValueError(
-            f"row {row} of {table} has a {type(image).__name__} in the place of an image: write the image's path "
-            "there, or leave the row out."
+            f"row {missing[0]} of {table}, counted from 0 below the names of the columns, has no image{others}: write "
+            "the image's path there, or leave such rows out."
         )
-    return str(table.parent / image)
+    # Addresses are left to `datasets`.
+    return [image if "://" in image else str(table.parent / image) for image in images]
 
 
 def _load(kind: str, place: str, **settings: str) -> DatasetDict:

@@ -197,7 +197,10 @@ class LoadedChunks:
         # As many as there are of the expected size: a sample that is a little larger makes them larger, as it does
         # forward batches of whole microbatches, and not one more.
         count = max(1, round(len(records) / args.per_device_train_batch_size))
-        seeds = np.random.SeedSequence([seed, args.process_index]).generate_state(count).tolist()
+        # Where it spans the processes, each draws for its own share. Where not, the sizes of all microbatches decide
+        # who computes this one, which must not show in what is drawn for it.
+        share = 1 + args.process_index if args.microbatch_spans_processes else 0
+        seeds = np.random.SeedSequence([seed, share, 1]).generate_state(count).tolist()
         chunks = [[(seed, piece)] for seed, piece in zip(seeds, np.array_split(records, count)) if len(piece) > 0]
         self.loader = make_dataloader(dataset, chunks, args, keeps=True)
 

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
 from . import data_validation
 from .arguments import DPTrainingArguments
 from .collators import ImageTextCollator
+from .records import naming_unreadable
 
 
 class EvaluatingTrainer(Trainer):
@@ -36,6 +38,13 @@ class EvaluatingTrainer(Trainer):
         self._check_evaluated(test_dataset, "test_dataset")
         with self._images_as_they_are():
             return super().get_test_dataloader(test_dataset)
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As in the `Trainer`. Raises `ValueError` that names a record that cannot be read."""
+        if isinstance(dataloader.dataset, IterableDataset):
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+        with naming_unreadable(dataloader.dataset, "the evaluation dataset"):
+            return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def _check_evaluated(self, dataset: Any, name: str) -> None:
         if self.args.log_private_statistics:

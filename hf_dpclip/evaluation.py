@@ -10,11 +10,7 @@ from transformers import EvalPrediction, ProcessorMixin
 
 from .collators import encoded_texts
 from .metrics import RetrievalRecall, VQAAccuracy, ZeroShotAccuracy
-from .records import check_image, unreadable
-
-
-# What Pillow raises, by format and by what is wrong with the file.
-UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError)
+from .records import UNDECODABLE, check_image, unreadable
 
 
 @torch.no_grad()
@@ -135,10 +131,10 @@ def _decoded(dataset: Dataset, rows: range) -> dict[str, list]:
     try:
         return dataset[rows]
     except UNDECODABLE as error:
-        row, _ = next(unreadable(dataset, rows))
+        row, cause = next(unreadable(dataset, rows), (rows.start, error))
         raise ValueError(
-            f"an image of record {row} cannot be decoded ({error}): replace the file, or leave the record out."
-        ) from error
+            f"an image of record {row} cannot be decoded ({cause}): replace the file, or leave the record out."
+        ) from cause
 
 
 def _by_image(images: np.ndarray, texts: np.ndarray, image_ids: Sequence) -> tuple[np.ndarray, list[np.ndarray]]:

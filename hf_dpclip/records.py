@@ -1,7 +1,9 @@
 """What records must be like: read and looked at before training, so that no work is lost on those that are not."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import datasets
@@ -19,6 +21,10 @@ from .shared_images import BATCH, image_columns
 STRINGS = ("string", "large_string")
 # Modes of Pillow with more than 8 bits a pixel, whose conversion to RGB makes everything beyond 255 white.
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+# What decoders raise, by format and by what is wrong with the file.
+UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError)
+# Rows by which datasets are compared over processes: another order goes unnoticed if it leaves all of these in place.
+SAMPLED_ROWS = 64
 # Texts in memory at a time.
 TEXT_BATCH = 10_000
 
@@ -31,8 +37,8 @@ def read_records(dataset: Dataset, numbers: list[int]) -> list[Any]:
         # Whatever a decoder, a transform or a dataset of the user's own may raise.
         number, cause = next(unreadable(dataset, numbers), (numbers[0], error))
         raise ValueError(
-            f"{described(dataset, number)} cannot be read ({type(cause).__name__}: {shortened(str(cause), 300)}): "
-            "repair it, or leave it out, as in dataset.select(row for row in range(len(dataset)) if row != "
+            f"{described(dataset, number)} cannot be read ({reason(cause)}): repair it, or leave it out, as in "
+            "dataset.select(row for row in range(len(dataset)) if row != "
             f"{number}); hf_dpclip.data.unusable_records finds all of its kind. A run that has begun goes on, with "
             "resume_from_checkpoint=True, only if it is repaired: without it, the dataset is another."
         ) from cause
@@ -52,6 +58,21 @@ def unreadable(dataset: Dataset, numbers: Iterable[int]) -> Iterator[tuple[int, 
             read(dataset, [number])
         except Exception as error:
             yield number, error
+
+
+@contextmanager
+def naming_unreadable(dataset: Any, name: str) -> Iterator[None]:
+    """Raises `ValueError` that names the record, where a dataset is gone through inside and one cannot be decoded."""
+    try:
+        yield
+    except UNDECODABLE as error:
+        number, cause = next(unreadable(dataset, range(len(dataset))), (None, error))
+        if number is None:
+            raise
+        raise ValueError(
+            f"{described(dataset, number, name)} cannot be read ({reason(cause)}): repair it, or leave it out; "
+            "hf_dpclip.data.unusable_records finds all of its kind beforehand."
+        ) from cause
 
 
 def first_record(dataset: Dataset) -> Mapping[str, Any]:
@@ -101,12 +122,11 @@ def check_text(text: Any, column: str) -> str:
     return text
 
 
-def check_not_blank(record: Mapping[str, Any], columns: list[str]) -> Mapping[str, Any]:
-    """The record itself. Raises `ValueError` if one of the columns holds a text without a character to be seen."""
-    blank = [name for name in columns if isinstance(record[name], str) and not record[name].strip()]
-    if blank:
-        raise ValueError(f"column {blank[0]!r} holds a blank text.")
-    return record
+def check_not_blank(record: Mapping[str, Any], text_column: str) -> None:
+    """Raises `ValueError` if the column holds a text without a character to be seen."""
+    text = record[text_column]
+    if isinstance(text, str) and not text.strip():
+        raise ValueError(f"column {text_column!r} holds a blank text: write one, or leave the record out.")
 
 
 def check_complete(dataset: Dataset, image_column: str | None, text_column: str | None) -> None:
@@ -126,6 +146,15 @@ def check_complete(dataset: Dataset, image_column: str | None, text_column: str 
         _check_none_missing(missing, "text", text_column, f"{there} and {there}.strip()")
 
 
+def sampled_digest(dataset: Any) -> bytes | None:
+    """Of some rows of a `datasets.Dataset`, spread over all of it, as they are stored; `None` for other datasets."""
+    if not isinstance(dataset, datasets.Dataset):
+        return None
+    rows = np.linspace(0, len(dataset) - 1, min(len(dataset), SAMPLED_ROWS)).astype(int)
+    table = dataset.with_format("arrow")[rows]
+    return hashlib.sha256(repr(table.to_pydict()).encode()).digest()
+
+
 def holds_texts(dataset: Any, column: str) -> bool:
     """Whether the table of a `datasets.Dataset` without transform has texts in that column, as they will be read."""
     if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
@@ -134,19 +163,19 @@ def holds_texts(dataset: Any, column: str) -> bool:
     return isinstance(feature, Value) and feature.dtype in STRINGS
 
 
-def described(dataset: Dataset, number: int) -> str:
-    """A record by its number; where records were selected, by the row of the table; and by the files of its images, as
-    far as the table names them."""
-    name = f"record {number} of the dataset"
+def described(dataset: Dataset, number: int, name: str = "the dataset") -> str:
+    """A record of the dataset of that name by its number; where records were selected, by the row of the table; and
+    by the files of its images, as far as the table names them."""
+    record = f"record {number} of {name}"
     if not isinstance(dataset, datasets.Dataset):
-        return name
+        return record
     details = []
     if dataset._indices is not None:
         details.append(f"row {dataset._indices.column(0)[number]} of the table that it was selected from")
     columns = image_columns(dataset)
     (row,) = dataset.with_format("arrow")[[number]].select(columns).to_pylist() if columns else [{}]
     details += [shortened(image["path"]) for image in row.values() if image and image["path"]]
-    return f"{name} ({', '.join(details)})" if details else name
+    return f"{record} ({', '.join(details)})" if details else record
 
 
 def _is_empty(images: Any) -> Any:
@@ -168,6 +197,11 @@ def _check_files_exist(dataset: datasets.Dataset, column: str):
             f"record {missing[0]} ({len(missing)} such records) names an image that is not there, "
             f"{shortened(record['path'])!r}: put the file there, correct the path, or leave such records out."
         )
+
+
+def reason(error: Exception) -> str:
+    """What kind of error, and what it says."""
+    return f"{type(error).__name__}: {shortened(str(error), 300)}"
 
 
 def shortened(text: str, length: int = 100) -> str:

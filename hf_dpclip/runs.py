@@ -19,6 +19,7 @@ from .planning import num_steps, planned_values
 from .privacy import PrivacyPlan, PrivacySpent, PrivacyStatement
 from .privacy.composition import Runs
 from .publishing import PublishingTrainer
+from .records import sampled_digest
 from .reporting import search_summary
 from .resuming import (
     check_resumable,
@@ -221,6 +222,12 @@ class RunningTrainer(PublishingTrainer):
             raise ValueError(
                 f"the processes planned different runs: {apart[0]}. Give all of them the same dataset and arguments, "
                 "and in a search an hp_space in which everything comes from the trial."
+            )
+        if len({*gather_object([sampled_digest(self.train_dataset)])}) > 1:
+            raise ValueError(
+                "the processes have different training records, or the same in another order, so that one record "
+                "would be drawn as if it were several: give shuffle, train_test_split and the like a seed=..., or let "
+                "one process save the dataset with save_to_disk and all of them load it."
             )
 
     # ---- A search ----

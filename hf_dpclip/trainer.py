@@ -27,17 +27,12 @@ from .gradients import contrastive_base
 from .guard import StepGuard
 from .models import base_model
 from .planning import make_plan, planned_values, steps_per_epoch
-from .privacy import (
-    GaussianMechanism,
-    PoissonSampler,
-    PrivacyPlan,
-    Randomness,
-    SecureGaussianMechanism,
-)
+from .privacy import GaussianMechanism, PoissonSampler, PrivacyPlan, Randomness, SecureGaussianMechanism
 from .privacy_units import PrivacyUnits
 from .public_negatives import PublicNegatives, encode_public_negatives
 from .reporting import EpochCallback, PrivacyCallback, privacy_progress
 from .runs import RunningTrainer
+from .seeding import preserved_generators
 
 
 class DPCLIPTrainer(RunningTrainer):
@@ -131,6 +126,8 @@ class DPCLIPTrainer(RunningTrainer):
         self._planned_values = planned_values(self.args)
         self._sampler = None
 
+    # What a transform draws for private records must not show in weights that are initialised later, or checkpoints.
+    @preserved_generators()
     def _make_plan(self) -> tuple[PrivacyPlan, PrivacyUnits]:
         args = self.args
         self._held_out = []

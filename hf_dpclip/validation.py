@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .arguments import DPTrainingArguments
 from .data_validation import check_dataset
+from .evaluating import EvaluatingTrainer
 from .gradients.vectorizable import WITH_CAUSAL_TEXTS
 from .guard import check_no_hooks
 from .shared_images import image_columns
@@ -177,8 +178,8 @@ def check_loss_is_known(
 def check_best_metric(trainer: Trainer) -> None:
     """Raises `ValueError` if the best weights are to be told by a metric that evaluation is known not to give."""
     metric, evaluated = trainer.args.metric_for_best_model, trainer.eval_dataset
-    methods = ("evaluate", "evaluation_loop")
-    others = any(getattr(getattr(trainer, name), "__func__", None) is not getattr(Trainer, name) for name in methods)
+    methods = {"evaluate": Trainer.evaluate, "evaluation_loop": EvaluatingTrainer.evaluation_loop}
+    others = any(getattr(getattr(trainer, name), "__func__", None) is not own for name, own in methods.items())
     others = others or any(map(_may_add_metrics, trainer.callback_handler.callbacks))
     if trainer.args.eval_strategy == "no" or trainer.compute_metrics is not None or others:
         return

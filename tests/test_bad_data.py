@@ -318,6 +318,11 @@ DATA = {
         "the records of eval_dataset are among those of the private training dataset",
         "hf_dpclip.data.hold_out",
     ),
+    "evaluation with an undecodable image": (
+        lambda f: processed(f, other_raw_pairs(8)).evaluate(undecodable(5)),
+        "record 5 of the evaluation dataset cannot be read (UnidentifiedImageError",
+        "repair it, or leave it out",
+    ),
     "evaluation without a caption": (
         lambda f: processed(f, other_raw_pairs(8), options={"eval_dataset": {"test": with_texts(["a", None])}}),
         "record 1 (1 such records) has no text",

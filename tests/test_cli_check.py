@@ -1,14 +1,15 @@
 """`hf-dpclip check`: what a run would stop at is found beforehand, all of it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, Image
-from factories import pairs, pictures, raw_pairs, tiny_processor
+from datasets import Dataset, DatasetDict, Image
+from factories import clap_processor, pairs, pictures, raw_pairs, tiny_processor
 from test_import import modules_after
 
-from hf_dpclip import ImageTextCollator
+from hf_dpclip import ImageTextCollator, VisualQuestionCollator
 from hf_dpclip.cli import main
 from hf_dpclip.data import unusable_records
 
@@ -51,24 +52,55 @@ def answer(capsys, model):
 
 def test_good_records_pass(table, answer):
     code, text, _ = answer(table(3))
-    assert (code, text) == (0, "All 3 records can be trained on.\n")
+    assert (code, text) == (0, "All 3 records can be read and encoded.\n")
 
 
 def test_all_bad_records_are_named_with_the_reason(table, answer):
     code, text, _ = answer(table(5, images={1: b"no image"}, texts={3: " \u3000"}))
     assert code == 1
-    assert text.startswith("2 of 5 records cannot be trained on:\n  record 1: UnidentifiedImageError: ")
-    assert "  record 3: ValueError: column 'report' holds a blank text.\n" in text
+    assert text.startswith(
+        "2 of 5 records cannot be trained on (for your eyes only, like the records):\n  record 1: Un"
+    )
+    assert "  record 3: ValueError: column 'report' holds a blank text: write one" in text
     assert "if row not in unusable" in text
 
 
-def test_a_long_list_is_cut_but_not_for_programs(table, answer):
+def test_records_with_one_reason_are_one_line(table, answer):
+    _, text, _ = answer(table(25, texts=dict.fromkeys(range(22), "\t")))
+    first_ones = ", ".join(map(str, range(20)))
+    assert f"\n  22 records ({first_ones}, ...): ValueError: column 'report' holds a blank text" in text
+
+
+def test_many_reasons_are_cut_but_not_for_programs(table, answer):
     bad = table(25, images=dict.fromkeys(range(22), b""))
-    assert "and 2 more, which --json lists" in answer(bad)[1]
+    _, text, _ = answer(bad)
+    assert "record 19: " in text and "record 20: " not in text
+    assert "and 2 reasons more, which --json lists" in text
     code, text, _ = answer(bad, "--json")
     found = json.loads(text)
     assert code == 1 and found["records"] == 25
     assert list(found["unusable"]) == [str(number) for number in range(22)]
+
+
+def test_nobody_is_advised_to_leave_everything_out(table, answer):
+    code, text, _ = answer(table(2, texts={0: " ", 1: " "}))
+    assert code == 1 and text.startswith("2 of 2 records") and "leave them out" not in text
+
+
+def test_another_split_and_the_default_columns(tmp_path, model, capsys):
+    bad = Dataset.from_dict({"image": pictures(2), "text": ["a", ""]})
+    DatasetDict(train=raw_pairs(3), test=bad).save_to_disk(tmp_path / "splits")
+    command = ["check", str(tmp_path / "splits"), "--model", model]
+    assert main(command) == 0
+    assert main([*command, "--split", "test"]) == 1
+    assert "record 1: ValueError: column 'text' holds a blank text" in capsys.readouterr().out
+
+
+def test_all_empty_cells_of_images_are_named_at_once(tmp_path, answer, table):
+    path = table(2)
+    Path(path).write_text("scan,report\n0.png,a\n,b\n,c\n", encoding="utf-8")
+    code, _, error = answer(path)
+    assert code == 2 and "row 1 of" in error and "has no image (2 such rows: 1, 2): write" in error
 
 
 @pytest.mark.parametrize(
@@ -76,7 +108,7 @@ def test_a_long_list_is_cut_but_not_for_programs(table, answer):
     [
         (["--split", "test"], "no split 'test', only ['train']"),
         (["--image-column", "picture"], "no image column 'picture'"),
-        (["--text-column", "caption"], "no column 'caption'"),
+        (["--text-column", "caption"], "['report', 'scan']: name that of the texts with --text-column"),
     ],
 )
 def test_what_is_not_there_is_said(table, answer, options, message):
@@ -90,6 +122,13 @@ def test_a_model_without_processor_is_said(table, answer, tmp_path):
     assert code == 2 and "empty has no processor" in error
 
 
+@pytest.mark.parametrize("processor", [tiny_processor().tokenizer, clap_processor()])
+def test_a_processor_of_other_things_is_refused_as_in_training(table, answer, tmp_path, processor):
+    processor.save_pretrained(tmp_path / "other")
+    code, _, error = answer(table(2), "--model", str(tmp_path / "other"))
+    assert code == 2 and "is no processor of images and texts" in error
+
+
 def test_what_is_left_can_be_read_and_collated():
     images = raw_pairs(4).cast_column("image", Image(decode=False))["image"][:]
     images[0] = {"bytes": b"none", "path": None}
@@ -101,23 +140,70 @@ def test_what_is_left_can_be_read_and_collated():
     collator([left[0], left[1]])
 
 
+def test_columns_that_nobody_reads_may_hold_anything():
+    broken = [{"bytes": b"none", "path": None}] * 4
+    dataset = raw_pairs(4).add_column("thumbnail", broken).cast_column("thumbnail", Image())
+    assert unusable_records(dataset, ImageTextCollator(tiny_processor())) == {}
+
+
+def test_a_blank_answer_is_an_answer_if_the_model_can_give_it():
+    dataset = raw_pairs(2, text="question").add_column("answer", ["", "no"])
+    assert unusable_records(dataset, VisualQuestionCollator(tiny_processor(), label2id={"": 0, "no": 1})) == {}
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Records that are their own numbers, of which one cannot be read."""
+
+    def __init__(self, numbers, unreadable=None):
+        self.numbers, self.unreadable = numbers, unreadable
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, row):
+        if self.numbers[row] == self.unreadable:
+            raise KeyError(row)
+        return self.numbers[row]
+
+
 def test_any_dataset_and_collator_will_do():
-    class Torch(torch.utils.data.Dataset):
-        def __len__(self):
-            return 3
-
-        def __getitem__(self, row):
-            if row == 1:
-                raise KeyError(row)
-            return row
-
     def collate(records):
         if records == [2]:
             raise ZeroDivisionError("of two")
-        return records
 
-    assert unusable_records(Torch(), collate) == {1: "KeyError: 1", 2: "ZeroDivisionError: of two"}
+    found = unusable_records(Numbers([0, 1, 2], unreadable=1), collate)
+    assert found == {1: "KeyError: 1", 2: "ZeroDivisionError: of two"}
     assert unusable_records(pairs(4), lambda records: records) == {}
+
+
+def test_a_record_decides_about_itself_alone_and_leaves_no_trace():
+    """As the formal guarantee says, also where collating draws at random, and how much depends on the record."""
+
+    def collate(records):
+        if torch.rand(1 + records[0]).max() > 0.9:
+            raise ValueError("by chance")
+
+    state = torch.get_rng_state()
+    numbers = [5, 0, 9, 3, 7, 1, 30, 2]
+    verdicts = {numbers[row] for row in unusable_records(Numbers(numbers), collate)}
+    without = {numbers[1:][row] for row in unusable_records(Numbers(numbers[1:]), collate)}
+    assert verdicts - {5} == without
+    assert 0 < len(without) < 7
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (raw_pairs(2, image="scan"), "no column 'image'"),
+        (DatasetDict(train=raw_pairs(2)), "has several splits"),
+        (raw_pairs(2).to_iterable_dataset(), "has no random access"),
+        (raw_pairs(2).select([]), "is empty"),
+    ],
+)
+def test_a_wrong_call_is_no_fault_of_the_records(dataset, message):
+    with pytest.raises(ValueError, match=message):
+        unusable_records(dataset, ImageTextCollator(tiny_processor()))
 
 
 def test_help_is_immediate():

@@ -6,13 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, Image
-from factories import ANSWERS, answered_questions, tiny_clip, tiny_clip_vqa, tiny_processor
+from factories import ANSWERS, answered_questions, arguments, tiny_clip, tiny_clip_vqa, tiny_processor
 from peft import PeftModel, get_peft_model
 from PIL import Image as PILImage
 from torch import nn
 from transformers import AutoConfig, AutoModelForVisualQuestionAnswering, CLIPConfig
 
-from hf_dpclip import CLIPForVisualQuestionAnswering, CLIPVQAConfig, VisualQuestionCollator, lora_config
+from hf_dpclip import (
+    CLIPForVisualQuestionAnswering,
+    CLIPVQAConfig,
+    DPCLIPTrainer,
+    VisualQuestionCollator,
+    lora_config,
+)
 from hf_dpclip.evaluation import vqa_accuracy
 
 
@@ -185,3 +191,20 @@ def test_columns_may_have_other_names(make_trainer):
 def test_missing_labels_are_said_to_be_missing(make_trainer):
     with pytest.raises(ValueError, match="did not return a loss from the inputs"):
         make_trainer(tiny_clip_vqa(), answered_questions(64).remove_columns("labels")).train()
+
+
+def test_what_a_transform_draws_for_private_records_leaves_no_trace(tmp_path):
+    """Neither in the state of the generators, which checkpoints hold, nor in what is initialised later."""
+
+    def jittered(batch: dict) -> dict:
+        torch.rand(sum(len(answer) for answer in batch.get("answer", [])))
+        return batch
+
+    states = []
+    for answer in ("no", "yellow"):
+        dataset = records(8).remove_columns("answer").add_column("answer", ["no"] * 7 + [answer])
+        torch.manual_seed(0)
+        options = {"train_dataset": dataset.with_transform(jittered), "args": arguments(tmp_path)}
+        DPCLIPTrainer(tiny_clip_vqa(), data_collator=collator(label2id={"no": 0, "yellow": 1}), **options)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)

@@ -294,6 +294,13 @@ def test_parquet_files_beside_images_with_their_metadata_are_left_alone(tmp_path
     assert sorted(load_pairs(str(tmp_path))["train"]["text"]) == sorted(CAPTIONS)
 
 
+def test_addresses_of_images_are_left_as_they_are(tmp_path):
+    address = "https://archive.example.org/0.png"
+    (tmp_path / "pairs.csv").write_text(f"image,text\n{address},a\n", encoding="utf-8")
+    dataset = load_pairs(str(tmp_path / "pairs.csv"))["train"]
+    assert dataset.cast_column("image", Image(decode=False))[0]["image"] == {"bytes": None, "path": address}
+
+
 def test_texts_that_say_that_there_is_nothing_are_texts(tmp_path):
     pictures(1)[0].save(tmp_path / "a.png")
     (tmp_path / "pairs.csv").write_text("image,text,age\na.png,None,3\na.png,N/A,\na.png,,4\n", encoding="utf-8")

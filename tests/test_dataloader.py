@@ -278,6 +278,19 @@ def test_chunks_are_as_many_as_expected_and_about_equal(records, expected, tmp_p
     assert len({seed for seed, _ in chunks}) == len(read)
 
 
+@pytest.mark.parametrize("spans", [False, True])
+def test_who_computes_a_microbatch_shows_in_its_seeds_only_if_all_do(spans, tmp_path, monkeypatch):
+    """Who does follows from the sizes of all microbatches, of which none may reach into another's randomness."""
+    args = arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, microbatch_size=4)
+    monkeypatch.setattr(DPTrainingArguments, "microbatch_spans_processes", spans)
+    collated = MicrobatchDataset(range(100), lambda records: {})
+    seeds = []
+    for process in range(2):
+        monkeypatch.setattr(DPTrainingArguments, "process_index", process)
+        seeds.append([seed for seed, _ in LoadedChunks(collated, 7, np.arange(4), args)])
+    assert (seeds[0] != seeds[1]) == spans
+
+
 # ---- In the trainer ----
 
 

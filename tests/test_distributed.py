@@ -116,6 +116,10 @@ def test_microbatches_that_span_the_processes_are_not_released_with_others(run):
     assert all(results["refuses a mixture"] for results in run["results"])
 
 
+def test_records_in_another_order_are_refused_by_all(run):
+    assert all(results["refuses another order"] for results in run["results"])
+
+
 def test_noise_has_the_planned_variance_after_the_reduction(run):
     # Three steps of K = 4: the sum of three independent draws.
     check_noise_law(torch.tensor(run["results"][0]["noisy"]) * 4, 30.0 * 2 * 3**0.5)

@@ -75,7 +75,7 @@ def check(folder: Path) -> Findings:
 def _folder_of(model: str, revision: str | None) -> Path:
     """The folder of that name, or one with what the Hub has of the two files."""
     if Path(model).is_file():
-        raise ValueError(f"{model} is a file: name the folder that it is in, {Path(model).parent}.")
+        raise ValueError(f"{model} is a file: name the folder that it is in, {Path(model).resolve().parent}")
     if not Path(model).is_dir():
         return _download(model, revision)
     if revision is not None:

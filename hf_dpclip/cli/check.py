@@ -1,4 +1,4 @@
-"""`hf-dpclip check`: every record read and encoded once, before a run that would stop at one that cannot be.
+"""`hf-dpclip check`: every record read and encoded once, before a run would stop at one for which that is impossible.
 
 ```bash
 hf-dpclip check scans.csv --model openai/clip-vit-base-patch32 --image-column scan --text-column report
@@ -7,11 +7,16 @@ hf-dpclip check scans.csv --model openai/clip-vit-base-patch32 --image-column sc
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
 
-SUMMARY = "Read every record of a dataset once, and name those at which training would stop."
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
-# So many are shown; `--json` has all.
+
+SUMMARY = "Read every record of a dataset once, and name those that cannot be trained on."
+
+# So many reasons are shown, and records of each; `--json` has all.
 SHOWN = 20
 
 
@@ -28,17 +33,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Reads all records. Returns 0 if every one can be trained on, and 1 if not."""
+    """Reads all records. Returns 0 if every one can be read and encoded, and 1 if not."""
     from ..collators import ImageTextCollator
     from ..data import load_pairs, unusable_records
 
+    collator = ImageTextCollator(_load_processor(arguments.model), arguments.image_column, arguments.text_column)
+    collator.check_processor()
     splits = load_pairs(arguments.dataset, arguments.image_column)
     if arguments.split not in splits:
         raise ValueError(f"{arguments.dataset} has no split {arguments.split!r}, only {[*splits]}: name one of these.")
     dataset = splits[arguments.split]
-    processor = _load_processor(arguments.model)
-    collator = ImageTextCollator(processor, arguments.image_column, arguments.text_column)
-    collator.check_columns(dataset.column_names)
+    if arguments.text_column not in dataset.column_names:
+        raise ValueError(
+            f"{arguments.dataset} has no column {arguments.text_column!r}, only {dataset.column_names}: name that of "
+            "the texts with --text-column."
+        )
     unusable = unusable_records(dataset, collator)
     if arguments.json:
         print(json.dumps({"records": len(dataset), "unusable": unusable}, indent=2))
@@ -47,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if unusable else 0
 
 
-def _load_processor(model: str):
+def _load_processor(model: str) -> "ProcessorMixin":
     from transformers import AutoProcessor
 
     try:
@@ -55,21 +64,32 @@ def _load_processor(model: str):
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--model {model} has no processor ({error}): name the model that is to be trained, a folder here or a "
-            "name on the Hub."
+            "name on the Hub; of adapters, the model that they belong to."
         ) from error
 
 
 def _show(count: int, unusable: dict[int, str]) -> None:
     if not unusable:
-        print(f"All {count:,} records can be trained on.")
+        print(f"All {count:,} records can be read and encoded.")
         return
-    print(f"{len(unusable):,} of {count:,} records cannot be trained on:")
-    for number in list(unusable)[:SHOWN]:
-        print(f"  record {number}: {unusable[number]}")
-    if len(unusable) > SHOWN:
-        print(f"  and {len(unusable) - SHOWN:,} more, which --json lists")
-    print(
-        "Repair them, or leave them out, which the guarantee allows:\n"
-        "  unusable = hf_dpclip.data.unusable_records(dataset, collator)\n"
-        "  dataset = dataset.select(row for row in range(len(dataset)) if row not in unusable)"
-    )
+    print(f"{len(unusable):,} of {count:,} records cannot be trained on (for your eyes only, like the records):")
+    by_reason: dict[str, list[int]] = {}
+    for number, reason in unusable.items():
+        by_reason.setdefault(reason, []).append(number)
+    for reason, numbers in [*by_reason.items()][:SHOWN]:
+        print(f"  {_listed(numbers)}: {reason}")
+    if len(by_reason) > SHOWN:
+        print(f"  and {len(by_reason) - SHOWN:,} reasons more, which --json lists")
+    if len(unusable) < count:
+        print(
+            "Repair them, or leave them out, which the guarantee allows:\n"
+            "  unusable = hf_dpclip.data.unusable_records(dataset, collator)\n"
+            "  dataset = dataset.select(row for row in range(len(dataset)) if row not in unusable)"
+        )
+
+
+def _listed(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:SHOWN]))
+    if len(numbers) == 1:
+        return f"record {shown}"
+    return f"{len(numbers):,} records ({shown}{', ...' if len(numbers) > SHOWN else ''})"

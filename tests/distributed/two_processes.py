@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from checks import flat_weights, one_update
-from factories import arguments, pairs, tiny_clip
+from factories import arguments, pairs, raw_pairs, tiny_clip, tiny_processor
 
-from hf_dpclip import DPCLIPTrainer, PrivacyPlan, WeightAveraging
+from hf_dpclip import DPCLIPTrainer, ImageTextCollator, PrivacyPlan, WeightAveraging
 from hf_dpclip.privacy import GaussianMechanism, Randomness, SecureGaussianMechanism
 from hf_dpclip.privacy.secure_noise import grid_width
 
@@ -108,6 +108,17 @@ def refuses_a_mixture() -> bool:
         mechanism.release()
     except RuntimeError:
         return True
+    return False
+
+
+def refuses_another_order(folder: Path) -> bool:
+    """Whether nothing is trained where each process has shuffled the records for itself."""
+    dataset = raw_pairs(64).shuffle(seed=PartialState().process_index)
+    args = arguments(folder, per_device_train_batch_size=4)
+    try:
+        DPCLIPTrainer(tiny_clip(), args, ImageTextCollator(tiny_processor()), dataset).train()
+    except ValueError as error:
+        return "in another order" in str(error)
     return False
 
 
@@ -205,6 +216,7 @@ def main():
         "empty": mostly_empty(folder).numpy(),
         "secure": secure_release().numpy(),
         "refuses a mixture": refuses_a_mixture(),
+        "refuses another order": refuses_another_order(folder / "orders"),
         "draws": draws(folder),
     }
     with buckets_of(1001):
