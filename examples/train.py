@@ -150,12 +150,12 @@ def main():
     disable_progress_bars()
     with errors_in_one_line("train.py"):
         job = prepare(*parse_arguments(sys.argv[1:], ExampleArguments, DEFAULTS, EMBEDDED_DEFAULTS))
-    score = job.accuracy or (lambda model: job.trainer.evaluate()["eval_loss"])
-    before = score(job.trainer.model)
-    with errors_in_one_line("train.py"):
+        score = job.accuracy or (lambda model: job.trainer.evaluate()["eval_loss"])
+        # Also shows, before anything is spent, whether the held-out records can be evaluated.
+        scores = {"before": score(job.trainer.model)}
         job.trainer.train(resume_from_checkpoint=job.trainer.args.resume_from_checkpoint)
-    scores = {"before": before, "after": score(job.trainer.model)}
-    folder = save(job.trainer)
+        folder = save(job.trainer)
+        scores["after"] = score(job.trainer.model)
     if job.arguments.compare_non_private and job.accuracy:
         scores["without privacy"] = job.accuracy(train_without_privacy(job))
     if job.trainer.is_world_process_zero():
@@ -232,6 +232,11 @@ def find_checkpoint(trainer: DPCLIPTrainer) -> None:
 
 
 def load_processor(name: str):
+    if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
+        raise ValueError(
+            f"--model_name_or_path {name} holds adapters only: name the model that they were merged into (the folder "
+            "above, where this example made them), or the one that they belong to."
+        )
     try:
         return AutoProcessor.from_pretrained(name)
     except OSError as error:
@@ -397,6 +402,11 @@ def report(job: Job, scores: dict[str, float], folder: Path):
     print("".join(f"NOT PRIVATE: {reason}\n" for reason in statement.not_private_because))
     if any(map(math.isnan, scores.values())):
         print("A result is not a number: the model is of no use. A lower learning rate may help.\n")
+    gain = scores["after"] - scores["before"] if job.accuracy else scores["before"] - scores["after"]
+    if gain < 0:
+        print(
+            "The model is worse than before: a lower --learning_rate or a larger batch may help (docs/choosing.md).\n"
+        )
     mention_other_runs(job.trainer)
     name = type(base_model(job.trainer.model)).__name__
     print(f"from transformers import AutoProcessor, {name}")

@@ -34,7 +34,8 @@ class EvaluatingTrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """As in the `Trainer`. Raises `ValueError` for the private training dataset."""
+        """As in the `Trainer`. Raises `ValueError` for the private training dataset, and for records that cannot be
+        collated."""
         self._check_evaluated(test_dataset, "test_dataset")
         with self._images_as_they_are():
             return super().get_test_dataloader(test_dataset)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
-from factories import raw_pairs
+from factories import raw_pairs, tiny_clip, tiny_processor, with_adapters
 from PIL import Image as PILImage
 from scripts import ROOT, load_script
 from transformers import CLIPModel, CLIPProcessor, pipeline
@@ -207,6 +207,21 @@ def test_mistakes_get_one_line_that_says_how_to_mend_them(tmp_path, monkeypatch,
 def test_wrong_columns_are_named(captioned_csv, monkeypatch, columns, message):
     with pytest.raises(SystemExit, match=re.escape(message)):
         run_train(monkeypatch, "--dataset_name", captioned_csv, *columns.split())
+
+
+def test_adapters_are_no_model_to_start_from(tmp_path, monkeypatch):
+    with_adapters(tiny_clip()).save_pretrained(tmp_path / "adapter")
+    tiny_processor().save_pretrained(tmp_path / "adapter")
+    with pytest.raises(SystemExit, match="adapter holds adapters only: name the model that they were merged into"):
+        run_train(monkeypatch, "--model_name_or_path", tmp_path / "adapter", "--output_dir", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("after", "worse"), [(0.4, True), (0.5, False), (0.6, False)])
+def test_a_model_that_became_worse_is_called_so(tmp_path, monkeypatch, capsys, after, worse):
+    found = iter([0.5, after])
+    monkeypatch.setattr(TRAIN, "zero_shot_accuracy", lambda *_: next(found))
+    run_train(monkeypatch, *QUICK, "--compare_non_private", "False", "--output_dir", tmp_path / "out")
+    assert ("The model is worse than before" in capsys.readouterr().out) == worse
 
 
 # ---- Visual question answering ----

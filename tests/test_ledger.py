@@ -552,6 +552,15 @@ def test_the_command_prints_plain_lines_where_nobody_watches(two_datasets, capsy
     assert lines[6].endswith("not ended")
 
 
+@pytest.mark.parametrize("steps", [20, 23])
+def test_the_command_says_why_there_may_be_more_steps_than_planned(ledger, capsys, steps):
+    spend(ledger, "resumed", steps=steps)
+    assert main(["ledger", str(ledger.path)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("resumed"))
+    assert f"\t{steps} of 20\t" in line
+    assert ("more than planned, since steps that an interruption undid" in line) == (steps == 23)
+
+
 def test_the_command_draws_tables_in_a_terminal(two_datasets, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)

@@ -7,8 +7,8 @@ sees the whole batch, of which each process has its share.
     python examples/benchmarks/scaling.py --processes 2 --model vit-b-32 --batch_size 16 --num_microbatches 1 2 8
 
 Bytes are those of all tensors that go through collective operations from the first forward pass of a step to its end,
-whoever calls them, on one process: once for a reduction, and half for each of its halves, the exchange of slices and
-the gather of their sums, as in a ring. They are counted in a step of their own, since counting takes time.
+whoever calls them, on one process: once for an all-reduce, and half for each of its halves, the all-to-all of slices
+and the all-gather of their sums, as in a ring. They are counted in a step of their own, since counting takes time.
 """
 
 import argparse

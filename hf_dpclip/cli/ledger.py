@@ -70,6 +70,8 @@ def _row(record: "RunRecord") -> tuple[str, ...]:
     remarks = ["NOT PRIVATE", *record.not_private_because] if record.not_private_because else []
     if record.reserved:
         remarks.append("not ended")
+    if record.steps > record.plan["num_steps"]:
+        remarks.append("more than planned, since steps that an interruption undid, and further calls of train, count")
     steps = f"{record.steps} of {record.plan['num_steps']}"
     epsilon = f"{record.epsilon:.4g}" if math.isfinite(record.epsilon) else "none"
     figures = f"{q:.4g}", f"{sigma:.4g}", f"{record.plan['target_delta']:.3g}", epsilon

@@ -23,7 +23,7 @@ def reduce_scatter(tensors: list[Tensor], num_processes: int) -> list[Tensor]:
     slices = []
     for pieces in flat_chunks(tensors, BUCKET):
         bucket = _side_by_side(pieces, num_processes)
-        # To each process its slice, to be added up there: gloo's own scatter of sums is an all-reduce.
+        # To each process its slice, to be added up there: gloo's own reduce-scatter is an all-reduce.
         received = torch.empty_like(bucket)
         torch.distributed.all_to_all_single(received, bucket)
         slices.append(received.view(num_processes, -1).sum(0))
