@@ -7,6 +7,8 @@ import pytest
 import torch
 from checks import one_update
 from factories import arguments, pairs, tiny_clip, tiny_siglip
+from test_chunked import assert_close
+from test_vectorizable import Doubled
 from test_vectorized import Mixing, lora_clip, microbatch
 from torch import nn
 
@@ -21,10 +23,6 @@ MANY = {**REPRODUCIBLE, "microbatch_size": 4}
 
 def way(trainer):
     return type(trainer._forward_pass)
-
-
-def assert_close(first, second):
-    assert float((first - second).norm() / second.norm()) < 1e-5
 
 
 def one_by_one(tmp_path, monkeypatch, **settings):
@@ -173,10 +171,6 @@ def test_a_model_that_is_another_in_later_passes_is_refused(tmp_path, monkeypatc
 
 
 def test_a_loss_of_the_users_own_is_not_replaced(tmp_path):
-    class Doubled(DPCLIPTrainer):
-        def compute_loss(self, *args, **kwargs):
-            return 2 * super().compute_loss(*args, **kwargs)
-
     settings = {**MANY, "max_grad_norm": 1e6}
     single, _ = one_update(tmp_path, **settings)
     doubled, trainer = one_update(tmp_path, trainer_class=Doubled, **settings)
