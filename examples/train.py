@@ -154,8 +154,8 @@ def main():
         # Also shows, before anything is spent, whether the held-out records can be evaluated.
         scores = {"before": score(job.trainer.model)}
         job.trainer.train(resume_from_checkpoint=job.trainer.args.resume_from_checkpoint)
-        folder = save(job.trainer)
         scores["after"] = score(job.trainer.model)
+    folder = save(job.trainer)
     if job.arguments.compare_non_private and job.accuracy:
         scores["without privacy"] = job.accuracy(train_without_privacy(job))
     if job.trainer.is_world_process_zero():

@@ -10,13 +10,14 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_datase
 from datasets.exceptions import DatasetsError
 from transformers.utils import logging
 
-from .collators import AudioTextCollator, ImageTextCollator, PairCollator
+from .collators import AudioTextCollator, ImageTextCollator, PairCollator, VisualQuestionCollator
 from .data_validation import check_dataset
-from .records import check_not_blank, read, reason
+from .records import check_not_blank, kind_of, read, reason
 from .seeding import seeded
 from .shared_images import image_digests
 
 
+OWN_COLLATORS = (ImageTextCollator, VisualQuestionCollator, AudioTextCollator)
 # Texts such as "None" and "N/A" are texts.
 ONLY_NOTHING_IS_MISSING = {"keep_default_na": False, "na_values": [""]}
 # By the end of a file's name: the builder of `datasets`, and its settings.
@@ -174,8 +175,9 @@ def unusable_records(dataset: Any, collator: Callable[[list[Any]], Any]) -> dict
     check_dataset(dataset)
     if isinstance(collator, PairCollator) and isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
         collator.check_columns(dataset.column_names)
-        # What stands in others is not read in training either.
-        dataset = dataset.select_columns(collator.columns)
+        if type(collator) in OWN_COLLATORS:
+            # What stands in other columns is not read in training either.
+            dataset = dataset.select_columns(collator.columns)
     text_column = collator.text_column if isinstance(collator, ImageTextCollator | AudioTextCollator) else None
     unusable: dict[int, str] = {}
     for number in logging.tqdm(range(len(dataset)), desc="Checking records"):
@@ -235,8 +237,9 @@ def _beside(table: Path, images: list[Any]) -> list[str]:
     if missing:
         others = f" ({len(missing)} such rows: {', '.join(map(str, missing[:20]))}{', ...' * (len(missing) > 20)})"
         raise ValueError(
-            f"row {missing[0]} of {table}, counted from 0 below the names of the columns, has no image{others}: write "
-            "the image's path there, or leave such rows out."
+            f"row {missing[0]} of {table}, counted from 0 below the names of the columns, holds "
+            f"{kind_of(images[missing[0]])} in the place of an image{others}: write the image's path there, or leave "
+            "such rows out."
         )
     # Addresses are left to `datasets`.
     return [image if "://" in image else str(table.parent / image) for image in images]

@@ -37,7 +37,7 @@ def check_dataset(dataset: Dataset) -> None:
             f"train_dataset is a {type(dataset).__name__}, not a dataset: make one of columns with "
             "datasets.Dataset.from_dict, and load one by its name with hf_dpclip.data.load_pairs."
         )
-    if not _has_random_access(dataset):
+    if not has_random_access(dataset):
         raise ValueError(
             f"{type(dataset).__name__} has no random access, which Poisson sampling needs: load the dataset with "
             "streaming=False, or materialise it with datasets.Dataset.from_generator."
@@ -46,13 +46,19 @@ def check_dataset(dataset: Dataset) -> None:
         raise ValueError("train_dataset is empty: check the split, and what filters have left of it.")
 
 
+def has_random_access(dataset: Any) -> bool:
+    """Whether records can be asked for by their numbers."""
+    indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    return indexed and not isinstance(dataset, IterableDataset)
+
+
 def check_records(collator: Callable, *collated: Dataset | dict[str, Dataset] | None) -> None:
     """Raises `ValueError` for records that a collator of ours cannot collate, those of evaluation included."""
     if not isinstance(collator, PairCollator):
         return
     for candidate in collated:
         for dataset in candidate.values() if isinstance(candidate, dict) else [candidate]:
-            if _has_random_access(dataset) and len(dataset) > 0:
+            if has_random_access(dataset) and len(dataset) > 0:
                 collator.check_records(dataset)
 
 
@@ -218,8 +224,3 @@ def _check_image_size(pixel_values: Tensor, read: PreTrainedConfig):
             f"the processor makes images of {made[0]} x {made[1]} pixels, the model reads {wanted[0]} x {wanted[1]}: "
             "use the processor that belongs to the model, from the same checkpoint."
         )
-
-
-def _has_random_access(dataset: Any) -> bool:
-    indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    return indexed and not isinstance(dataset, IterableDataset)

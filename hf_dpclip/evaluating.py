@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -42,9 +42,11 @@ class EvaluatingTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As in the `Trainer`. Raises `ValueError` that names a record that cannot be read."""
-        if isinstance(dataloader.dataset, IterableDataset):
+        # An overridden loader may be any iterable of batches.
+        dataset = getattr(dataloader, "dataset", None)
+        if not data_validation.has_random_access(dataset):
             return super().evaluation_loop(dataloader, *args, **kwargs)
-        with naming_unreadable(dataloader.dataset, "the evaluation dataset"):
+        with naming_unreadable(dataset, "the evaluation dataset"):
             return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def _check_evaluated(self, dataset: Any, name: str) -> None:

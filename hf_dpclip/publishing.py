@@ -135,14 +135,15 @@ class PublishingTrainer(EvaluatingTrainer):
             write_model_card(self, **names)
 
     def push_to_hub(self, *args, **kwargs) -> CommitInfo:
-        """As in the `Trainer`. Where it fails, what has been trained is in `args.output_dir` all the same."""
+        """As in the `Trainer`. Where it fails, what this trainer has trained is in `args.output_dir` all the same."""
         self._wait_for_upload()
         try:
             return super().push_to_hub(*args, **kwargs)
         except Exception:
-            # Whatever it was: the weights have cost ε, and may be in this process only.
-            self.save_model(_internal_call=True)
-            logger.warning(f"The upload failed. The model is in {self.output_dir}: call push_to_hub() again later.")
+            if self.plan is not None and self.privacy_statement().steps:
+                # Whatever it was: the weights have cost ε, and may be in this process only.
+                self.save_model(_internal_call=True)
+                logger.warning(f"The upload failed. What was trained is in {self.output_dir}.")
             raise
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

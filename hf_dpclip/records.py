@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import re
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -62,10 +64,14 @@ def unreadable(dataset: Dataset, numbers: Iterable[int]) -> Iterator[tuple[int, 
 
 @contextmanager
 def naming_unreadable(dataset: Any, name: str) -> Iterator[None]:
-    """Raises `ValueError` that names the record, where a dataset is gone through inside and one cannot be decoded."""
+    """Raises `ValueError` that names the record, where a dataset is loaded inside and one cannot be decoded."""
     try:
         yield
     except UNDECODABLE as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        if not any(frame.f_globals.get("__name__", "").startswith("torch.utils.data") for frame, _ in frames):
+            # Whatever it is, it did not come of loading.
+            raise
         number, cause = next(unreadable(dataset, range(len(dataset))), (None, error))
         if number is None:
             raise
@@ -99,7 +105,7 @@ def check_image(image: Any, column: str) -> PILImage:
         )
     if not isinstance(image, PILImage):
         raise ValueError(
-            f"column {column!r} holds {_kind(image)} where a PIL image is expected: paths and bytes become images "
+            f"column {column!r} holds {kind_of(image)} where a PIL image is expected: paths and bytes become images "
             f"with dataset.cast_column({column!r}, datasets.Image()), arrays with PIL.Image.fromarray; leave records "
             "without an image out."
         )
@@ -116,7 +122,7 @@ def check_text(text: Any, column: str) -> str:
     """The text itself. Raises `ValueError` for what is none."""
     if not isinstance(text, str):
         raise ValueError(
-            f"column {column!r} holds {_kind(text)} where a text is expected: convert it with dataset.map, make one "
+            f"column {column!r} holds {kind_of(text)} where a text is expected: convert it with dataset.map, make one "
             "record of each of several texts, or name another column; leave records without a text out."
         )
     return text
@@ -147,12 +153,26 @@ def check_complete(dataset: Dataset, image_column: str | None, text_column: str 
 
 
 def sampled_digest(dataset: Any) -> bytes | None:
-    """Of some rows of a `datasets.Dataset`, spread over all of it, as they are stored; `None` for other datasets."""
+    """Of some rows of a `datasets.Dataset`, spread over all of it, as they are stored; `None` for other datasets.
+
+    Files are told apart by their content where the table holds it, and else by their names without the folders.
+    """
     if not isinstance(dataset, datasets.Dataset):
         return None
-    rows = np.linspace(0, len(dataset) - 1, min(len(dataset), SAMPLED_ROWS)).astype(int)
-    table = dataset.with_format("arrow")[rows]
-    return hashlib.sha256(repr(table.to_pydict()).encode()).digest()
+    digest = hashlib.sha256()
+    table = dataset.with_format("arrow").select_columns(sorted(dataset.column_names))
+    for row in np.linspace(0, len(dataset) - 1, min(len(dataset), SAMPLED_ROWS)).astype(int).tolist():
+        # One at a time: a row may be a large image.
+        (record,) = table[[row]].to_pylist()
+        for value in record.values():
+            digest.update(_as_bytes(value))
+    return digest.digest()
+
+
+def _as_bytes(value: Any) -> bytes:
+    if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
+        return value["bytes"] or os.path.basename(value["path"] or "").encode()
+    return repr(value).encode()
 
 
 def holds_texts(dataset: Any, column: str) -> bool:
@@ -200,8 +220,8 @@ def _check_files_exist(dataset: datasets.Dataset, column: str):
 
 
 def reason(error: Exception) -> str:
-    """What kind of error, and what it says."""
-    return f"{type(error).__name__}: {shortened(str(error), 300)}"
+    """What kind of error, and what it says, without addresses in memory, which differ each time."""
+    return f"{type(error).__name__}: {shortened(re.sub(' at 0x[0-9a-f]+', '', str(error)), 300)}"
 
 
 def shortened(text: str, length: int = 100) -> str:
@@ -237,5 +257,6 @@ def _check_none_missing(missing: list[int], kind: str, column: str, condition: s
         )
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """How a value is spoken of that stands where another kind was expected."""
     return "nothing (None)" if value is None else type(value).__name__

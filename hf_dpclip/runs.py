@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from . import validation
 from .checkpoints import restate
+from .dataloader import MicrobatchDataset
 from .faults import explained
 from .planning import num_steps, planned_values
 from .privacy import PrivacyPlan, PrivacySpent, PrivacyStatement
@@ -59,6 +60,10 @@ class RunningTrainer(PublishingTrainer):
     @abstractmethod
     def _draw_randomness(self) -> None:
         """Fresh streams for the steps to come."""
+
+    @abstractmethod
+    def _microbatch_dataset(self) -> MicrobatchDataset:
+        """The records with the columns that are read, and their collator."""
 
     def _begin_first_run(self, plan: PrivacyPlan | None) -> None:
         self.plan, self._steps_taken, self._run = plan, 0, new_run()
@@ -223,7 +228,9 @@ class RunningTrainer(PublishingTrainer):
                 f"the processes planned different runs: {apart[0]}. Give all of them the same dataset and arguments, "
                 "and in a search an hp_space in which everything comes from the trial."
             )
-        if len({*gather_object([sampled_digest(self.train_dataset)])}) > 1:
+        if self.args.world_size == 1:
+            return
+        if len({*gather_object([sampled_digest(self._microbatch_dataset().dataset)])}) > 1:
             raise ValueError(
                 "the processes have different training records, or the same in another order, so that one record "
                 "would be drawn as if it were several: give shuffle, train_test_split and the like a seed=..., or let "

@@ -100,7 +100,11 @@ def test_all_empty_cells_of_images_are_named_at_once(tmp_path, answer, table):
     path = table(2)
     Path(path).write_text("scan,report\n0.png,a\n,b\n,c\n", encoding="utf-8")
     code, _, error = answer(path)
-    assert code == 2 and "row 1 of" in error and "has no image (2 such rows: 1, 2): write" in error
+    assert (
+        code == 2
+        and "row 1 of" in error
+        and "holds nothing (None) in the place of an image (2 such rows: 1, 2): write" in error
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,6 +148,25 @@ def test_columns_that_nobody_reads_may_hold_anything():
     broken = [{"bytes": b"none", "path": None}] * 4
     dataset = raw_pairs(4).add_column("thumbnail", broken).cast_column("thumbnail", Image())
     assert unusable_records(dataset, ImageTextCollator(tiny_processor())) == {}
+
+
+class Weighing(ImageTextCollator):
+    """Reads a column that its fields do not name."""
+
+    def __call__(self, records):
+        return {**super().__call__(records), "weight": [record["weight"] for record in records]}
+
+
+def test_a_collator_of_the_users_own_may_read_other_columns():
+    dataset = raw_pairs(2).add_column("weight", [1, 2])
+    assert unusable_records(dataset, Weighing(tiny_processor())) == {}
+
+
+def test_reasons_hold_no_addresses():
+    images = [{"bytes": b"none", "path": None}] * 9
+    dataset = Dataset.from_dict({"image": images, "text": [*"abcdefghi"]}).cast_column("image", Image())
+    (reason,) = {*unusable_records(dataset, ImageTextCollator(tiny_processor())).values()}
+    assert reason == "UnidentifiedImageError: cannot identify image file <_io.BytesIO object>"
 
 
 def test_a_blank_answer_is_an_answer_if_the_model_can_give_it():

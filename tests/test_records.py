@@ -1,0 +1,97 @@
+"""Records that are named, and datasets that are told apart, by what is stored of them."""
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset, Image
+from factories import pairs, pictures, raw_pairs
+
+from hf_dpclip import DPCLIPTrainer
+from hf_dpclip.records import sampled_digest
+
+
+def with_files(folder, text: str = "a") -> Dataset:
+    """Pairs whose images are files in this folder."""
+    folder.mkdir()
+    for number, picture in enumerate(pictures(4)):
+        picture.save(folder / f"{number}.png")
+    paths = [str(folder / f"{number}.png") for number in range(4)]
+    return Dataset.from_dict({"image": paths, "text": [text] * 4}).cast_column("image", Image())
+
+
+# ---- The same records on every process ----
+
+
+def test_the_digest_is_that_of_the_records_in_their_order():
+    whole = raw_pairs(200)
+    digest = sampled_digest(whole)
+    assert sampled_digest(raw_pairs(200).shuffle(seed=3)) != digest
+    assert sampled_digest(whole.select(range(199))) != digest
+    assert sampled_digest(raw_pairs(200)) == digest
+    assert sampled_digest(whole.select(range(200))) == digest
+    assert sampled_digest(whole.with_transform(lambda batch: {"image": [], "text": []})) == digest
+
+
+def test_every_row_counts_where_there_are_few():
+    digests = {
+        sampled_digest(Dataset.from_dict({"text": ["b" if row == other else "a" for row in range(64)]}))
+        for other in range(65)
+    }
+    assert len(digests) == 65
+
+
+def test_files_in_another_folder_are_the_same_and_texts_are_not(tmp_path):
+    here, there = with_files(tmp_path / "here"), with_files(tmp_path / "there")
+    assert sampled_digest(here) == sampled_digest(there) != sampled_digest(with_files(tmp_path / "other", "b"))
+
+
+def test_columns_may_come_in_any_order():
+    assert sampled_digest(raw_pairs(4)) == sampled_digest(raw_pairs(4).select_columns(["text", "image"]))
+
+
+def test_of_other_datasets_nothing_is_compared():
+    assert sampled_digest([1, 2]) is None
+
+
+# ---- Evaluation ----
+
+
+class Counting(torch.utils.data.Dataset):
+    """Encoded pairs, and how often one was read."""
+
+    def __init__(self):
+        self.pairs, self.reads = pairs(8, seed=1), 0
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, number):
+        self.reads += 1
+        return self.pairs[number]
+
+
+def test_an_error_that_is_not_about_reading_passes_at_once(make_trainer):
+    dataset = Counting()
+    trainer = make_trainer(trainer_options={"eval_dataset": dataset})
+
+    def fail(*args, **kwargs):
+        raise ValueError("not a number")
+
+    trainer.prediction_step = fail
+    before = dataset.reads
+    with pytest.raises(ValueError, match=r"^not a number$"):
+        trainer.evaluate()
+    assert dataset.reads == before + 8
+
+
+def test_an_evaluation_loader_may_be_any_iterable(make_trainer, monkeypatch):
+    trainer = make_trainer(trainer_options={"eval_dataset": pairs(8, seed=1)})
+    batches = list(trainer.get_eval_dataloader())
+    monkeypatch.setattr(DPCLIPTrainer, "get_eval_dataloader", lambda self, dataset=None: batches)
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_a_stream_is_evaluated(make_trainer):
+    stream = pairs(8, seed=1).to_iterable_dataset()
+    assert isinstance(stream, datasets.IterableDataset)
+    assert make_trainer().evaluate(stream)["eval_loss"] > 0
