@@ -229,9 +229,8 @@ class DPTrainingArguments(TrainingArguments):
                 "nobody knows: remove one or the other."
             )
         self._check_positive("ledger_epsilon", self.ledger_epsilon)
-        if not isinstance(self.target_delta, int | float):
-            # What number it may be depends on n, which the plan knows.
-            self._check_positive("target_delta", self.target_delta)
+        # What number it may be depends on n, which the plan knows.
+        self._check_positive("target_delta", None if isinstance(self.target_delta, int | float) else self.target_delta)
 
     def _check_mechanism(self):
         if self.max_grad_norm is None:

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from .collators import AudioTextCollator, ImageTextCollator, PairCollator, VisualQuestionCollator
 from .data_validation import check_dataset
-from .records import check_not_blank, kind_of, read, reason
+from .records import check_not_blank, kind_of, listed, read, reason
 from .seeding import seeded
 from .shared_images import image_digests
 
@@ -235,11 +235,10 @@ def _beside(table: Path, images: list[Any]) -> list[str]:
     """The paths of the images that the rows of a table name."""
     missing = [row for row, image in enumerate(images) if not isinstance(image, str)]
     if missing:
-        others = f" ({len(missing)} such rows: {', '.join(map(str, missing[:20]))}{', ...' * (len(missing) > 20)})"
         raise ValueError(
             f"row {missing[0]} of {table}, counted from 0 below the names of the columns, holds "
-            f"{kind_of(images[missing[0]])} in the place of an image{others}: write the image's path there, or leave "
-            "such rows out."
+            f"{kind_of(images[missing[0]])} in the place of an image ({len(missing)} such rows: {listed(missing)}): "
+            "write the image's path there, or leave such rows out."
         )
     # Addresses are left to `datasets`.
     return [image if "://" in image else str(table.parent / image) for image in images]

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, VisionTextDualEncoderModel
 
 from .collators import ImageTextCollator, PairCollator, VisualQuestionCollator, tokenizer_of
@@ -16,7 +16,7 @@ from .dataloader import MicrobatchDataset
 from .gradients import contrastive_base
 from .models import CLIPForVisualQuestionAnswering
 from .public_negatives import shared_rows
-from .records import first_record, holds_texts
+from .records import first_record, has_random_access, holds_texts
 from .shared_images import LOOKED_AT, image_columns, image_digests
 
 
@@ -44,12 +44,6 @@ def check_dataset(dataset: Dataset) -> None:
         )
     if len(dataset) == 0:
         raise ValueError("train_dataset is empty: check the split, and what filters have left of it.")
-
-
-def has_random_access(dataset: Any) -> bool:
-    """Whether records can be asked for by their numbers."""
-    indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    return indexed and not isinstance(dataset, IterableDataset)
 
 
 def check_records(collator: Callable, *collated: Dataset | dict[str, Dataset] | None) -> None:

@@ -43,10 +43,7 @@ class EvaluatingTrainer(Trainer):
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As in the `Trainer`. Raises `ValueError` that names a record that cannot be read."""
         # An overridden loader may be any iterable of batches.
-        dataset = getattr(dataloader, "dataset", None)
-        if not data_validation.has_random_access(dataset):
-            return super().evaluation_loop(dataloader, *args, **kwargs)
-        with naming_unreadable(dataset, "the evaluation dataset"):
+        with naming_unreadable(getattr(dataloader, "dataset", None), "the evaluation dataset"):
             return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def _check_evaluated(self, dataset: Any, name: str) -> None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Value
 from PIL.Image import Image as PILImage
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from .seeding import preserved_generators
 from .shared_images import BATCH, image_columns
@@ -27,6 +27,8 @@ DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError)
 # Rows by which datasets are compared over processes: another order goes unnoticed if it leaves all of these in place.
 SAMPLED_ROWS = 64
+# Numbers of records that a message lists.
+LISTED = 20
 # Texts in memory at a time.
 TEXT_BATCH = 10_000
 
@@ -62,15 +64,22 @@ def unreadable(dataset: Dataset, numbers: Iterable[int]) -> Iterator[tuple[int, 
             yield number, error
 
 
+def has_random_access(dataset: Any) -> bool:
+    """Whether records can be asked for by their numbers."""
+    indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    return indexed and not isinstance(dataset, IterableDataset)
+
+
 @contextmanager
 def naming_unreadable(dataset: Any, name: str) -> Iterator[None]:
-    """Raises `ValueError` that names the record, where a dataset is loaded inside and one cannot be decoded."""
+    """Raises `ValueError` that names the record, where a dataset with random access is loaded inside and one cannot be
+    decoded. Any other error passes."""
     try:
         yield
     except UNDECODABLE as error:
-        frames = traceback.walk_tb(error.__traceback__)
-        if not any(frame.f_globals.get("__name__", "").startswith("torch.utils.data") for frame, _ in frames):
-            # Whatever it is, it did not come of loading.
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        came_of_loading = any(module.startswith("torch.utils.data") for module in modules)
+        if not came_of_loading or not has_random_access(dataset):
             raise
         number, cause = next(unreadable(dataset, range(len(dataset))), (None, error))
         if number is None:
@@ -222,6 +231,12 @@ def _check_files_exist(dataset: datasets.Dataset, column: str):
 def reason(error: Exception) -> str:
     """What kind of error, and what it says, without addresses in memory, which differ each time."""
     return f"{type(error).__name__}: {shortened(re.sub(' at 0x[0-9a-f]+', '', str(error)), 300)}"
+
+
+def listed(numbers: list[int]) -> str:
+    """Numbers of records, in a row: all of a few, and the first of many."""
+    shown = ", ".join(map(str, numbers[:LISTED]))
+    return shown if len(numbers) <= LISTED else f"{shown}, ..."
 
 
 def shortened(text: str, length: int = 100) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "Read every record of a dataset once, and name those that cannot be trained on."
 
-# So many reasons are shown, and records of each; `--json` has all.
+# So many reasons are shown; `--json` has all.
 SHOWN = 20
 
 
@@ -69,6 +69,8 @@ def _load_processor(model: str) -> "ProcessorMixin":
 
 
 def _show(count: int, unusable: dict[int, str]) -> None:
+    from ..records import listed
+
     if not unusable:
         print(f"All {count:,} records can be read and encoded.")
         return
@@ -77,7 +79,8 @@ def _show(count: int, unusable: dict[int, str]) -> None:
     for number, reason in unusable.items():
         by_reason.setdefault(reason, []).append(number)
     for reason, numbers in [*by_reason.items()][:SHOWN]:
-        print(f"  {_listed(numbers)}: {reason}")
+        records = f"record {numbers[0]}" if len(numbers) == 1 else f"{len(numbers):,} records ({listed(numbers)})"
+        print(f"  {records}: {reason}")
     if len(by_reason) > SHOWN:
         print(f"  and {len(by_reason) - SHOWN:,} reasons more, which --json lists")
     if len(unusable) < count:
@@ -86,10 +89,3 @@ def _show(count: int, unusable: dict[int, str]) -> None:
             "  unusable = hf_dpclip.data.unusable_records(dataset, collator)\n"
             "  dataset = dataset.select(row for row in range(len(dataset)) if row not in unusable)"
         )
-
-
-def _listed(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:SHOWN]))
-    if len(numbers) == 1:
-        return f"record {shown}"
-    return f"{len(numbers):,} records ({shown}{', ...' if len(numbers) > SHOWN else ''})"
