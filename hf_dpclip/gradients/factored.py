@@ -107,9 +107,9 @@ class Outer:
         self.layout = layout
 
     def squared_norms(self) -> Tensor:
-        """`[K]`, float64, by the way that takes fewer multiplications in each group of microbatches."""
+        """`[K]`, float64, by the way that takes less time in each group of microbatches."""
         groups = zip(self.layout.matrices(self.activations), self.layout.matrices(self.output_gradients))
-        return torch.cat([squared_norms_of_products(a, b) for a, b in groups])
+        return torch.cat([squares for a, b in groups for squares in squared_norms_of_products(a, b)])
 
     def weighted_sum(self, factors: Tensor, some_are_zero: bool, total: Tensor | None = None) -> Tensor:
         """`[p, d]`, or in the shape of the total: one product over all rows."""

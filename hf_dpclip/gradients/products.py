@@ -14,6 +14,9 @@ GRAM_BLOCK = 128
 ACCELERATOR_GRAM_BLOCK = 1024
 # Elements of one weight matrix's gradients that an accelerator holds at a time to measure them: 256 MiB.
 PRODUCT_ELEMENTS = 2**26
+# Elements of such gradients up to which it makes and measures all of them, for which it writes and reads a GiB, sooner
+# than Python starts some thirty operations on Gram matrices.
+SOONER_MULTIPLIED_OUT = 2**27
 # Whether torch can give products of bfloat16 in float32: since 2.8, on Nvidia's GPUs.
 NARROW_TO_FLOAT32 = torch.version.hip is None and "dtype" in torch.ops.aten.bmm.overloads()
 
@@ -52,14 +55,26 @@ def added(total: Tensor | None, tensor: Tensor) -> Tensor:
 
 def squared_norms_of_matrices(matrices: Tensor) -> Tensor:
     """`[K, rows, d]` to `[K]`, in float64."""
-    return torch.linalg.vector_norm(matrices, dim=-1).double().square().sum(dim=-1)
+    of_rows = torch.linalg.vector_norm(matrices, dim=-1)
+    return torch.linalg.vector_norm(of_rows, dim=-1, dtype=torch.float64).square()
 
 
-def squared_norms_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """‖bᵀa‖² of each pair of matrices `[K, rows, d]` and `[K, rows, p]`, in float64."""
+def squared_norms_of_products(a: Tensor, b: Tensor) -> Iterator[Tensor]:
+    """‖bᵀa‖² of each pair of matrices `[K, rows, d]` and `[K, rows, p]`, in float64: of all pairs, a few at a time."""
+    if _are_better_multiplied_out(a, b):
+        return map(squared_norms_of_matrices, _products(a, b))
+    return iter([_squared_norms_from_gram_matrices(a, b)])
+
+
+def _are_better_multiplied_out(a: Tensor, b: Tensor) -> bool:
+    """Whether that takes fewer multiplications than Gram matrices, or an accelerator less time to start."""
+    (count, rows, d), p = a.shape, b.shape[2]
+    limit = 0 if a.device.type == "cpu" else SOONER_MULTIPLIED_OUT
+    return rows * (d + p) >= d * p or count * d * p <= limit
+
+
+def _squared_norms_from_gram_matrices(a: Tensor, b: Tensor) -> Tensor:
     rows, d, p = a.shape[1], a.shape[2], b.shape[2]
-    if rows * (d + p) >= d * p:
-        return torch.cat([squared_norms_of_matrices(products) for products in _products(a, b)])
     # ‖bᵀa‖² = Σ over pairs of rows of (aaᵀ)(bbᵀ), symmetric: pairs with rows before a block's count twice.
     squares = magnitudes = vanished = torch.zeros(len(a), dtype=torch.float64, device=a.device)
     block = GRAM_BLOCK if a.device.type == "cpu" else ACCELERATOR_GRAM_BLOCK
