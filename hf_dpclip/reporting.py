@@ -105,9 +105,8 @@ def search_summary(statement: PrivacyStatement) -> str:
 
 
 def _earlier(statement: PrivacyStatement) -> list[str]:
-    if not statement.earlier_runs:
-        return []
-    return [f"  spent before, by {len(statement.earlier_runs)} runs: {_cost(composed(statement.earlier_runs))}"]
+    earlier = [*statement.earlier_runs.values()]
+    return [f"  spent before, by {len(earlier)} runs: {_cost(composed(earlier))}"] if earlier else []
 
 
 def _cost(spent: PrivacySpent) -> str:

@@ -1,6 +1,5 @@
-"""Runs: what is planned, taken, recorded and spent, from the first step to the last, resumed or searched."""
+"""Runs: what is planned, taken, recorded and spent, from the first step to the last, resumed or not."""
 
-import dataclasses
 import math
 from abc import abstractmethod
 from pathlib import Path
@@ -9,27 +8,23 @@ from typing import Any
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import BestRun, HPSearchBackend, TrainOutput
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from . import validation
-from .checkpoints import restate
 from .dataloader import MicrobatchDataset
 from .faults import explained
 from .planning import num_steps, planned_values
 from .privacy import PrivacyPlan, PrivacySpent, PrivacyStatement
-from .privacy.composition import Runs
+from .privacy.composition import NamedRuns, merged
 from .publishing import PublishingTrainer
 from .records import sampled_digest
-from .reporting import search_summary
 from .resuming import (
     check_resumable,
     differences,
     fitting,
     last_complete_checkpoint,
-    readable_statement,
     warn_of_unfinished_run,
-    whole_checkpoints_in,
 )
 from .spending import new_run, recorded
 
@@ -38,20 +33,16 @@ logger = logging.get_logger(__name__)
 
 
 class RunningTrainer(PublishingTrainer):
-    """The part of [`DPCLIPTrainer`] that counts: several calls of `train`, resumed runs, the trials of a search.
+    """The part of [`DPCLIPTrainer`] that counts: several calls of `train`, and resumed runs.
 
     Formal guarantees:
-        Whoever sees the results of all trials, or trains on with the best of their settings, has seen the composition
-        of all runs: what [`~privacy.composed`] makes of them.
+        Weights that several runs led to are the outcome of their composition: what [`~privacy.composed`] makes of it.
     """
 
     # None where there is no training dataset, as in a trainer that only evaluates.
     plan: PrivacyPlan
     # What it was made of.
     _planned_values: dict[str, Any]
-
-    # Whether the plan is that of the last trial, whose steps are taken.
-    _plan_is_a_trials = False
 
     @abstractmethod
     def begin_run(self) -> None:
@@ -67,9 +58,8 @@ class RunningTrainer(PublishingTrainer):
 
     def _begin_first_run(self, plan: PrivacyPlan | None) -> None:
         self.plan, self._steps_taken, self._run = plan, 0, new_run()
-        self._earlier_runs: Runs = ()
-        # The trials of searches: by the run's id, where its checkpoints are and which of all runs it is.
-        self._trials: dict[str, tuple[Path, int]] = {}
+        self._steps_ahead = plan.num_steps if plan else 0
+        self._earlier_runs: NamedRuns = {}
         # Reasons of the past; those of today follow from the arguments.
         self._not_private_because: tuple[str, ...] = ()
 
@@ -82,7 +72,7 @@ class RunningTrainer(PublishingTrainer):
                 "model as it was before, in a new trainer."
             )
         if statement.steps:
-            self._earlier_runs = statement.runs
+            self._earlier_runs = self._known_runs
         self._not_private_because = statement.not_private_because
         self.plan, self._steps_taken, self._run = plan, 0, new_run()
         self._steps_ahead = plan.num_steps
@@ -92,6 +82,7 @@ class RunningTrainer(PublishingTrainer):
     @property
     def remaining_steps(self) -> float:
         """Steps left until the target ε would be exceeded; infinite where no target was promised."""
+        self._check_planned()
         if self.plan.target_epsilon is None:
             return math.inf
         return max(self.plan.num_steps - self._steps_taken, 0)
@@ -106,6 +97,11 @@ class RunningTrainer(PublishingTrainer):
         return PrivacyStatement(
             self.plan, self._steps_taken, self._reasons, run=self._run, earlier_runs=self._earlier_runs
         )
+
+    @property
+    def _known_runs(self) -> NamedRuns:
+        """All that took steps, by their ids."""
+        return merged(self._earlier_runs, {self._run: (self.plan, self._steps_taken)} if self._steps_taken else {})
 
     def keep_reasons(self) -> None:
         """As in [`EvaluatingTrainer`]."""
@@ -141,8 +137,7 @@ class RunningTrainer(PublishingTrainer):
         if not resume_from_checkpoint and trial is None and self.is_world_process_zero():
             warn_of_unfinished_run(self.args.output_dir, self._run)
         self._steps_ahead = self._take_over(resume_from_checkpoint) if resume_from_checkpoint else self.plan.num_steps
-        has_own_plan = trial is None and not self._plan_is_a_trials
-        if has_own_plan and self.planned_steps == 0:
+        if trial is None and self.planned_steps == 0:
             return self._finished(resume_from_checkpoint)
         with explained():
             output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval, **kwargs)
@@ -154,17 +149,12 @@ class RunningTrainer(PublishingTrainer):
 
     def _take_over(self, checkpoint: str) -> int:
         """Continues the count of a checkpoint. Returns how many steps its run has left."""
-        statement, own = check_resumable(checkpoint, self.plan), self.privacy_statement()
-        if statement.run == self._run:
-            self._steps_taken = max(own.steps, statement.steps)
-        else:
-            # Another run's checkpoint: what this trainer did before was not part of that run, and counts beside it.
-            self._steps_taken = statement.steps
-            self._earlier_runs = (*(own.runs if own.steps else own.earlier_runs), *statement.earlier_runs)
-            # They are others in the list now.
-            self._trials = {}
-        self.plan = statement.plan
-        self._run = statement.run or self._run
+        statement = check_resumable(checkpoint, self.plan)
+        run = statement.run or self._run
+        # What this trainer did before counts beside another run, and within its own.
+        runs = merged(self._known_runs, statement.earlier_runs, {run: (statement.plan, statement.steps)})
+        self._run, (self.plan, self._steps_taken) = run, runs.pop(run)
+        self._earlier_runs = runs
         # What the resumed steps lost, the steps to come cannot restore.
         self._not_private_because += statement.not_private_because
         self.state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
@@ -236,56 +226,3 @@ class RunningTrainer(PublishingTrainer):
                 "would be drawn as if it were several: give shuffle, train_test_split and the like a seed=..., or let "
                 "one process save the dataset with save_to_disk and all of them load it."
             )
-
-    # ---- A search ----
-
-    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> BestRun | list[BestRun]:
-        """As in the `Trainer`, one trial after another.
-
-        Each trial spends what its arguments say: with `target_epsilon=3`, up to ε = 3. What all of them spent together
-        is printed at the end and, from then on, part of `privacy_spent` and of what is saved with any weights, and of
-        what the checkpoints of the trials say. `n_trials`, and how many steps a trial has, are treated as fixed
-        beforehand.
-
-        On several processes no trial is pruned, and all of them get the result.
-
-        Raises `ValueError` for settings with which trials would not see one another, or processes lose one another.
-        """
-        kwargs["backend"] = HPSearchBackend(kwargs.get("backend") or HPSearchBackend.OPTUNA)
-        validation.check_search(kwargs, self.args.world_size)
-        if self.args.world_size > 1:
-            kwargs["pruner"] = _never()
-        try:
-            best = super().hyperparameter_search(*args, **kwargs)
-        finally:
-            if self.is_world_process_zero():
-                self._restate_trials()
-        if self.is_world_process_zero():
-            print(search_summary(self.privacy_statement()))
-        (best,) = broadcast_object_list([best])
-        return best
-
-    def _hp_search_setup(self, trial: Any) -> None:
-        super()._hp_search_setup(trial)
-        if trial is not None or self._plan_is_a_trials:
-            self.begin_run()
-        self._plan_is_a_trials = trial is not None
-        if trial is not None:
-            self._trials[self._run] = Path(self._get_output_dir(trial)), len(self._earlier_runs)
-
-    def _restate_trials(self) -> None:
-        """Whichever trial's checkpoint is chosen, the choice saw what all of them found."""
-        runs = self.privacy_statement().runs
-        for run, (folder, number) in self._trials.items():
-            (_, steps), others = runs[number], (*runs[:number], *runs[number + 1 :])
-            for checkpoint in whole_checkpoints_in(folder):
-                statement = readable_statement(checkpoint)
-                if statement and statement.run == run:
-                    restate(checkpoint, dataclasses.replace(statement, steps=steps, earlier_runs=others))
-
-
-def _never() -> Any:
-    """A pruner that prunes nothing, where optuna's default would: only process 0 would know of it."""
-    from optuna.pruners import NopPruner
-
-    return NopPruner()

@@ -31,11 +31,11 @@ from .privacy import GaussianMechanism, PoissonSampler, PrivacyPlan, Randomness,
 from .privacy_units import PrivacyUnits
 from .public_negatives import PublicNegatives, encode_public_negatives
 from .reporting import EpochCallback, PrivacyCallback, privacy_progress
-from .runs import RunningTrainer
+from .searching import SearchingTrainer
 from .seeding import preserved_generators
 
 
-class DPCLIPTrainer(RunningTrainer):
+class DPCLIPTrainer(SearchingTrainer):
     """
     [`~transformers.Trainer`] whose result is (ε, δ)-differentially private in its training dataset.
 

@@ -192,9 +192,9 @@ def check_best_metric(trainer: Trainer) -> None:
         )
 
 
-def check_search(settings: dict[str, Any], num_processes: int) -> None:
+def check_search(backend: HPSearchBackend, settings: dict[str, Any], num_processes: int) -> None:
     """Raises `ValueError` for a hyperparameter search whose trials not all processes of this trainer would see."""
-    if settings["backend"] == HPSearchBackend.RAY or settings.get("n_jobs", 1) != 1:
+    if backend == HPSearchBackend.RAY or settings.get("n_jobs", 1) != 1:
         raise ValueError(
             "trials that run side by side do not know what the others spend: use backend='optuna' (or 'wandb') with "
             "n_jobs=1, one trial after another."
@@ -206,7 +206,7 @@ def check_search(settings: dict[str, Any], num_processes: int) -> None:
         )
     if num_processes == 1:
         return
-    if settings["backend"] != HPSearchBackend.OPTUNA:
+    if backend != HPSearchBackend.OPTUNA:
         raise ValueError(
             "on several processes each would have trials of its own: use backend='optuna', or one process."
         )

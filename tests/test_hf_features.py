@@ -16,6 +16,7 @@ from transformers import CLIPModel, EarlyStoppingCallback, TrainerCallback
 
 from hf_dpclip import DPCLIPTrainer, PrivacyStatement
 from hf_dpclip.checkpoints import check_undamaged
+from hf_dpclip.privacy import LEDGER_NAME, Ledger
 
 
 EVERY_STEP = {
@@ -194,7 +195,7 @@ def test_a_search_leaves_the_checkpoints_of_others_alone(make_searcher, tmp_path
     args = arguments(tmp_path / "run-0", max_steps=1, save_strategy="steps", save_steps=1)
     DPCLIPTrainer(tiny_clip(), args, train_dataset=pairs(64)).train()
     search(make_searcher(save_strategy="no"))
-    assert PrivacyStatement.load(tmp_path / "run-0" / "checkpoint-1").earlier_runs == ()
+    assert PrivacyStatement.load(tmp_path / "run-0" / "checkpoint-1").earlier_runs == {}
 
 
 def test_training_on_with_the_best_settings_adds_to_the_search(make_searcher, tmp_path):
@@ -208,6 +209,54 @@ def test_training_on_with_the_best_settings_adds_to_the_search(make_searcher, tm
     assert trainer.privacy_spent().epsilon == trainer.plan.epsilon(3 * 2 + 3)
     trainer.save_model(tmp_path / "saved")
     assert PrivacyStatement.load(tmp_path / "saved") == trainer.privacy_statement()
+
+
+def steps_of_runs(statement):
+    return [steps for _, steps in statement.runs]
+
+
+def test_a_trial_that_is_complete_is_resumed_without_a_further_step(make_searcher, tmp_path):
+    trainer = make_searcher(target_epsilon=8.0, save_strategy="steps", save_steps=1)
+    search(trainer, n_trials=2)
+    before = trainer.privacy_statement()
+    checkpoint = tmp_path / "run-0" / "checkpoint-2"
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.state.global_step == 2
+    assert steps_of_runs(trainer.privacy_statement()) == [2, 2]
+    assert trainer.privacy_spent() == before.spent
+    assert torch.equal(flat_weights(trainer.model), flat_weights(CLIPModel.from_pretrained(checkpoint)))
+
+
+def test_a_trial_goes_on_from_the_middle_and_counts_once(make_searcher, tmp_path):
+    trainer = make_searcher(save_strategy="steps", save_steps=1)
+    search(trainer, n_trials=2)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run-0" / "checkpoint-1"))
+    assert trainer.state.global_step == 2
+    # The second trial's, and the first one's two and the one that was taken anew.
+    assert steps_of_runs(trainer.privacy_statement()) == [2, 3]
+    assert [record.steps for record in Ledger(tmp_path / LEDGER_NAME).runs()] == [3, 2]
+
+
+def test_trials_count_what_came_between_two_searches(make_searcher, tmp_path):
+    other = DPCLIPTrainer(
+        tiny_clip(),
+        arguments(tmp_path / "other", accountant="rdp", max_steps=2, save_strategy="steps", save_steps=1),
+        train_dataset=pairs(64),
+    )
+    other.train()
+    trainer = make_searcher(save_strategy="steps", save_steps=1)
+    search(trainer, n_trials=2)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-1"))
+    search(trainer, n_trials=1)
+    assert steps_of_runs(trainer.privacy_statement()) == [2, 2, 2, 2]
+    for trial in range(2):
+        saved = PrivacyStatement.load(tmp_path / f"run-{trial}" / "checkpoint-2")
+        assert sorted(steps_of_runs(saved)) == [2, 2, 2, 2]
+
+
+def test_a_search_takes_the_arguments_of_the_trainers_in_their_order(make_searcher):
+    best = make_searcher().hyperparameter_search(learning_rates, None, 1, "minimize", "optuna")
+    assert best.run_id == "0"
 
 
 def test_a_target_is_that_of_each_trial(make_searcher):

@@ -177,7 +177,7 @@ def test_the_checkpoint_of_another_run_brings_its_earlier_runs_along(make_traine
     trainer.begin_run()
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert trainer.privacy_spent().epsilon > expensive
-    assert {plan.noise_multiplier for plan, _ in trainer.privacy_statement().earlier_runs} == {1.0, 0.5}
+    assert {plan.noise_multiplier for plan, _ in trainer.privacy_statement().earlier_runs.values()} == {1.0, 0.5}
 
 
 def test_a_run_that_spent_its_target_resumes_without_a_further_step(make_trainer, tmp_path, weights_of):

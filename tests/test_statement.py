@@ -125,6 +125,19 @@ def test_a_file_that_is_no_statement_is_refused(tmp_path, text):
         PrivacyStatement.load(tmp_path)
 
 
+@pytest.mark.parametrize("names", [("here", "a"), ("a", "a"), (None, "a")], ids=str)
+def test_earlier_runs_that_are_not_told_apart_are_refused(tmp_path, names):
+    PrivacyStatement(plan(), 1, run="here", earlier_runs={"a": (plan(), 2), "b": (plan(), 3)}).save(tmp_path)
+    assert [steps for _, steps in PrivacyStatement.load(tmp_path).runs] == [2, 3, 1]
+    path = tmp_path / "privacy.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for run, name in zip(values["earlier_runs"], names):
+        run["run"] = name
+    path.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(ValueError, match="earlier_runs does not name each run, once, by its id"):
+        PrivacyStatement.load(tmp_path)
+
+
 def test_a_truncated_file_is_refused(tmp_path):
     STATEMENTS["private"].save(tmp_path)
     path = tmp_path / "privacy.json"

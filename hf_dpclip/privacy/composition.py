@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from .plan import PrivacyPlan, PrivacySpent
 
 # Several runs on the same records: each run's plan and the steps that it took.
 Runs = Sequence[tuple[PrivacyPlan, int]]
+# The same by the ids of the runs.
+NamedRuns = Mapping[str, tuple[PrivacyPlan, int]]
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,16 @@ def composed(runs: Runs) -> PrivacySpent:
         return PrivacySpent(plans[0].epsilon(total), plans[0].target_delta, total)
     epsilon = sum(plan.epsilon(steps) for plan, steps in runs)
     return PrivacySpent(epsilon, sum(plan.target_delta for plan in plans), total)
+
+
+def merged(*several: NamedRuns) -> dict[str, tuple[PrivacyPlan, int]]:
+    """All of these runs, each once, with the most steps that are known of it."""
+    runs: dict[str, tuple[PrivacyPlan, int]] = {}
+    for some in several:
+        for run, (plan, steps) in some.items():
+            _, before = runs.get(run, (plan, 0))
+            runs[run] = plan, max(before, steps)
+    return runs
 
 
 def totals(runs: Iterable[RunRecord], delta: float | None = None) -> list[Total]:

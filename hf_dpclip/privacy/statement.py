@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from .composition import Runs, composed
+from .composition import NamedRuns, Runs, composed
 from .plan import PrivacyPlan, PrivacySpent, finite, is_whole
 
 
@@ -30,8 +30,8 @@ class PrivacyStatement:
         not_private_because (`tuple[str]`): reasons why no guarantee holds; empty for a private run.
         versions (`dict[str, str]`, *optional*, defaults to those in use): of the libraries that the run rests on.
         run (`str`, *optional*): the id under which a [`~privacy.ledger.Ledger`] has the run.
-        earlier_runs (`tuple`): plan and steps of each run on the same records that these weights owe something to, as
-            the trials of a hyperparameter search.
+        earlier_runs (`dict`, *optional*): plan and steps of each run on the same records that these weights owe
+            something to, as the trials of a hyperparameter search, by their ids.
     """
 
     plan: PrivacyPlan
@@ -39,12 +39,12 @@ class PrivacyStatement:
     not_private_because: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=_versions, compare=False)
     run: str | None = field(default=None, compare=False)
-    earlier_runs: Runs = ()
+    earlier_runs: NamedRuns = field(default_factory=dict)
 
     @property
     def runs(self) -> Runs:
         """The earlier runs and this one."""
-        return (*self.earlier_runs, (self.plan, self.steps))
+        return (*self.earlier_runs.values(), (self.plan, self.steps))
 
     @property
     def spent(self) -> PrivacySpent:
@@ -69,8 +69,8 @@ class PrivacyStatement:
             plan = PrivacyPlan.from_dict(values["plan"])
             reasons = tuple(values["not_private_because"])
             earlier = values.get("earlier_runs", [])
-            earlier = tuple((PrivacyPlan.from_dict(run["plan"]), run["steps"]) for run in earlier)
-            statement = cls(plan, values["steps"], reasons, values["versions"], values["run"], earlier)
+            runs = {run["run"]: (PrivacyPlan.from_dict(run["plan"]), run["steps"]) for run in earlier}
+            statement = cls(plan, values["steps"], reasons, values["versions"], values["run"], runs)
             statement._check(values)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged or was edited ({error}). Restore it from a backup.") from error
@@ -89,7 +89,10 @@ class PrivacyStatement:
             "versions": self.versions,
         }
         if self.earlier_runs:
-            statement["earlier_runs"] = [{"plan": plan.to_dict(), "steps": steps} for plan, steps in self.earlier_runs]
+            statement["earlier_runs"] = [
+                {"run": run, "plan": plan.to_dict(), "steps": steps}
+                for run, (plan, steps) in self.earlier_runs.items()
+            ]
         return statement
 
     def _check(self, values: dict) -> None:
@@ -102,6 +105,9 @@ class PrivacyStatement:
             raise ValueError(f"versions does not name all of {', '.join(_LIBRARIES)}")
         if not isinstance(self.run, str | None):
             raise ValueError(f"run is {self.run!r}, not the id of a run")
+        names = [self.run, *(run["run"] for run in values.get("earlier_runs", []))]
+        if not _all_text(names[1:]) or len(set(names)) < len(names):
+            raise ValueError("earlier_runs does not name each run, once, by its id")
         if self.plan.non_private and not self.not_private_because:
             raise ValueError("the plan has no noise, and not_private_because gives no reason")
         for _, steps in self.runs:

@@ -1,0 +1,114 @@
+"""Hyperparameter searches: every trial is a run, and counts for the choice of the best."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from transformers.trainer_utils import BestRun, HPSearchBackend, TrainOutput
+
+from . import validation
+from .checkpoints import restate
+from .privacy import PrivacyPlan
+from .reporting import search_summary
+from .resuming import readable_statement, whole_checkpoints_in
+from .runs import RunningTrainer
+
+
+class SearchingTrainer(RunningTrainer):
+    """The part of [`DPCLIPTrainer`] that searches.
+
+    Formal guarantees:
+        Whoever sees the results of all trials, or trains on with the best of their settings, has seen the composition
+        of all runs: what [`~privacy.composed`] makes of them.
+    """
+
+    # Whether the plan is that of the last trial, whose steps are taken.
+    _plan_is_a_trials = False
+
+    def _begin_first_run(self, plan: PrivacyPlan | None) -> None:
+        super()._begin_first_run(plan)
+        # Where the checkpoints of all trials are, by the ids of their runs.
+        self._trials: dict[str, Path] = {}
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+        **kwargs,
+    ) -> TrainOutput:
+        """As in [`RunningTrainer`], also after a search: with a plan of its own."""
+        if trial is None and self._plan_is_a_trials:
+            self._begin_after_search()
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] = "minimize",
+        backend: str | HPSearchBackend | None = None,
+        hp_name: Callable[[Any], str] | None = None,
+        **kwargs: Any,
+    ) -> BestRun | list[BestRun]:
+        """As in the `Trainer`, one trial after another.
+
+        Each trial spends what its arguments say: with `target_epsilon=3`, up to ε = 3. What all of them spent together
+        is printed at the end and, from then on, part of `privacy_spent` and of what is saved with any weights, and of
+        what the checkpoints of the trials say. `n_trials`, and how many steps a trial has, are treated as fixed
+        beforehand.
+
+        On several processes no trial is pruned, and all of them get the result.
+
+        Raises `ValueError` for settings with which trials would not see one another, or processes lose one another.
+        """
+        backend = HPSearchBackend(backend or HPSearchBackend.OPTUNA)
+        validation.check_search(backend, kwargs, self.args.world_size)
+        if self.args.world_size > 1:
+            kwargs["pruner"] = _never()
+        try:
+            best = super().hyperparameter_search(
+                hp_space, compute_objective, n_trials, direction, backend, hp_name, **kwargs
+            )
+        finally:
+            if self.is_world_process_zero():
+                self._restate_trials()
+        if self.is_world_process_zero():
+            print(search_summary(self.privacy_statement()))
+        (best,) = broadcast_object_list([best])
+        return best
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        if trial is not None:
+            self.begin_run()
+            self._plan_is_a_trials = True
+            self._trials[self._run] = Path(self._get_output_dir(trial))
+
+    def _begin_after_search(self) -> None:
+        """A plan from the arguments, in which the best settings may be now. The last trial left no model."""
+        if self.model is None:
+            self.model = self.model_wrapped = self.call_model_init()
+            self._move_model_to_device(self.model, self.args.device)
+        self.begin_run()
+        self._plan_is_a_trials = False
+
+    def _restate_trials(self) -> None:
+        """Whichever trial's checkpoint is chosen, the choice saw what all of them found."""
+        known = self._known_runs
+        for run, folder in self._trials.items():
+            others = {other: runs for other, runs in known.items() if other != run}
+            for checkpoint in whole_checkpoints_in(folder):
+                statement = readable_statement(checkpoint)
+                if statement and statement.run == run:
+                    restate(checkpoint, dataclasses.replace(statement, steps=known[run][1], earlier_runs=others))
+
+
+def _never() -> Any:
+    """A pruner that prunes nothing, where optuna's default would: only process 0 would know of it."""
+    from optuna.pruners import NopPruner
+
+    return NopPruner()
