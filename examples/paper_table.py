@@ -194,6 +194,8 @@ def command(row: dict, args: argparse.Namespace) -> str:
         name for name in KEY if row[name] is not None and (name != "num_microbatches" or row["arm"] == "microbatch")
     ]
     options = [f"--{names.get(name, name)} {row[name]}" for name in asked]
+    if args.max_steps > 0:
+        options.append(f"--max_steps {args.max_steps}")
     if args.learning_rate:
         options.append(f"--learning_rate {args.learning_rate}")
     if args.model_name_or_path:

@@ -10,7 +10,7 @@ Your own data, where each record is a unit of its own, and a model from the Hub:
 
     accelerate launch examples/train_vqa.py --model_name_or_path openai/clip-vit-base-patch32 \
         --dataset_name path/to/questions.csv --image_column scan --question_column asked --answer_column finding \
-        --trained adapters --target_epsilon 3 --per_device_train_batch_size 256
+        --answers "clear,fluid,fracture" --trained adapters --target_epsilon 3 --per_device_train_batch_size 256
 
 `--help` lists every argument of `DPTrainingArguments` too.
 """

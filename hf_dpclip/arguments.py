@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from .incompatible_options import check_options
 from .privacy.accounting import ACCOUNTANTS
-from .privacy.plan import CLIPPINGS
+from .privacy.plan import CLIPPINGS, is_positive, is_whole
 
 
 # Arguments that count something.
@@ -218,7 +218,7 @@ class DPTrainingArguments(TrainingArguments):
             )
         for name in NOISE:
             self._check_positive(name, None if self.non_private else getattr(self, name))
-        if self.noise_seed is not None and not (isinstance(self.noise_seed, int) and self.noise_seed >= 0):
+        if self.noise_seed is not None and not (is_whole(self.noise_seed) and self.noise_seed >= 0):
             raise ValueError(
                 f"noise_seed={self.noise_seed!r} is not possible: it must be a whole number of at least 0, or, for a "
                 "private run, unset."
@@ -239,7 +239,7 @@ class DPTrainingArguments(TrainingArguments):
         self._check_positive("learning_rate", self.learning_rate)
         for name in WHOLE_NUMBERS:
             value = getattr(self, name)
-            if not ((isinstance(value, int) and value >= 1) or (name in OPTIONAL and value is None)):
+            if not ((is_whole(value) and value >= 1) or (name in OPTIONAL and value is None)):
                 hint = _type_hint(value)
                 raise ValueError(f"{name}={value!r} is not possible: it must be a whole number of at least 1.{hint}")
         if self.max_records_per_unit is not None and self.privacy_unit_column is None:
@@ -253,13 +253,13 @@ class DPTrainingArguments(TrainingArguments):
 
     def _check_length(self):
         epochs, steps = self.num_train_epochs, self.max_steps
-        by_epochs = isinstance(epochs, int | float) and 0 < epochs < math.inf
+        by_epochs = is_positive(epochs)
         if steps == 0 and by_epochs:
             raise ValueError(f"max_steps=0 takes no step: set max_steps to -1 for num_train_epochs={epochs!r}.")
-        if not isinstance(steps, int) or (steps <= 0 and not by_epochs):
+        if not is_whole(steps) or (steps <= 0 and not by_epochs):
             raise ValueError(
-                f"num_train_epochs={epochs!r} and max_steps={steps!r} give no number of steps: set one of them to a "
-                "positive, finite number."
+                f"num_train_epochs={epochs!r} and max_steps={steps!r} give no number of steps: set max_steps to a "
+                "whole number, or num_train_epochs to a positive, finite number."
             )
 
     def _check_microbatch_size(self):
@@ -285,7 +285,7 @@ class DPTrainingArguments(TrainingArguments):
             )
 
     def _check_positive(self, name: str, value: float | None):
-        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+        if value is not None and not is_positive(value):
             hint = _type_hint(value)
             if value == 0 and name in NOISE:
                 hint = " (Training without noise takes non_private=True.)"
@@ -294,7 +294,7 @@ class DPTrainingArguments(TrainingArguments):
 
 def _type_hint(value: Any) -> str:
     """What is wrong with it if it is not a number of Python, such as text, or a number of numpy."""
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) and not isinstance(value, bool):
         return ""
     in_yaml = ", or 1.0e-5 in YAML, where 1e-5 is text" if isinstance(value, str) and "e-" in value else ""
     return f" (It is of type {type(value).__name__}: give a Python number{in_yaml}.)"

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from PIL.Image import Image as PILImage
 from torch.utils.data import Dataset as TorchDataset
 from transformers import BatchEncoding, ClapProcessor, ProcessorMixin
 
+from .privacy.plan import is_whole
 from .records import check_complete, check_image, check_text, first_record
 
 
@@ -72,7 +73,7 @@ class ImageTextCollator(PairCollator):
     views: int = 1
 
     def __post_init__(self):
-        if not isinstance(self.views, int) or self.views < 1:
+        if not is_whole(self.views) or self.views < 1:
             raise ValueError(f"views={self.views!r} is not possible: it must be a whole number of at least 1.")
         if self.augmentation is not None and not callable(self.augmentation):
             raise ValueError(
@@ -109,7 +110,9 @@ class ImageTextCollator(PairCollator):
                 f"public_negatives has columns {sorted(names)}, neither {self.image_column!r} nor "
                 f"{self.text_column!r}: rename them to those of the private records."
             )
-        return replace(self.unaugmented(), image_column=image_column, text_column=text_column)
+        collator = self.unaugmented()
+        collator.image_column, collator.text_column = image_column, text_column
+        return collator
 
     def check_processor(self) -> None:
         """Raises `ValueError` where images are read, unless the processor is one of images and texts."""

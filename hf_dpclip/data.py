@@ -12,9 +12,9 @@ from transformers.utils import logging
 
 from .collators import AudioTextCollator, ImageTextCollator, PairCollator, VisualQuestionCollator
 from .data_validation import check_dataset
+from .digests import file_digests
 from .records import check_not_blank, kind_of, listed, read, reason
 from .seeding import seeded
-from .shared_images import image_digests
 
 
 OWN_COLLATORS = (ImageTextCollator, VisualQuestionCollator, AudioTextCollator)
@@ -59,7 +59,8 @@ def check_labels(dataset: Dataset, label_column: str) -> None:
     if not isinstance(dataset.features.get(label_column), ClassLabel):
         raise ValueError(
             f"label column {label_column!r} is not a ClassLabel column of the dataset ({dict(dataset.features)}): "
-            f"name one, or convert it with dataset.class_encode_column({label_column!r})."
+            f"name one, or convert it with dataset.cast_column({label_column!r}, ClassLabel(names=[...])), with names "
+            "from a public list: one made of the records gives away classes that occur in few of them."
         )
     # The Hub writes -1 where labels are held back.
     unlabelled = [row for row, label in enumerate(dataset[label_column]) if label is None or label < 0]
@@ -101,7 +102,7 @@ def hold_out(dataset: Dataset, column: str, share: float = 0.1) -> DatasetDict:
     if len(dataset) == 0:
         raise ValueError("the dataset is empty: check the split, and what filters have left of it.")
     is_image = isinstance(dataset.features[column], Image)
-    values = image_digests(dataset, column) if is_image else map(_digest, dataset.with_format(None)[column][:])
+    values = file_digests(dataset, column) if is_image else map(_digest, dataset.with_format(None)[column][:])
     places = np.array([int.from_bytes((value or b"")[:7], "big") for value in values])
     # Where none is below the limit, one more or one less makes the lowest another one, and still moves only one.
     held_out = places <= max(int(share * 2**56), places.min())
@@ -172,7 +173,7 @@ def unusable_records(dataset: Any, collator: Callable[[list[Any]], Any]) -> dict
         usable = train_dataset.select(row for row in range(len(train_dataset)) if row not in unusable)
         ```
     """
-    check_dataset(dataset)
+    check_dataset(dataset, "dataset")
     if isinstance(collator, PairCollator) and isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
         collator.check_columns(dataset.column_names)
         if type(collator) in OWN_COLLATORS:

@@ -8,33 +8,38 @@ from typing import Any
 import datasets
 import numpy as np
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, VisionTextDualEncoderModel
 
 from .collators import ImageTextCollator, PairCollator, VisualQuestionCollator, tokenizer_of
 from .dataloader import MicrobatchDataset
+from .digests import array_digests, file_columns, file_digests
 from .gradients import contrastive_base
 from .models import CLIPForVisualQuestionAnswering
 from .public_negatives import shared_rows
 from .records import first_record, has_random_access, holds_texts
-from .shared_images import LOOKED_AT, image_columns, image_digests
+from .shared_images import LOOKED_AT
 
 
-def check_dataset(dataset: Dataset) -> None:
+# Records for evaluation that are looked for among the private ones.
+COMPARED = 64
+# What processors make of images, sounds and texts; and private records that are looked at where they are encoded, and
+# hundreds of kilobytes long.
+ENCODED = ("pixel_values", "input_features", "input_ids")
+LOOKED_AT_ENCODED = 2_000
+
+
+def check_dataset(dataset: Dataset, name: str = "train_dataset") -> None:
     """Raises `ValueError` for a dataset that Poisson sampling cannot draw from."""
     splits = dataset.values() if isinstance(dataset, dict) else ()
     if splits and all(isinstance(split, Dataset | datasets.Dataset) for split in splits):
-        raise ValueError(
-            f"train_dataset has several splits ({', '.join(dataset)}): pass one of them, as dataset['train']."
-        )
+        raise ValueError(f"{name} has several splits ({', '.join(dataset)}): pass one of them, as dataset['train'].")
     if type(dataset).__name__ == "DataFrame":
         library = type(dataset).__module__.split(".")[0]
-        raise ValueError(
-            f"train_dataset is a DataFrame: convert it with datasets.Dataset.from_{library}(train_dataset)."
-        )
+        raise ValueError(f"{name} is a DataFrame: convert it with datasets.Dataset.from_{library}({name}).")
     if isinstance(dataset, dict | str):
         raise ValueError(
-            f"train_dataset is a {type(dataset).__name__}, not a dataset: make one of columns with "
+            f"{name} is a {type(dataset).__name__}, not a dataset: make one of columns with "
             "datasets.Dataset.from_dict, and load one by its name with hf_dpclip.data.load_pairs."
         )
     if not has_random_access(dataset):
@@ -43,7 +48,7 @@ def check_dataset(dataset: Dataset) -> None:
             "streaming=False, or materialise it with datasets.Dataset.from_generator."
         )
     if len(dataset) == 0:
-        raise ValueError("train_dataset is empty: check the split, and what filters have left of it.")
+        raise ValueError(f"{name} is empty: check the split, and what filters have left of it.")
 
 
 def check_records(collator: Callable, *collated: Dataset | dict[str, Dataset] | None) -> None:
@@ -145,20 +150,37 @@ def check_evaluation_data(
 
 def _is_part_of(evaluated: Any, private: Any) -> bool:
     """Whether all of the first records for evaluation are among the private ones: a copy, or a selection."""
+    if isinstance(evaluated, Subset):
+        return _is_subset_of(evaluated, private)
+    if isinstance(evaluated, list) and isinstance(private, list):
+        known = {*map(id, private)}
+        return bool(evaluated) and all(id(record) in known for record in evaluated[:COMPARED])
     if not all(isinstance(each, datasets.Dataset) and len(each) for each in (evaluated, private)):
         return False
+    if evaluated._fingerprint == private._fingerprint:
+        return True
     common = [name for name in evaluated.column_names if name in private.column_names]
-    images = [name for name in common if name in image_columns(evaluated) and name in image_columns(private)]
     texts = [name for name in common if holds_texts(evaluated, name) and holds_texts(private, name)]
-    return bool(images) and _first_records(evaluated, images, texts, 64) <= _first_records(
-        private, images, texts, LOOKED_AT
-    )
+    files = [name for name in common if name in file_columns(evaluated) and name in file_columns(private)]
+    encoded = [name for name in common if name in ENCODED and name not in files]
+    count = LOOKED_AT_ENCODED if encoded else LOOKED_AT
+    columns = (files, encoded, texts)
+    found = _first_records(evaluated, *columns, COMPARED) <= _first_records(private, *columns, count)
+    return bool(files or encoded) and found
 
 
-def _first_records(dataset: datasets.Dataset, images: list[str], texts: list[str], count: int) -> set[tuple]:
-    """Their images, by digest, and texts."""
+def _is_subset_of(evaluated: Subset, private: Any) -> bool:
+    if isinstance(private, Subset) and evaluated.dataset is private.dataset:
+        return not {*evaluated.indices}.isdisjoint(private.indices)
+    return evaluated.dataset is private or _is_part_of(evaluated.dataset, private)
+
+
+def _first_records(
+    dataset: datasets.Dataset, files: list[str], encoded: list[str], texts: list[str], count: int
+) -> set[tuple]:
+    """Their images or sounds and what was encoded, by digest, and texts."""
     first = dataset.select(range(min(len(dataset), count)))
-    columns = [image_digests(first, name) for name in images]
+    columns = [file_digests(first, name) for name in files] + [array_digests(first, name) for name in encoded]
     return {*zip(*columns, *(first.with_format(None)[name][:] for name in texts))}
 
 

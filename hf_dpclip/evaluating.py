@@ -51,7 +51,13 @@ class EvaluatingTrainer(Trainer):
             self.keep_reasons()
         # A name means one of the trainer's own.
         own: Any = self.eval_dataset
-        own = own[dataset] if isinstance(dataset, str) else own
+        if isinstance(dataset, str):
+            if not isinstance(own, dict) or dataset not in own:
+                names = ", ".join(own) if isinstance(own, dict) else "without names"
+                raise ValueError(
+                    f"{dataset!r} is none of the trainer's evaluation datasets ({names}): name one of them."
+                )
+            own = own[dataset]
         is_own = dataset is None or isinstance(dataset, str) or dataset is own
         self._check_held_out(own if is_own else dataset, name)
         # What the trainer was made with was checked then.

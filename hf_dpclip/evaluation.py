@@ -1,6 +1,7 @@
 """Evaluation on held-out records: of labelled images without a trainer, and `compute_metrics` for a trainer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -11,6 +12,17 @@ from transformers import EvalPrediction, ProcessorMixin
 from .collators import encoded_texts
 from .metrics import RetrievalRecall, VQAAccuracy, ZeroShotAccuracy
 from .records import UNDECODABLE, check_image, unreadable
+
+
+@contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout inside; afterwards in the mode in which the model was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()
@@ -42,18 +54,18 @@ def zero_shot_accuracy(
         )
     if not prompts:
         raise ValueError("there are no prompts to choose from: give one for each class.")
-    was_training = model.training
-    model.eval()
+    if len(dataset) == 0:
+        raise ValueError("the dataset has no records: give images to be classified.")
     device = next(model.parameters()).device
     text = encoded_texts(processor, prompts).to(device)
     metric = ZeroShotAccuracy()
-    for start in range(0, len(dataset), batch_size):
-        batch = _decoded(dataset, range(start, min(start + batch_size, len(dataset))))
-        images = [check_image(image, image_column).convert("RGB") for image in batch[image_column]]
-        pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(device)
-        logits = model(pixel_values=pixel_values, **text).logits_per_image
-        metric.add_batch(predictions=logits.float().cpu().numpy(), references=batch[label_column])
-    model.train(was_training)
+    with in_evaluation_mode(model):
+        for start in range(0, len(dataset), batch_size):
+            batch = _decoded(dataset, range(start, min(start + batch_size, len(dataset))))
+            images = [check_image(image, image_column).convert("RGB") for image in batch[image_column]]
+            pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(device)
+            logits = model(pixel_values=pixel_values, **text).logits_per_image
+            metric.add_batch(predictions=logits.float().cpu().numpy(), references=batch[label_column])
     return metric.compute()["accuracy"]
 
 

@@ -1,9 +1,11 @@
 """From one forward batch to clipped gradients in the mechanism: three ways that give the same result."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -37,6 +39,25 @@ logger = logging.get_logger(__name__)
 WITH_CUDNN_ATTENTION = (9, 10)
 
 
+@contextmanager
+def without_collectives() -> Iterator[None]:
+    """Raises `RuntimeError` if processes learn from one another inside, as in a loss that gathers embeddings: each has
+    microbatches of its own, and a record would be in the gradients of as many as there are processes."""
+    before = _num_collectives()
+    yield
+    if _num_collectives() != before:
+        raise RuntimeError(
+            "the model or its loss gathers over processes, so that a record would change the gradients of all of them "
+            "and not of its own microbatch alone: use a loss of what one process has. To contrast pairs of all "
+            "processes, raise microbatch_size."
+        )
+
+
+def _num_collectives() -> int:
+    """How many collective operations there have been, whoever called them."""
+    return dist.group.WORLD._get_sequence_number_for_group() if dist.is_initialized() else 0
+
+
 class OneByOne:
     """One forward and one backward pass per microbatch. Right for every model and every loss.
 
@@ -60,7 +81,7 @@ class OneByOne:
         """Adds the clipped gradients of the collated microbatches to the step's sum. Returns their losses."""
         losses = []
         for seed, microbatch in forward_batch:
-            with self.mechanism.microbatch(), seeded(seed):
+            with self.mechanism.microbatch(), seeded(seed), without_collectives():
                 losses.append(accumulate_gradient(self.compute_loss, self.backward, microbatch))
         return losses
 

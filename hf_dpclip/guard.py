@@ -18,7 +18,7 @@ class StepGuard:
         self.modules = modules
         self.forward_passes = forward_passes
         self._seen = 0
-        self._trainable, buffers = _fingerprint(modules)
+        self._known, buffers = _fingerprint(modules)
         self._buffers = [(buffer, buffer.clone()) for buffer in buffers]
         self._parameters = list(modules.parameters())
         self._values: list[tuple[int, int]] = []
@@ -36,9 +36,12 @@ class StepGuard:
 
     def check(self) -> None:
         """To be called before a release. Raises `RuntimeError` if something changed."""
-        trainable, buffers = _fingerprint(self.modules)
-        if self._trainable != trainable:
-            raise RuntimeError("requires_grad changed during training: set it before DPCLIPTrainer.train is called.")
+        known, buffers = _fingerprint(self.modules)
+        if self._known != known:
+            raise RuntimeError(
+                "requires_grad changed during training, or a parameter was added or put in the place of another, past "
+                "the mechanism: make all of them as they are to be before DPCLIPTrainer.train is called."
+            )
         if self._seen != self.forward_passes:
             raise RuntimeError(
                 f"a step had {self._seen} forward passes instead of {self.forward_passes}: "
@@ -72,16 +75,16 @@ def check_no_hooks(parameters: Iterable[nn.Parameter]) -> None:
         )
 
 
-def _fingerprint(model: nn.Module) -> tuple[list[int], list[Tensor]]:
-    """Which parameters are trained, and the buffers.
+def _fingerprint(model: nn.Module) -> tuple[list[tuple[int, bool]], list[Tensor]]:
+    """Which parameters there are, which of them are trained, and the buffers.
 
     In one walk through the modules, which takes a good part of the time that a step of a small model has.
     """
     modules = list(model.modules())
     parameters = (parameter for module in modules for parameter in module._parameters.values())
     buffers = (buffer for module in modules for buffer in module._buffers.values())
-    trainable = [id(parameter) for parameter in parameters if parameter is not None and parameter.requires_grad]
-    return trainable, [buffer for buffer in buffers if buffer is not None]
+    known = [(id(parameter), parameter.requires_grad) for parameter in parameters if parameter is not None]
+    return known, [buffer for buffer in buffers if buffer is not None]
 
 
 def _unchanged(buffer: Tensor, before: Tensor, values: Tensor) -> bool:

@@ -83,15 +83,18 @@ def write_model_card(trainer: "PublishingTrainer", **names: Any) -> None:
 
 
 def evaluations_of(trainer: "PublishingTrainer") -> list[Evaluation]:
-    """All evaluations that were logged, in order; none where private records may have been evaluated on."""
+    """All evaluations that were logged, in order, those of several datasets at one step together; none where private
+    records may have been evaluated on."""
     if any(reason.startswith("log_private_statistics") for reason in trainer.privacy_statement().not_private_because):
         return []
-    evaluations = []
+    evaluations: list[Evaluation] = []
     for logs in trainer.state.log_history:
         metrics = {name.removeprefix("eval_"): logs[name] for name in logs if name.startswith("eval_")}
         metrics = {name: value for name, value in metrics.items() if not f"_{name}".endswith(_TIMES)}
         if metrics:
             epsilon = None if NOT_PRIVATE in logs else logs.get("epsilon", 0.0)
+            if evaluations and (evaluations[-1].step, evaluations[-1].epsilon) == (logs["step"], epsilon):
+                metrics = {**evaluations.pop().metrics, **metrics}
             evaluations.append(Evaluation(int(logs["step"]), epsilon, metrics))
     return evaluations
 
@@ -242,6 +245,8 @@ def _draw(evaluations: list[Evaluation], chosen: str | None, path: Path) -> bool
     if len(spent) < 2 or find_spec("matplotlib") is None:
         return False
     names = sorted(set.intersection(*(set(metrics) for _, metrics in spent)), key=lambda name: name.endswith("loss"))
+    if not names:
+        return False
     chosen = (chosen or "").removeprefix("eval_")
     metric = chosen if chosen in names else names[0]
     plot_privacy_utility([epsilon for epsilon, _ in spent], [metrics[metric] for _, metrics in spent], metric, path)

@@ -155,8 +155,8 @@ def _read_idx_pair(folder: Path, prefix: str) -> Dataset:
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} does not exist: apt-get install dataset-fashion-mnist (Debian), or take the Hub's copy with "
-                "--dataset_name zalando-datasets/fashion_mnist --label_column label."
+                f"{path} does not exist: apt-get install dataset-fashion-mnist (Debian), or name the Hub's copy, "
+                "zalando-datasets/fashion_mnist, whose column of class numbers is label."
             )
     images, labels = (gzip.decompress(path.read_bytes()) for path in paths)
     # The IDX format: 16 bytes of header before the images, 8 before the labels.

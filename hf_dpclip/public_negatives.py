@@ -1,6 +1,5 @@
 """Public images and captions as negatives: what a private pair alone can be contrasted with."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -8,10 +7,11 @@ import torch
 from datasets import Dataset, Image
 
 from .collators import ImageTextCollator, encoded_texts
+from .digests import array_digests, file_digests
+from .evaluation import in_evaluation_mode
 from .gradients import ContrastiveModel
 from .gradients.inputs import num_rows, pairs_only
 from .losses import PublicEmbeddings
-from .shared_images import image_digests
 
 
 # What belongs to an image; the rest of a batch belongs to its text.
@@ -60,11 +60,8 @@ class PublicNegatives:
 
     @torch.no_grad()
     def _encode_without_gradient(self, model: ContrastiveModel) -> PublicEmbeddings:
-        was_training = model.base.training
-        model.base.eval()
-        embeddings = self._encode(model)
-        model.base.train(was_training)
-        return embeddings
+        with in_evaluation_mode(model.base):
+            return self._encode(model)
 
     def _encode(self, model: ContrastiveModel) -> PublicEmbeddings:
         nothing = torch.empty(0, model.embedding_size, device=model.base.logit_scale.device)
@@ -123,20 +120,19 @@ def shared_rows(private: Any, public: Any) -> int:
         return 0
     if private is public or private._fingerprint == public._fingerprint:
         return len(public)
-    columns = [name for name in public.column_names if _holds_images(public, name) and name in private.column_names]
+    columns = [name for name in public.column_names if _holds_images(public, name) and _holds_images(private, name)]
     known = {name: {*_digests(private, name)} for name in columns}
     return max((sum(digest in known[name] for digest in _digests(public, name)) for name in columns), default=0)
 
 
 def _holds_images(dataset: Dataset, column: str) -> bool:
-    return isinstance(dataset.features[column], Image) or column == "pixel_values"
+    return column in dataset.column_names and (isinstance(dataset.features[column], Image) or column == "pixel_values")
 
 
 def _digests(dataset: Dataset, column: str) -> list[bytes]:
     if isinstance(dataset.features[column], Image):
-        return [digest for digest in image_digests(dataset, column) if digest is not None]
-    values = dataset.select_columns([column]).with_format("numpy")[column]
-    return [hashlib.sha256(value.tobytes()).digest() for value in values]
+        return [digest for digest in file_digests(dataset, column) if digest is not None]
+    return [*array_digests(dataset, column)]
 
 
 def _batches(records: Any, size: int) -> Iterator[list]:

@@ -1,6 +1,5 @@
 """What records must be like: read and looked at before training, so that no work is lost on those that are not."""
 
-import hashlib
 import os
 import re
 import traceback
@@ -16,8 +15,8 @@ from datasets import Value
 from PIL.Image import Image as PILImage
 from torch.utils.data import Dataset, IterableDataset
 
+from .digests import BATCH, image_columns
 from .seeding import preserved_generators
-from .shared_images import BATCH, image_columns
 
 
 STRINGS = ("string", "large_string")
@@ -25,8 +24,6 @@ STRINGS = ("string", "large_string")
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 # What decoders raise, by format and by what is wrong with the file.
 UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError)
-# Rows by which datasets are compared over processes: another order goes unnoticed if it leaves all of these in place.
-SAMPLED_ROWS = 64
 # Numbers of records that a message lists.
 LISTED = 20
 # Texts in memory at a time.
@@ -105,13 +102,8 @@ def first_record(dataset: Dataset) -> Mapping[str, Any]:
 
 def check_image(image: Any, column: str) -> PILImage:
     """The image itself. Raises `ValueError` for what is none, and for one that would lose what it shows."""
-    if isinstance(image, PILImage) and image.mode in DEEP_MODES and not _fits_in_8_bits(image):
-        raise ValueError(
-            f"column {column!r} holds an image whose values are not within 0 and 255 (mode {image.mode}), of which "
-            "conversion to RGB would leave white or black areas: choose the window of values that matters and convert "
-            "images to 8 bits first, as in "
-            "PIL.Image.fromarray(((values - low) / (high - low) * 255).clip(0, 255).astype('uint8'))."
-        )
+    if isinstance(image, PILImage) and image.mode in DEEP_MODES:
+        _check_values(image, column)
     if not isinstance(image, PILImage):
         raise ValueError(
             f"column {column!r} holds {kind_of(image)} where a PIL image is expected: paths and bytes become images "
@@ -121,10 +113,21 @@ def check_image(image: Any, column: str) -> PILImage:
     return image
 
 
-def _fits_in_8_bits(image: PILImage) -> bool:
-    """Whether conversion to RGB leaves values as they are. Those between 0 and 1 would all be black."""
+def _check_values(image: PILImage, column: str) -> None:
+    """Raises `ValueError` if conversion to RGB would not leave values as they are."""
     values = np.asarray(image)
-    return bool(values.min() >= 0 and values.max() <= 255 and (image.mode != "F" or values.max() > 1))
+    if values.min() < 0 or values.max() > 255:
+        raise ValueError(
+            f"column {column!r} holds an image whose values are not within 0 and 255 (mode {image.mode}), of which "
+            "conversion to RGB would leave white or black areas: choose the window of values that matters and convert "
+            "images to 8 bits first, as in "
+            "PIL.Image.fromarray(((values - low) / (high - low) * 255).clip(0, 255).astype('uint8'))."
+        )
+    if image.mode == "F" and 0 < values.max() <= 1:
+        raise ValueError(
+            f"column {column!r} holds an image whose values are between 0 and 1, all of which conversion to RGB would "
+            "make black: multiply them by 255 first, as in PIL.Image.fromarray((values * 255).astype('uint8'))."
+        )
 
 
 def check_text(text: Any, column: str) -> str:
@@ -159,29 +162,6 @@ def check_complete(dataset: Dataset, image_column: str | None, text_column: str 
     if text_column is not None and holds_texts(dataset, text_column):
         there, missing = f"record[{text_column!r}]", _rows_where(_is_blank, dataset, text_column, TEXT_BATCH)
         _check_none_missing(missing, "text", text_column, f"{there} and {there}.strip()")
-
-
-def sampled_digest(dataset: Any) -> bytes | None:
-    """Of some rows of a `datasets.Dataset`, spread over all of it, as they are stored; `None` for other datasets.
-
-    Files are told apart by their content where the table holds it, and else by their names without the folders.
-    """
-    if not isinstance(dataset, datasets.Dataset):
-        return None
-    digest = hashlib.sha256()
-    table = dataset.with_format("arrow").select_columns(sorted(dataset.column_names))
-    for row in np.linspace(0, len(dataset) - 1, min(len(dataset), SAMPLED_ROWS)).astype(int).tolist():
-        # One at a time: a row may be a large image.
-        (record,) = table[[row]].to_pylist()
-        for value in record.values():
-            digest.update(_as_bytes(value))
-    return digest.digest()
-
-
-def _as_bytes(value: Any) -> bytes:
-    if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
-        return value["bytes"] or os.path.basename(value["path"] or "").encode()
-    return repr(value).encode()
 
 
 def holds_texts(dataset: Any, column: str) -> bool:

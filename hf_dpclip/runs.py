@@ -13,12 +13,12 @@ from transformers.utils import logging
 
 from . import validation
 from .dataloader import MicrobatchDataset
+from .digests import sampled_digest
 from .faults import explained
 from .planning import num_steps, planned_values
 from .privacy import PrivacyPlan, PrivacySpent, PrivacyStatement
 from .privacy.composition import NamedRuns, merged
 from .publishing import PublishingTrainer
-from .records import sampled_digest
 from .resuming import (
     check_resumable,
     differences,

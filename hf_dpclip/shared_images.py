@@ -1,12 +1,12 @@
 """Records that show the same image, recognised by the bytes of its file, without decoding any."""
 
-import hashlib
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
-from datasets import Dataset, Image
+from datasets import Dataset
 from transformers.utils import logging
+
+from .digests import file_digests, image_columns
 
 
 logger = logging.get_logger(__name__)
@@ -14,22 +14,6 @@ logger = logging.get_logger(__name__)
 # Records that are looked at when training is set up: enough to find captions that share images, and seldom more than
 # a minute of reading.
 LOOKED_AT = 100_000
-# Records in memory at a time.
-BATCH = 64
-
-
-def image_columns(dataset: Dataset) -> list[str]:
-    """The columns that hold images, encoded or as paths."""
-    return [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
-
-
-def image_digests(dataset: Dataset, column: str) -> Iterator[bytes | None]:
-    """For each record, a digest of its image's file, or of the file's path where the dataset holds no more than that;
-    `None` where there is no image."""
-    for batch in dataset.select_columns([column]).with_format("arrow").iter(BATCH):
-        for image in batch[column].to_pylist():
-            file = image and (image["bytes"] or (image["path"] or "").encode())
-            yield hashlib.sha256(file).digest() if file else None
 
 
 def warn_of_shared_images(dataset: Any) -> None:
@@ -52,6 +36,6 @@ def warn_of_shared_images(dataset: Any) -> None:
 
 
 def _records_that_share(dataset: Dataset, column: str) -> int:
-    counts = Counter(image_digests(dataset, column))
+    counts = Counter(file_digests(dataset, column))
     del counts[None]
     return sum(count for count in counts.values() if count > 1)

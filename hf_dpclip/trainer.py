@@ -161,11 +161,15 @@ class DPCLIPTrainer(SearchingTrainer):
 
     @property
     def _modules_in_use(self) -> nn.ModuleList:
-        """The model, and the loss where it is a module or one of its methods."""
-        loss = self.compute_loss_func
-        loss = loss.func if isinstance(loss, functools.partial) else loss
+        """The model, the loss where it is a module or one of its methods, and modules that either holds: the trainer,
+        whose `compute_loss` may be overridden, or the loss."""
+        loss, given = self.compute_loss_func, []
+        if isinstance(loss, functools.partial):
+            loss, given = loss.func, [*loss.args, *loss.keywords.values()]
         loss = getattr(loss, "__self__", loss)
-        return nn.ModuleList(module for module in (self.model, loss) if isinstance(module, nn.Module))
+        held = [value for holder in (self, loss) for value in getattr(holder, "__dict__", {}).values()]
+        in_use = {id(each): each for each in (self.model, loss, *given, *held) if isinstance(each, nn.Module)}
+        return nn.ModuleList(in_use.values())
 
     # ---- One step ----
 

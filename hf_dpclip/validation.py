@@ -17,10 +17,10 @@ from transformers.utils import logging
 
 from .arguments import DPTrainingArguments
 from .data_validation import check_dataset
+from .digests import image_columns
 from .evaluating import EvaluatingTrainer
 from .gradients.vectorizable import WITH_CAUSAL_TEXTS
 from .guard import check_no_hooks
-from .shared_images import image_columns
 
 
 logger = logging.get_logger(__name__)
@@ -125,9 +125,12 @@ def check_environment(trainer: Trainer) -> None:
             f"the launcher started {launched} processes of which TrainingArguments know {trainer.args.world_size}, so "
             "each would train a model of its own: on a machine without GPUs, add use_cpu=True (--use_cpu)."
         )
-    if trainer.args.device.type == "mps":
+    kind = trainer.args.device.type
+    if kind not in ("cpu", "cuda"):
         raise ValueError(
-            "Apple's GPU (mps) has no float64, in which norms are measured: add use_cpu=True (--use_cpu)."
+            f"{kind} devices will not do (Apple's mps has no float64, in which norms are measured, "
+            "and of others the states of generators are not kept): train on what PyTorch calls cuda, or add "
+            "use_cpu=True (--use_cpu)."
         )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(
@@ -135,6 +138,11 @@ def check_environment(trainer: Trainer) -> None:
         )
     if trainer.accelerator.parallelism_config is not None:
         raise ValueError("the launcher enabled tensor, context or sequence parallelism: choose DDP instead.")
+    if trainer.accelerator.mixed_precision == "fp8":
+        raise ValueError(
+            "the launcher enabled fp8, which scales by the largest values that it has seen of private data: use "
+            "--mixed_precision bf16 or no instead."
+        )
     if trainer.accelerator.scaler is not None:
         raise ValueError("the launcher enabled fp16 loss scaling: use --mixed_precision bf16 or no instead.")
 

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoProcessor
 
 from hf_dpclip import DPCLIPTrainer, cli
 from hf_dpclip.audit.fine_tune import FineTune, Membership, drawn
-from hf_dpclip.audit.one_run import Canaries, WhiteBox, audit_run, best_bound, correct_guesses
+from hf_dpclip.audit.one_run import Canaries, WhiteBox, audit_run, best_bound, correct_guesses, number_of_guesses
 from hf_dpclip.audit.small_clip import small_clip, small_processor
 
 
@@ -96,6 +96,26 @@ def test_guesses_are_the_highest_and_the_lowest_scores():
     assert [correct_guesses(scores, included, count) for count in (2, 4)] == [1, 2]
 
 
+@pytest.mark.parametrize("canaries", [2, 3, 303, 400])
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.1])
+def test_nobody_is_guessed_to_be_both_in_and_out(canaries, share):
+    guesses = number_of_guesses(canaries, share)
+    assert guesses % 2 == 0 and 2 <= guesses <= canaries
+    # Which would make one of them right, whatever was included.
+    nobody = np.zeros(canaries, dtype=bool)
+    assert correct_guesses(np.arange(canaries), nobody, guesses) == guesses / 2
+    assert guesses == max(2, 2 * int(share * canaries / 2))
+
+
+def test_one_canary_is_too_few(own_coordinates, tmp_path):
+    with pytest.raises(ValueError, match="1 canaries are too few"):
+        audit_run(
+            own_coordinates.trainer(tmp_path, noise_multiplier=1.0),
+            Canaries.toss(np.arange(1)),
+            own_coordinates.losses,
+        )
+
+
 def test_the_best_number_of_guesses_is_used():
     # Only the extremes tell anything.
     included = np.tile([True, False], 200)
@@ -138,11 +158,12 @@ def test_canaries_have_a_wrong_label_and_nobody_is_in_two_parts(fine_tune):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--num_canaries", "3000"], "are more than the 4000 of mnist-5k: lower --num-canaries or --num-members"),
+        (["--num_canaries", "3000"], "are more than the 4000 of mnist-5k: lower num_canaries or num_members"),
         (["--num-canaries", "0"], "0 canaries and 600 other records show nothing: give at least 1"),
+        (["--max_steps", "0"], "max_steps=0 is not possible: expected a whole number of at least 1"),
         (["--num-members=0"], "300 canaries and 0 other records show nothing"),
         (["--num-canaries=20", "--num-members=40"], "20 canaries and 40 other records are fewer than the 256"),
-        (["--dataset_name", "cifar"], "--dataset-name cifar is not known: choose one of mnist-5k"),
+        (["--dataset_name", "cifar"], "dataset_name='cifar' is not known: choose one of mnist-5k"),
     ],
 )
 def test_the_command_says_what_is_wrong(changes, message, capsys):
@@ -150,14 +171,16 @@ def test_the_command_says_what_is_wrong(changes, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_the_command_audits_a_private_run_and_needs_no_model(capsys, monkeypatch):
+def test_the_command_audits_a_private_run_and_needs_no_model(tmp_path, capsys, monkeypatch):
     for loader in (AutoModel, AutoProcessor):
         monkeypatch.setattr(loader, "from_pretrained", None)
+    monkeypatch.chdir(tmp_path)
     few = ["--num_canaries", "130", "--num_members", "140", "--max_steps", "1"]
     assert cli.main(["audit", "run", *few, "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["white_box"] < values["claimed_epsilon"] <= 8
     assert values["canaries"] == 130 and 0 <= values["auc"] <= 1
+    assert not [*tmp_path.iterdir()]
 
 
 def test_the_small_model_is_the_same_each_time_and_reads_every_text():

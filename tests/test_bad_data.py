@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset, Image
 from factories import arguments, other_raw_pairs, pairs, pictures, raw_pairs, tiny_clip, tiny_clip_vqa, tiny_processor
 from PIL import Image as PILImage
+from torch.utils.data import Subset
 from transformers import default_data_collator
 from wrong_calls import check_explained, processed, table, trainer
 
@@ -48,6 +49,11 @@ def questions(answers: list, folder, label2id=None) -> DPCLIPTrainer:
     label2id = label2id or model.config.label2id
     dataset = with_texts(["a"] * len(answers)).rename_column("text", "question").add_column("answer", answers)
     return trainer(folder, dataset, model, VisualQuestionCollator(tiny_processor(), label2id=label2id))
+
+
+def evaluated_on_subset(folder, private, part) -> DPCLIPTrainer:
+    """Whose evaluation data is a part of the private records."""
+    return trainer(folder, private, options={"eval_dataset": part(private)})
 
 
 def long_texts(folder):
@@ -160,8 +166,8 @@ DATA = {
     },
     "images with values up to one": (
         lambda f: processed(f, with_images([PILImage.fromarray(np.full((8, 8), 0.5, np.float32))] * 8)),
-        "holds an image whose values are not within 0 and 255 (mode F)",
-        "choose the window of values that matters",
+        "holds an image whose values are between 0 and 1",
+        "multiply them by 255 first",
     ),
     "units of the evaluation data": (
         lambda f: DPCLIPTrainer(
@@ -310,6 +316,33 @@ DATA = {
     ),
     "evaluation on some of the records": (
         lambda f: processed(f, raw_pairs(8), options={"eval_dataset": raw_pairs(8).shuffle(seed=0).select(range(3))}),
+        "the records of eval_dataset are among those of the private training dataset",
+        "hf_dpclip.data.hold_out",
+    ),
+    "evaluation on some encoded records": (
+        lambda f: trainer(f, pairs(8), options={"eval_dataset": pairs(8).select([5, 2])}),
+        "the records of eval_dataset are among those of the private training dataset",
+        "hf_dpclip.data.hold_out",
+    ),
+    "evaluation on the records in another format": (
+        lambda f: trainer(f, pairs(8).with_format("numpy")).evaluate(pairs(8)),
+        "the records of eval_dataset are among those of the private training dataset",
+        "hf_dpclip.data.hold_out",
+    ),
+    "evaluation on a subset": (
+        lambda f: evaluated_on_subset(f, pairs(8), lambda private: Subset(private, [1, 2])),
+        "the records of eval_dataset are among those of the private training dataset",
+        "hf_dpclip.data.hold_out",
+    ),
+    "evaluation on a subset that overlaps": (
+        lambda f: evaluated_on_subset(
+            f, Subset(pairs(9), [*range(8)]), lambda private: Subset(private.dataset, [7, 8])
+        ),
+        "the records of eval_dataset are among those of the private training dataset",
+        "hf_dpclip.data.hold_out",
+    ),
+    "evaluation on a slice": (
+        lambda f: evaluated_on_subset(f, [*pairs(8)], lambda private: private[:2]),
         "the records of eval_dataset are among those of the private training dataset",
         "hf_dpclip.data.hold_out",
     ),

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from factories import ANSWERS, arguments, pairs, pictures, raw_pairs, tiny_clip, tiny_processor
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image as PILImage
 from scripts import ROOT, load_script
 from torch import nn
 from transformers import BertConfig, BertModel, CLIPVisionModel
@@ -71,6 +72,11 @@ ARGUMENTS = [
     ({"max_steps": -1, "num_train_epochs": -2}, "num_train_epochs=-2 and max_steps=-1", "a positive, finite number"),
     ({"max_steps": -1, "num_train_epochs": math.nan}, "num_train_epochs=nan", "a positive, finite number"),
     ({"max_steps": "3"}, "max_steps='3' give no number of steps", "a positive, finite number"),
+    ({"max_steps": 10.0}, "max_steps=10.0 give no number of steps", "set max_steps to a whole number"),
+    ({"max_steps": True}, "max_steps=True give no number of steps", "set max_steps to a whole number"),
+    ({"microbatch_size": True}, "microbatch_size=True is not possible", "a whole number of at least 1"),
+    ({"noise_seed": True}, "noise_seed=True is not possible", "a whole number of at least 0"),
+    ({"noise_multiplier": True}, "noise_multiplier=True is not possible", "It is of type bool"),
     ({"clipping": "per_layer"}, "clipping='per_layer' is not known", "choose one of flat, automatic"),
     ({"accountant": "prv"}, "accountant='prv' is not known", "choose one of pld, rdp"),
     ({"fp16": True}, "fp16 scales the loss", "use bf16=True"),
@@ -329,12 +335,25 @@ METRICS = [
         "the dataset has no column 'kind'",
         "label_column=...",
     ),
+    (
+        lambda: zero_shot_accuracy(tiny_clip(), tiny_processor(), CLASSES.select([]), ["a", "b"]),
+        "the dataset has no records",
+        "give images",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("call", "wrong", "remedy"), METRICS)
 def test_wrong_evaluation(call, wrong, remedy):
     check_explained(call, wrong, remedy)
+
+
+def test_evaluation_that_fails_leaves_the_model_in_training():
+    model = tiny_clip().train()
+    with pytest.raises(ValueError, match="multiply them by 255"):
+        black = PILImage.fromarray(np.full((8, 8), 0.5, np.float32))
+        zero_shot_accuracy(model, tiny_processor(), Dataset.from_dict({"image": [black], "label": [0]}), ["a"])
+    assert model.training
 
 
 # ---- The command line ----

@@ -215,6 +215,8 @@ def test_a_wrong_command_line_is_refused(capsys, options, message):
         ({**NOISE, "accountant": "prv"}, "accountant='prv' is not possible: expected pld or rdp"),
         ({**without(NOISE, "num_steps"), "num_epochs": 0}, "num_epochs=0 is not possible"),
         ({**without(NOISE, "num_steps"), "num_epochs": "nan"}, "num_epochs=nan is not possible"),
+        ({**without(NOISE, "num_steps"), "num_epochs": 1e308}, "num_epochs=1e+308 is not possible"),
+        ({**without(NOISE, "num_steps"), "num_epochs": 3, "expected_batch_size": 0}, "expected_batch_size=0 is not"),
         ({**NOISE, "num_parameters": 0}, "--num-parameters 0 is not possible"),
         ({**NOISE, "plot": "epsilon.nonsense"}, "nonsense"),
         ({**NOISE, "plot": "/nowhere/epsilon.png"}, "/nowhere/epsilon.png"),

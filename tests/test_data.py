@@ -154,7 +154,7 @@ def test_captions_follow_the_labels():
 
 @pytest.mark.parametrize("column", ["label", "absent"])
 def test_captions_need_a_column_of_class_labels(column):
-    with pytest.raises(ValueError, match=f"'{column}' is not a ClassLabel column.*class_encode_column"):
+    with pytest.raises(ValueError, match=f"'{column}' is not a ClassLabel column.*cast_column"):
         caption_by_label(labelled(Value("int64")), column, "a {}")
 
 

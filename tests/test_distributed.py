@@ -116,8 +116,13 @@ def test_microbatches_that_span_the_processes_are_not_released_with_others(run):
     assert all(results["refuses a mixture"] for results in run["results"])
 
 
-def test_records_in_another_order_are_refused_by_all(run):
-    assert all(results["refuses another order"] for results in run["results"])
+@pytest.mark.parametrize("kind", ["", " of a list"])
+def test_records_in_another_order_are_refused_by_all(run, kind):
+    assert all(results[f"refuses another order{kind}"] for results in run["results"])
+
+
+def test_a_loss_that_gathers_over_processes_is_refused(run):
+    assert all(results["refuses to gather"] for results in run["results"])
 
 
 def test_noise_has_the_planned_variance_after_the_reduction(run):

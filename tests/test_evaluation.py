@@ -1,5 +1,6 @@
 """`compute_metrics` of the trainer: what is gathered over batches, and what is computed from it."""
 
+import re
 from functools import partial
 
 import numpy as np
@@ -58,6 +59,15 @@ def test_everything_else_that_the_model_returns_is_refused_with_the_remedy(make_
     options = {"eval_dataset": pairs(18, seed=1), "compute_metrics": retrieval_recall}
     with pytest.raises(ValueError, match="pass preprocess_logits_for_metrics=keep_embeddings to the trainer"):
         make_trainer(trainer_options=options).evaluate()
+
+
+@pytest.mark.parametrize(
+    "own, known", [({"a": pairs(8, seed=1)}, "(a)"), (pairs(8, seed=1), "(without names)")], ids=str
+)
+def test_a_name_is_that_of_an_own_dataset(make_trainer, own, known):
+    trainer = make_trainer(trainer_options={"eval_dataset": own})
+    with pytest.raises(ValueError, match=re.escape(f"'b' is none of the trainer's evaluation datasets {known}")):
+        trainer.evaluate("b")
 
 
 def test_ids_must_be_as_many_as_records():

@@ -289,6 +289,48 @@ def test_losses_that_remember_the_data_are_refused(tmp_path, of):
     assert run.state.global_step == 0
 
 
+class CallableLoss:
+    """Holds the module without being one."""
+
+    def __init__(self):
+        self.criterion = RememberingLoss()
+
+    def __call__(self, outputs, labels=None, **kwargs):
+        return self.criterion(outputs)
+
+
+def with_criterion(outputs, labels=None, criterion=None, **kwargs):
+    return criterion(outputs)
+
+
+HOLDERS = {"object": CallableLoss(), "partial": functools.partial(with_criterion, criterion=RememberingLoss())}
+
+
+@pytest.mark.parametrize("function", HOLDERS.values(), ids=HOLDERS)
+def test_losses_that_hold_what_remembers_the_data_are_refused(tmp_path, function):
+    args, records = arguments(tmp_path, max_steps=5), vectors(*[[1.0] * 4] * 8)
+    run = DPCLIPTrainer(ShowsRecords(), args, train_dataset=records, compute_loss_func=function)
+    with pytest.raises(RuntimeError, match="a buffer of the model or of the loss changed"):
+        run.train()
+
+
+class WithCriterion(DPCLIPTrainer):
+    """The usual way to bring a loss of one's own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.criterion = RememberingLoss()
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return self.criterion(model(**inputs))
+
+
+def test_trainers_that_hold_what_remembers_the_data_are_refused(tmp_path):
+    run = WithCriterion(ShowsRecords(), arguments(tmp_path, max_steps=5), train_dataset=vectors(*[[1.0] * 4] * 8))
+    with pytest.raises(RuntimeError, match="a buffer of the model or of the loss changed"):
+        run.train()
+
+
 def draws_by_length(records):
     """A transform that draws more random numbers for a longer caption."""
     torch.rand(len(records["text"][0]))
@@ -356,6 +398,22 @@ class FrozenQueue(Given):
         return super().forward(vector)
 
 
+class ReplacedQueue(FrozenQueue):
+    """The same, put in the place of the former."""
+
+    def forward(self, vector, labels=None):
+        self.queue = nn.Parameter(vector.mean(0).detach(), requires_grad=False)
+        return Given.forward(self, vector)
+
+
+class LateQueue(Given):
+    """The same, made in the first forward pass."""
+
+    def forward(self, vector, labels=None):
+        self.queue = nn.Parameter(vector.mean(0).detach(), requires_grad=False)
+        return super().forward(vector)
+
+
 class Renormalised(Given):
     """Writes to a trained parameter, as an embedding with `max_norm` does to the rows that it looks up."""
 
@@ -371,6 +429,8 @@ class Renormalised(Given):
         (Queue, "keeps statistics of the private data"),
         (HiddenQueue, "keeps statistics of the private data"),
         (FrozenQueue, "carries private data past the mechanism"),
+        (ReplacedQueue, "put in the place of another"),
+        (LateQueue, "a parameter was added"),
     ],
 )
 def test_models_that_remember_the_data_are_refused(kind, refusal, tmp_path):

@@ -259,6 +259,13 @@ def test_a_search_takes_the_arguments_of_the_trainers_in_their_order(make_search
     assert best.run_id == "0"
 
 
+def test_before_training_all_planned_steps_are_ahead(make_trainer):
+    trainer = make_trainer(max_steps=3)
+    assert trainer.planned_steps == 3
+    with pytest.raises(ValueError, match="no privacy plan without a train_dataset"):
+        DPCLIPTrainer(tiny_clip(), trainer.args).remaining_steps  # noqa: B018
+
+
 def test_a_target_is_that_of_each_trial(make_searcher):
     trainer = make_searcher(target_epsilon=1.0, accountant="rdp")
     search(trainer, n_trials=2)

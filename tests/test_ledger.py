@@ -1,6 +1,7 @@
 """The ledger: every step is in it before it is taken, whatever happens, and all runs on a dataset add up."""
 
 import errno
+import fcntl
 import itertools
 import json
 import math
@@ -8,6 +9,8 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
 from pathlib import Path
 
 import dp_accounting
@@ -257,6 +260,18 @@ def test_a_crash_between_recording_and_stepping_counts_the_step(crowded):
     ledger, _ = crowded
     crashed = [record for record in ledger.runs() if record.datasets == ("crashed",)]
     assert [(record.steps, record.reserved) for record in crashed] == [(2, 18)] * 2
+
+
+def test_a_reader_waits_for_who_is_writing(tmp_path):
+    ledger = Ledger(tmp_path / LEDGER_NAME)
+    ledger.begin("run", plan(), 20).before_step()
+    with ThreadPoolExecutor(1) as reader, open(ledger.path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        read = reader.submit(ledger.runs)
+        with pytest.raises(NotYet):
+            read.result(timeout=0.3)
+        fcntl.flock(file, fcntl.LOCK_UN)
+        assert len(read.result(timeout=60)) == 1
 
 
 def test_of_two_runs_that_only_fit_the_budget_one_at_a_time_one_is_refused(crowded):
@@ -574,6 +589,12 @@ def test_the_command_takes_an_output_folder_and_closes_a_run(make_trainer, tmp_p
     Ledger(tmp_path / LEDGER_NAME).begin("crashed", plan(), 20).before_step()
     assert main(["ledger", str(tmp_path), "--close", "crashed"]) == 0
     assert "not ended" not in capsys.readouterr().out
+
+
+def test_the_command_says_that_nothing_is_recorded(tmp_path, capsys):
+    (tmp_path / LEDGER_NAME).touch()
+    assert main(["ledger", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"No run is recorded in {tmp_path / LEDGER_NAME}.\n"
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,27 @@ def test_the_model_index_holds_the_last_results(trained):
     assert (data.model_name, data.metrics, data.datasets) == ("clip", ["accuracy"], ["me/scans"])
 
 
+def test_several_evaluation_datasets_stand_in_one_row(trained, tmp_path):
+    datasets = {"new": pairs(8, seed=1), "old": pairs(8, seed=2)}
+    trainer = trained(evaluated=True, trainer_options={"eval_dataset": datasets})
+    card = card_of(trainer, model_name="clip")
+    new, old = ([e for e in trainer.state.log_history if f"eval_{name}_loss" in e][-1] for name in datasets)
+    row = f"| 2 | {trainer.plan.epsilon(2):.4g} | {new['eval_new_loss']:.4g} | {old['eval_old_loss']:.4g} |"
+    assert row in card
+    assert {each.metric_type for each in ModelCard(card).data.eval_results} == {"new_loss", "old_loss"}
+    assert (tmp_path / "privacy_utility.png").exists()
+
+
+def test_evaluations_without_a_common_metric_make_no_figure(make_trainer, tmp_path):
+    trainer = make_trainer(logging_steps=1)
+    trainer.evaluate(pairs(8, seed=1))
+    trainer.train()
+    trainer.evaluate(pairs(8, seed=2), metric_key_prefix="eval_other")
+    trainer.state.log_history = [{"step": 0, "eval_loss": 2.0}, *trainer.state.log_history]
+    assert "privacy_utility.png" not in card_of(trainer)
+    assert not (tmp_path / "privacy_utility.png").exists()
+
+
 def test_without_evaluations_there_is_no_model_index(trained):
     assert "model-index" not in card_of(trained())
 

@@ -226,6 +226,11 @@ def test_a_model_without_known_layers_is_refused():
         lora_config(nn.Sequential(nn.Linear(2, 2)))
 
 
+def test_a_rank_is_a_number():
+    with pytest.raises(ValueError, match="r=True is not possible"):
+        lora_config(tiny_clip(), r=True)
+
+
 def test_lora_config_passes_further_fields_on():
     config = lora_config(tiny_clip(), r=4, lora_dropout=0.1)
     assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 8, 0.1)

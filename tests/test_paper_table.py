@@ -47,8 +47,9 @@ def test_every_arm_has_its_row(monkeypatch, tmp_path, hundred_digits):
     assert json.loads(rows.read_text()) == measured
 
 
-def test_the_command_of_a_row_asks_for_that_row_alone(monkeypatch, tmp_path):
+def test_the_command_of_a_row_asks_for_that_row_alone(monkeypatch):
     asked = ["--epsilons", "3", "--seeds", "0", "7", "--num_microbatches", "16", "128"]
+    asked += ["--max_steps", "5", "--rows", "some.json"]
     monkeypatch.setattr(sys, "argv", ["paper_table.py", *asked])
     args = PAPER_TABLE.parse_arguments()
     wanted = PAPER_TABLE.wanted_rows(args, "mnist-5k")
@@ -56,7 +57,9 @@ def test_the_command_of_a_row_asks_for_that_row_alone(monkeypatch, tmp_path):
         _, script, *options = PAPER_TABLE.command(row, args).split()
         assert script == "examples/paper_table.py"
         monkeypatch.setattr(sys, "argv", [script, *options])
-        assert PAPER_TABLE.wanted_rows(PAPER_TABLE.parse_arguments(), "mnist-5k") == [row]
+        own = PAPER_TABLE.parse_arguments()
+        assert PAPER_TABLE.wanted_rows(own, "mnist-5k") == [row]
+        assert own.max_steps == 5
 
 
 def test_numbers_of_microbatches_are_rows_of_their_own(monkeypatch, tmp_path, hundred_digits):

@@ -160,6 +160,22 @@ def test_encoded_private_records_are_recognised():
     assert shared_rows(private, pairs(8, seed=1)) == 0
 
 
+def test_columns_of_one_name_are_compared_only_if_both_hold_images():
+    private = Dataset.from_dict({"image": [{"bytes": None, "path": "a.png"}], "pixel_values": [[0.5]]})
+    assert shared_rows(private, raw_pairs(3)) == 0
+
+
+class OfAReport(ImageTextCollator):
+    def __init__(self, processor):
+        super().__init__(processor, image_column="scan", text_column="report")
+
+
+def test_a_collator_with_a_constructor_of_its_own_encodes_public_records():
+    public = raw_pairs(3).rename_columns({"text": "report"}).remove_columns("image")
+    (chunk,) = encode_public_negatives(public, OfAReport(tiny_processor()), None, batch_size=9)
+    assert len(chunk["input_ids"]) == 3 and "pixel_values" not in chunk
+
+
 def test_class_prompts_are_public_although_they_are_the_captions():
     assert shared_rows(raw_pairs(8), CAPTIONS) == 0
 

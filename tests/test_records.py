@@ -7,7 +7,7 @@ from datasets import Dataset, Image
 from factories import pairs, pictures, raw_pairs
 
 from hf_dpclip import DPCLIPTrainer
-from hf_dpclip.records import sampled_digest
+from hf_dpclip.digests import sampled_digest
 
 
 def with_files(folder, text: str = "a") -> Dataset:
@@ -49,8 +49,42 @@ def test_columns_may_come_in_any_order():
     assert sampled_digest(raw_pairs(4)) == sampled_digest(raw_pairs(4).select_columns(["text", "image"]))
 
 
-def test_of_other_datasets_nothing_is_compared():
-    assert sampled_digest([1, 2]) is None
+class Read(torch.utils.data.Dataset):
+    """What a function makes of the number of a record."""
+
+    def __init__(self, read):
+        self.read = read
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        return self.read(index)
+
+
+def test_other_datasets_are_compared_by_what_is_read():
+    records = [{"pixel_values": torch.full((2, 2), float(row)), "text": str(row)} for row in range(16)]
+    digest = sampled_digest(records)
+    assert digest == sampled_digest([dict(record) for record in records]) == sampled_digest(Read(records.__getitem__))
+    assert sampled_digest(records[::-1]) != digest != sampled_digest([*records[:-1], records[0]])
+
+
+def test_what_is_drawn_from_the_global_generators_is_the_same(torch_seed=3):
+    torch.manual_seed(torch_seed)
+    noisy = Read(lambda index: torch.rand(3) + index)
+    before = torch.get_rng_state()
+    assert sampled_digest(noisy) == sampled_digest(noisy) is not None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_records_that_are_never_the_same_are_not_compared():
+    generator = torch.Generator().manual_seed(0)
+    assert sampled_digest(Read(lambda index: torch.rand(3, generator=generator))) is None
+
+
+def test_images_are_what_they_show_wherever_they_are(tmp_path):
+    here, there = with_files(tmp_path / "here"), with_files(tmp_path / "there")
+    assert sampled_digest([*here]) == sampled_digest([*there]) != sampled_digest([*here][::-1])
 
 
 # ---- Evaluation ----

@@ -8,7 +8,8 @@ from factories import arguments, pairs, tiny_clip, tiny_processor
 from PIL import Image as PILImage
 
 from hf_dpclip import DPCLIPTrainer, ImageTextCollator
-from hf_dpclip.shared_images import image_digests, warn_of_shared_images
+from hf_dpclip.digests import file_digests
+from hf_dpclip.shared_images import warn_of_shared_images
 
 
 def captioned(values: list[int | None], **columns) -> Dataset:
@@ -58,7 +59,7 @@ def test_paths_are_compared_where_images_are_not_part_of_the_dataset(caplog, tmp
 
 def test_images_are_not_decoded():
     broken = Dataset.from_dict({"image": [{"bytes": b"no image", "path": None}] * 2}).cast_column("image", Image())
-    assert len(set(image_digests(broken, "image"))) == 1
+    assert len(set(file_digests(broken, "image"))) == 1
 
 
 def test_images_of_nothing_are_not_the_same_image(caplog):

@@ -185,10 +185,18 @@ def test_processes_that_do_not_know_of_one_another_are_refused(tmp_path, monkeyp
         DPCLIPTrainer(tiny_clip(), args, train_dataset=pairs(64))
 
 
-def test_a_device_without_float64_is_refused(make_trainer, monkeypatch):
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+def test_a_device_without_float64_or_generators_that_are_kept_is_refused(make_trainer, monkeypatch, device):
     trainer = make_trainer()
-    monkeypatch.setattr(DPTrainingArguments, "device", torch.device("mps"))
-    with pytest.raises(ValueError, match=r"mps.* has no float64.*use_cpu=True"):
+    monkeypatch.setattr(DPTrainingArguments, "device", torch.device(device))
+    with pytest.raises(ValueError, match=rf"{device} devices.*mps has no float64.*use_cpu=True"):
+        check_environment(trainer)
+
+
+def test_precision_that_keeps_statistics_is_refused(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    monkeypatch.setattr(trainer.accelerator.state, "_mixed_precision", "fp8")
+    with pytest.raises(ValueError, match=r"fp8.*largest values that it has seen.*bf16"):
         check_environment(trainer)
 
 
@@ -260,14 +268,14 @@ def test_a_change_of_requires_grad_during_training_is_refused(make_trainer, requ
 
 @pytest.mark.parametrize("option", ["pruner", "timeout", "catch"])
 def test_a_search_in_which_one_process_would_leave_the_others_waiting_is_refused(option):
-    settings = {"backend": HPSearchBackend.OPTUNA, option: 60}
-    check_search(settings, 1)
+    backend, settings = HPSearchBackend.OPTUNA, {option: 60}
+    check_search(backend, settings, 1)
     with pytest.raises(ValueError, match=f"{option} ends a trial or the search on process 0 only"):
-        check_search(settings, 2)
+        check_search(backend, settings, 2)
 
 
 def test_a_search_whose_processes_would_not_have_the_same_trials_is_refused():
-    settings = {"backend": HPSearchBackend.WANDB}
-    check_search(settings, 1)
+    backend, settings = HPSearchBackend.WANDB, {}
+    check_search(backend, settings, 1)
     with pytest.raises(ValueError, match="use backend='optuna', or one process"):
-        check_search(settings, 2)
+        check_search(backend, settings, 2)

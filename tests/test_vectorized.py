@@ -9,6 +9,8 @@ from factories import BOS, EOS, IMAGE_SIZE, tiny_clip, with_adapters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_dpclip.gradients import (
     ContrastiveModel,
@@ -398,7 +400,30 @@ def softened(model):
     model.vision_model.encoder.layers[0].mlp.activation_fn = nn.Softmax(dim=0)
 
 
-@pytest.mark.parametrize("change, named", [(hooked, "hook"), (patched, "forward of its own"), (softened, "Softmax")])
+def time_first(model):
+    model.vision_model.encoder.layers[0].self_attn = nn.MultiheadAttention(16, 2, batch_first=False)
+
+
+def contrasting_values(module, query, key, value, attention_mask, **kwargs):
+    """Attention that looks at the whole batch."""
+    return sdpa_attention_forward(module, query, key, value - value.mean(dim=0), attention_mask, **kwargs)
+
+
+def with_other_attention(model):
+    AttentionInterface.register("contrasting", contrasting_values)
+    model.vision_model.config._attn_implementation = "contrasting"
+
+
+CHANGES = [
+    (with_other_attention, "attention is 'contrasting'"),
+    (hooked, "hook"),
+    (patched, "forward of its own"),
+    (softened, "Softmax"),
+    (time_first, "MultiheadAttention"),
+]
+
+
+@pytest.mark.parametrize("change, named", CHANGES)
 def test_what_may_mix_rows_is_an_obstacle(change, named):
     model = tiny_clip()
     assert obstacle(model) is None

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from transformers import AutoModel, AutoProcessor
 from ..arguments import DPTrainingArguments
 from ..collators import ImageTextCollator, encoded_texts
 from ..data import caption_by_label, class_prompts
+from ..evaluation import in_evaluation_mode
 from ..models import lora_config
 from ..presets import PRESETS
 from ..trainer import DPCLIPTrainer
@@ -118,19 +120,25 @@ class FineTune:
             max_steps (`int`, *optional*): by default as many as learn well at this size; without privacy, as many as
                 learn wrong labels by heart.
 
-        Raises `ValueError` for an unknown dataset or too few records.
+        Raises `ValueError` for an unknown dataset, too few records, or no step.
         """
+        if max_steps is not None and max_steps < 1:
+            raise ValueError(f"max_steps={max_steps} is not possible: expected a whole number of at least 1.")
         if target_epsilon is not None and self.num_canaries + self.num_members < PRIVATE_BATCH:
             raise ValueError(
                 f"{self.num_canaries} canaries and {self.num_members} other records are fewer than the "
-                f"{PRIVATE_BATCH} of an expected batch: raise --num-canaries or --num-members."
+                f"{PRIVATE_BATCH} of an expected batch: raise num_canaries or num_members."
             )
+        with TemporaryDirectory() as folder:
+            return self._audit(self._arguments(folder, target_epsilon, max_steps))
+
+    def _audit(self, args: DPTrainingArguments) -> FineTuneAudit:
         model, processor = self._model_and_processor()
         canaries, members, others, prompts = self.records()
         collator = ImageTextCollator(processor, text_column="caption")
         trainer = DPCLIPTrainer(
             model,
-            self._arguments(target_epsilon, max_steps),
+            args,
             collator,
             concatenate_datasets([members, canaries]),
             processing_class=processor,
@@ -139,7 +147,7 @@ class FineTune:
         of_canaries, *of_records = [LabelLosses(each, processor, prompts) for each in (canaries, members, others)]
         start, accuracy_at_start = _attack(trainer.model, *of_records)
         tossed = Canaries.toss(np.arange(len(members), len(members) + len(canaries)))
-        every = LOOK_EVERY if target_epsilon is None else 1
+        every = LOOK_EVERY if args.non_private else 1
         run = audit_run(trainer, tossed, of_canaries, every=every)
         scores = of_canaries.scores(trainer.model)
         by_coin = Membership(scores[tossed.included], scores[~tossed.included])
@@ -150,14 +158,14 @@ class FineTune:
         if min(self.num_canaries, self.num_members) < 1:
             raise ValueError(
                 f"{self.num_canaries} canaries and {self.num_members} other records show nothing: give at least 1 of "
-                "both as --num-canaries and --num-members, better hundreds."
+                "both as num_canaries and num_members, better hundreds."
             )
         dataset, template = drawn(self.dataset_name), PRESETS[self.dataset_name].template
         ends = np.cumsum([self.num_canaries, self.num_members, self.num_members])
         if ends[-1] > len(dataset):
             raise ValueError(
                 f"{self.num_canaries} canaries and twice {self.num_members} records are more than the {len(dataset)} "
-                f"of {self.dataset_name}: lower --num-canaries or --num-members."
+                f"of {self.dataset_name}: lower num_canaries or num_members."
             )
         names = dataset.features["label"].names
         mislabelled = dataset.select(range(ends[0])).map(partial(_mislabel, classes=len(names)), with_indices=True)
@@ -173,17 +181,17 @@ class FineTune:
         return get_peft_model(model, lora_config(model, r=self.lora_rank)) if self.lora_rank else model, processor
 
     @staticmethod
-    def _arguments(target_epsilon: float | None, max_steps: int | None) -> DPTrainingArguments:
+    def _arguments(output_dir: str, target_epsilon: float | None, max_steps: int | None) -> DPTrainingArguments:
         private = target_epsilon is not None
         return DPTrainingArguments(
-            output_dir="outputs/audit",
+            output_dir=output_dir,
             target_epsilon=target_epsilon,
             non_private=not private,
             # The theorem multiplies δ by the number of canaries: with 1/n, no guesses would tell anything.
             target_delta=1e-6,
             max_grad_norm=1.0 if private else UNCLIPPED,
             per_device_train_batch_size=PRIVATE_BATCH if private else 64,
-            max_steps=max_steps or (40 if private else 900),
+            max_steps=max_steps if max_steps is not None else 40 if private else 900,
             microbatch_size=1,
             learning_rate=1e-3,
             lr_scheduler_type="constant",
@@ -198,7 +206,7 @@ class FineTune:
 def drawn(dataset_name: str) -> Dataset:
     """All training records of a preset in a random order, the same each time. Raises `ValueError` if there is none."""
     if dataset_name not in PRESETS:
-        raise ValueError(f"--dataset-name {dataset_name} is not known: choose one of {', '.join(PRESETS)}.")
+        raise ValueError(f"dataset_name={dataset_name!r} is not known: choose one of {', '.join(PRESETS)}.")
     return PRESETS[dataset_name].load()["train"].shuffle(seed=0)
 
 
@@ -230,9 +238,9 @@ class LabelLosses:
         return float((self._logits(model).argmax(dim=1).cpu() == self.labels).float().mean())
 
     def _logits(self, model: nn.Module) -> Tensor:
-        model.eval()
         pixel_values, texts = self.pixel_values.to(model.device), self.texts.to(model.device)
-        return model(pixel_values=pixel_values, **texts).logits_per_image.float()
+        with in_evaluation_mode(model):
+            return model(pixel_values=pixel_values, **texts).logits_per_image.float()
 
 
 def _attack(model: nn.Module, members: LabelLosses, others: LabelLosses) -> tuple[Membership, float]:

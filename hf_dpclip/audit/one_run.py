@@ -4,6 +4,7 @@ Each canary is in the run or not by a fair coin of its own. Afterwards the adver
 canaries about which it is surest, and the number of right guesses bounds ε from below.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,7 +111,8 @@ class RunAudit:
 
     @property
     def refuted(self) -> bool:
-        """Whether a bound exceeds the claim."""
+        """Whether a bound exceeds the claim, which happens to a true one with a probability of at most twice what
+        either confidence leaves."""
         return max(self.white_box, self.black_box) > self.claimed_epsilon
 
 
@@ -126,8 +128,12 @@ def audit_run(
         confidence (`float`, *optional*, defaults to 0.999): of each lower bound.
         every (`int`, *optional*): the white-box adversary looks at one release out of so many.
 
-    Raises `ValueError` where canaries are not units of their own.
+    Raises `ValueError` where canaries are not units of their own, and for fewer than two.
     """
+    if len(canaries.units) < 2:
+        raise ValueError(
+            f"{len(canaries.units)} canaries are too few: one is said to be in, and another out. Give at least 2."
+        )
     if trainer.args.privacy_unit_column is not None:
         raise ValueError("canaries are single records: audit the run without privacy_unit_column.")
     white_box = WhiteBox(losses, every)
@@ -141,7 +147,8 @@ def audit_run(
     spent = trainer.privacy_spent()
     scores = white_box.scores.double().cpu().numpy(), black_box.double().cpu().numpy()
     bounds = [best_bound(each, canaries.included, spent.delta, confidence) for each in scores]
-    accuracies = [correct_guesses(each, canaries.included, len(each)) / len(each) for each in scores]
+    guesses = number_of_guesses(len(canaries.units), 1)
+    accuracies = [correct_guesses(each, canaries.included, guesses) / guesses for each in scores]
     return RunAudit(spent.epsilon, spent.delta, *bounds, *accuracies, confidence, len(canaries.units))
 
 
@@ -153,11 +160,17 @@ def best_bound(scores: np.ndarray, included: np.ndarray, delta: float, confidenc
         included (`np.ndarray` of `bool`): the truth.
     """
     each = 1 - (1 - confidence) / len(GUESS_SHARES)
-    guesses = [max(2, round(share * len(scores) / 2) * 2) for share in GUESS_SHARES]
+    guesses = {number_of_guesses(len(scores), share) for share in GUESS_SHARES}
     return max(
         one_run_lower_bound(len(scores), count, correct_guesses(scores, included, count), delta, each)
         for count in guesses
     )
+
+
+def number_of_guesses(num_canaries: int, share: float) -> int:
+    """About a share of the canaries, of which there are two or more: as many said to be in as out, and none to be
+    both."""
+    return 2 * max(1, math.floor(share * num_canaries / 2))
 
 
 def correct_guesses(scores: np.ndarray, included: np.ndarray, guesses: int) -> int:

@@ -31,8 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = "a CLIPModel (default: a small one with random weights)"
     whole.add_argument("--model-name-or-path", metavar="MODEL", help=model)
     whole.add_argument("--dataset-name", default="mnist-5k", help="a preset (default: %(default)s)")
-    whole.add_argument("--target-epsilon", type=float, default=8.0, help="ε of the run (default: %(default)s)")
-    whole.add_argument("--non-private", action="store_true", help="train without privacy instead, to compare")
+    privacy = whole.add_mutually_exclusive_group()
+    privacy.add_argument("--target-epsilon", type=float, default=8.0, help="ε of the run (default: %(default)s)")
+    privacy.add_argument("--non-private", action="store_true", help="train without privacy instead, to compare")
     whole.add_argument("--num-canaries", type=int, default=300, help="canaries (default: %(default)s)")
     whole.add_argument("--num-members", type=int, default=600, help="other records (default: %(default)s)")
     whole.add_argument("--max-steps", type=int, help="steps (default: those of docs/auditing.md)")

@@ -34,6 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     found = totals(ledger.runs(), arguments.delta)
     if arguments.json:
         print(json.dumps([_as_dict(total) for total in found], indent=2))
+    elif not found:
+        print(f"No run is recorded in {ledger.path}.")
     elif sys.stdout.isatty():
         _print_tables(found)
     else:

@@ -13,6 +13,7 @@ from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from torch.nn.modules import activation
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedConfig
 
 from ..seeding import seeded
 from .factored import Dense, Joined, Outer, Sparse, multiplied_out
@@ -27,6 +28,8 @@ from .vectorizable import VectorizableModel
 # Modules that treat every row of a batch by itself, whose layers dimension 0 tells apart: some by class, others by the
 # file that defines them.
 ROW_WISE = (nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm, nn.Embedding, nn.Conv2d, nn.Dropout, nn.Identity)
+# Attention is a function that the configuration names; others may be registered under names of their own.
+ROW_WISE_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterDict)
 ROW_WISE_FILES = (
     "transformers.models.altclip.modeling_altclip",
@@ -144,6 +147,10 @@ def obstacle(model: nn.Module) -> str | None:
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return "activation checkpointing runs the forward pass again, out of sight"
     for name, module in model.named_modules():
+        config = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig) and config._attn_implementation not in ROW_WISE_ATTENTION:
+            unknown = config._attn_implementation
+            return f"its attention is {unknown!r}, which is not known to treat every row of a batch by itself"
         if not _is_row_wise(module):
             return f"{name} is a {type(module).__name__}, which is not known to treat every row of a batch by itself"
         # Accelerate replaces the outermost module's, for autocast.

@@ -5,6 +5,7 @@ import re
 from peft import LoraConfig, PeftMixedModel, PeftModel
 from torch import nn
 
+from ..privacy.plan import is_whole
 from .clip_vqa import CLIPForVisualQuestionAnswering
 
 
@@ -44,7 +45,7 @@ def lora_config(
         model = peft.get_peft_model(model, lora_config(model, r=8))
         ```
     """
-    if not isinstance(r, int) or r < 1:
+    if not is_whole(r) or r < 1:
         raise ValueError(f"r={r!r} is not possible: the rank must be a whole number of at least 1, e.g. 8.")
     matching = {name: module for name, module in model.named_modules() if _ADAPTED.fullmatch(name)}
     excluded = [
@@ -66,7 +67,9 @@ def lora_config(
         kwargs = {"modules_to_save": ["head"], **kwargs}
     if excluded:
         kwargs = {"exclude_modules": excluded, **kwargs}
-    return LoraConfig(r=r, lora_alpha=lora_alpha or 2 * r, target_modules=_ADAPTED.pattern, **kwargs)
+    return LoraConfig(
+        r=r, lora_alpha=2 * r if lora_alpha is None else lora_alpha, target_modules=_ADAPTED.pattern, **kwargs
+    )
 
 
 def base_model(model: nn.Module) -> nn.Module:

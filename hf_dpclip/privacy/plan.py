@@ -84,7 +84,7 @@ class PrivacyPlan:
         that no noise multiplier reaches.
         """
         plan = cls(noise_multiplier=PLENTY_OF_NOISE, **fields)
-        target = _positive(target_epsilon) and target_epsilon <= LARGEST_TARGET
+        target = is_positive(target_epsilon) and target_epsilon <= LARGEST_TARGET
         expected = f"a positive number of at most {LARGEST_TARGET}, e.g. 3.0; beyond, no record is protected"
         _require(target, "target_epsilon", target_epsilon, expected)
         noise_multiplier = accounting.calibrate_noise_multiplier(
@@ -186,14 +186,14 @@ class PrivacyPlan:
         n, batch = self.num_examples, self.expected_batch_size
         yield "expected_batch_size", batch <= n, f"at most the {n} privacy units of the dataset; lower the batch size"
         yield "num_microbatches", self.num_microbatches <= batch, f"at most expected_batch_size={batch}, one unit each"
-        delta = _positive(self.target_delta) and self.target_delta < 1 / n
+        delta = is_positive(self.target_delta) and self.target_delta < 1 / n
         yield "target_delta", delta, f"positive and below 1/n = {1 / n:.3g}; unset is n**-1.1, for at least two units"
         # Below 1e-6, float32 squares of coordinates that matter would vanish from the norm.
-        bound = _positive(self.max_grad_norm) and self.max_grad_norm >= 1e-6
+        bound = is_positive(self.max_grad_norm) and self.max_grad_norm >= 1e-6
         yield "max_grad_norm", bound, "a finite number of at least 1e-6, e.g. 1.0"
-        noise = _positive(self.noise_multiplier) or (self.noise_multiplier == 0 and self.non_private)
+        noise = is_positive(self.noise_multiplier) or (self.noise_multiplier == 0 and self.non_private)
         yield "noise_multiplier", noise, "a positive, finite number (0 only with non_private=True)"
-        target = self.target_epsilon is None or _positive(self.target_epsilon)
+        target = self.target_epsilon is None or is_positive(self.target_epsilon)
         yield "target_epsilon", target, "a positive, finite number, e.g. 3.0"
         yield "accountant", self.accountant in accounting.ACCOUNTANTS, " or ".join(accounting.ACCOUNTANTS)
         tiny = self.accountant == "pld" and self.target_delta < accounting.SMALLEST_PLD_DELTA
@@ -226,8 +226,9 @@ def is_whole(number: Any) -> bool:
     return isinstance(number, int) and not isinstance(number, bool)
 
 
-def _positive(value: float) -> bool:
-    return isinstance(value, int | float) and 0 < value < math.inf
+def is_positive(number: Any) -> bool:
+    """Whether it is a positive, finite number, which `True` is not."""
+    return isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf
 
 
 def _require(condition: bool, name: str, value: Any, expected: str):

@@ -122,6 +122,40 @@ def refuses_another_order(folder: Path) -> bool:
     return False
 
 
+def refuses_another_order_of_a_list(folder: Path) -> bool:
+    """The same with records in a list, as a set of files gives them."""
+    records = [*pairs(64)][:: 1 - 2 * PartialState().process_index]
+    try:
+        DPCLIPTrainer(tiny_clip(), arguments(folder, per_device_train_batch_size=4), train_dataset=records).train()
+    except ValueError as error:
+        return "in another order" in str(error)
+    return False
+
+
+class Gathering(DPCLIPTrainer):
+    """Contrasts the texts of this process with the images of all."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        outputs = model(**inputs)
+        images = [torch.empty(16, 8) for _ in range(2)]
+        own = torch.nn.functional.pad(outputs.image_embeds.detach(), (0, 0, 0, 16 - len(outputs.image_embeds)))
+        torch.distributed.all_gather(images, own)
+        return (outputs.text_embeds @ torch.cat(images).T).exp().sum()
+
+
+def refuses_to_gather(folder: Path) -> bool:
+    """Whether a loss that learns from the other process is found out before anything of it is released."""
+    # Draws with pairs for both processes: one without would not join in.
+    args = arguments(folder, per_device_train_batch_size=4, max_steps=1, noise_seed=5)
+    trainer = Gathering(tiny_clip(), args, train_dataset=pairs(64))
+    before = flat_weights(trainer.model)
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        return "gathers over processes" in str(error) and torch.equal(flat_weights(trainer.model), before)
+    return False
+
+
 def exact_update(folder: Path) -> torch.Tensor:
     """One step without noise whose draws are reproducible: the same as that of one process."""
     settings = {"non_private": True, "noise_seed": 5, "microbatch_size": 2, "optim": "sgd", "learning_rate": 1.0}
@@ -217,6 +251,8 @@ def main():
         "secure": secure_release().numpy(),
         "refuses a mixture": refuses_a_mixture(),
         "refuses another order": refuses_another_order(folder / "orders"),
+        "refuses another order of a list": refuses_another_order_of_a_list(folder / "lists"),
+        "refuses to gather": refuses_to_gather(folder / "gathering"),
         "draws": draws(folder),
     }
     with buckets_of(1001):
