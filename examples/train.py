@@ -154,8 +154,9 @@ def main():
         # Also shows, before anything is spent, whether the held-out records can be evaluated.
         scores = {"before": score(job.trainer.model)}
         job.trainer.train(resume_from_checkpoint=job.trainer.args.resume_from_checkpoint)
+        # Before anything that could fail: ε is spent.
+        folder = save(job.trainer)
         scores["after"] = score(job.trainer.model)
-    folder = save(job.trainer)
     if job.arguments.compare_non_private and job.accuracy:
         scores["without privacy"] = job.accuracy(train_without_privacy(job))
     if job.trainer.is_world_process_zero():
@@ -170,6 +171,11 @@ def errors_in_one_line(program: str) -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{program}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(
+            f"{program}: interrupted. What was spent stands in the ledger, beside the output; "
+            "--resume_from_checkpoint True goes on from the last checkpoint, if there is one."
+        )
 
 
 def parse_arguments(argv: list[str], example_arguments: type, defaults: dict, embedded_defaults: dict) -> tuple:
@@ -377,6 +383,7 @@ def train_without_privacy(job: Job):
 def save(trainer: DPCLIPTrainer) -> Path:
     """A folder that `from_pretrained` and `pipeline` open: adapters are merged into the weights."""
     trainer.save_model()
+    trainer.create_model_card()
     folder = Path(trainer.args.output_dir)
     if not isinstance(trainer.model, PeftModel):
         return folder

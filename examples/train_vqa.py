@@ -110,9 +110,11 @@ def main():
     with errors_in_one_line("train_vqa.py"):
         arguments, args = parse_arguments(sys.argv[1:], ExampleArguments, DEFAULTS, EMBEDDED_DEFAULTS)
         trainer = prepare(arguments, args)
+        # Also shows, before anything is spent, whether the held-out records can be evaluated.
+        trainer.evaluate()
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    scores = {"CLIP, private": trainer.evaluate()["eval_vqa_accuracy"]}
-    folder = save(trainer)
+        folder = save(trainer)
+        scores = {"CLIP, private": trainer.evaluate()["eval_vqa_accuracy"]}
     if arguments.compare_non_private:
         scores |= without_privacy(trainer, arguments)
     if trainer.is_world_process_zero():
@@ -162,7 +164,7 @@ def load_data(arguments: ExampleArguments, unit: str | None) -> tuple[Dataset, D
             "private records would give away answers that occur only once."
         )
     train, held_out = private_and_held_out(splits, arguments, arguments.question_column, unit)
-    return train, held_out, arguments.answers.split(",")
+    return train, held_out, [answer.strip() for answer in arguments.answers.split(",")]
 
 
 def without_privacy(trainer: DPCLIPTrainer, arguments: ExampleArguments) -> dict[str, float]:

@@ -36,9 +36,9 @@ def saving(checkpoint: Path) -> Iterator[None]:
             # It is there, and could not be uploaded.
             raise
         raise OSError(
-            f"{checkpoint} could not be saved ({error}) and does not count as a checkpoint; earlier ones are as they "
-            "were. If the disk is full, make room (save_total_limit=2 keeps two checkpoints), then go on from the "
-            "last whole one with resume_from_checkpoint=True."
+            f"{checkpoint} could not be saved ({error}) and does not count as a checkpoint; earlier ones, if any, are "
+            "as they were. If the disk is full, make room (save_total_limit=2 keeps two checkpoints), then go on from "
+            "the last whole one with resume_from_checkpoint=True."
         ) from error
 
 

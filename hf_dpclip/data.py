@@ -170,7 +170,7 @@ def unusable_records(dataset: Any, collator: Callable[[list[Any]], Any]) -> dict
     Example:
         ```python
         unusable = unusable_records(train_dataset, collator)
-        usable = train_dataset.select(row for row in range(len(train_dataset)) if row not in unusable)
+        usable = train_dataset.select([row for row in range(len(train_dataset)) if row not in unusable])
         ```
     """
     check_dataset(dataset, "dataset")

@@ -23,9 +23,9 @@ from .shared_images import LOOKED_AT
 
 # Records for evaluation that are looked for among the private ones.
 COMPARED = 64
-# What processors make of images, sounds and texts; and private records that are looked at where they are encoded, and
-# hundreds of kilobytes long.
-ENCODED = ("pixel_values", "input_features", "input_ids")
+# What processors make of images and sounds; and private records that are looked at if they are hundreds of kilobytes of
+# that.
+ENCODED = ("pixel_values", "input_features")
 LOOKED_AT_ENCODED = 2_000
 
 
@@ -51,14 +51,16 @@ def check_dataset(dataset: Dataset, name: str = "train_dataset") -> None:
         raise ValueError(f"{name} is empty: check the split, and what filters have left of it.")
 
 
-def check_records(collator: Callable, *collated: Dataset | dict[str, Dataset] | None) -> None:
-    """Raises `ValueError` for records that a collator of ours cannot collate, those of evaluation included."""
-    if not isinstance(collator, PairCollator):
-        return
-    for candidate in collated:
-        for dataset in candidate.values() if isinstance(candidate, dict) else [candidate]:
-            if has_random_access(dataset) and len(dataset) > 0:
-                collator.check_records(dataset)
+def check_records(collator: Callable, collated: Dataset | dict[str, Dataset] | None, name: str) -> None:
+    """Raises `ValueError`, with the name of the dataset, for records that a collator of ours cannot collate."""
+    if isinstance(collated, dict):
+        for key, dataset in collated.items():
+            check_records(collator, dataset, f"{name}[{key!r}]")
+    elif isinstance(collator, PairCollator) and has_random_access(collated) and len(collated) > 0:
+        try:
+            collator.check_records(collated)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def first_batch(dataset: MicrobatchDataset) -> dict[str, Any]:
@@ -127,7 +129,10 @@ def check_evaluation_data(
     unit_column: str | None,
     name: str = "eval_dataset",
 ) -> None:
-    """Raises `ValueError` if metrics would be computed on the private records, or on others of the same units."""
+    """Raises `ValueError` if metrics would be computed on the private records, on others of the same units, or on
+    none."""
+    if has_random_access(evaluated) and len(evaluated) == 0:
+        raise ValueError(f"{name} is empty: check the split, and what filters have left of it.")
     if train_dataset is not None and evaluated is train_dataset:
         raise ValueError(
             f"{name} is the private training dataset, so its metrics would be raw statistics of private records: "
@@ -163,10 +168,11 @@ def _is_part_of(evaluated: Any, private: Any) -> bool:
     texts = [name for name in common if holds_texts(evaluated, name) and holds_texts(private, name)]
     files = [name for name in common if name in file_columns(evaluated) and name in file_columns(private)]
     encoded = [name for name in common if name in ENCODED and name not in files]
+    if not (files or encoded):
+        return False
     count = LOOKED_AT_ENCODED if encoded else LOOKED_AT
-    columns = (files, encoded, texts)
-    found = _first_records(evaluated, *columns, COMPARED) <= _first_records(private, *columns, count)
-    return bool(files or encoded) and found
+    columns = files, [*encoded, *(name for name in common if name == "input_ids")], texts
+    return _first_records(evaluated, *columns, COMPARED) <= _first_records(private, *columns, count)
 
 
 def _is_subset_of(evaluated: Subset, private: Any) -> bool:

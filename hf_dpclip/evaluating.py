@@ -62,7 +62,7 @@ class EvaluatingTrainer(Trainer):
         self._check_held_out(own if is_own else dataset, name)
         # What the trainer was made with was checked then.
         if not is_own:
-            data_validation.check_records(self.data_collator, dataset)
+            data_validation.check_records(self.data_collator, dataset, name)
 
     def _check_held_out(self, evaluated: Any, name: str) -> None:
         """Once for each dataset, since it reads the private one. Raises `ValueError` as the loaders do."""

@@ -1,9 +1,12 @@
 """What must not change between the beginning of training and a release."""
 
+import functools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 
 class StepGuard:
@@ -64,6 +67,19 @@ class StepGuard:
     def _versions(self) -> list[tuple[int, int]]:
         """What changes when a parameter, trained or not, is replaced in memory or written to."""
         return [(parameter.data_ptr(), parameter._version) for parameter in self._parameters]
+
+
+def modules_in_use(trainer: Trainer) -> nn.ModuleList:
+    """The model, the loss where it is a module or one of its methods, and the modules that the loss holds, or the
+    trainer, whose `compute_loss` may be overridden."""
+    loss: Any = trainer.compute_loss_func
+    given: list[Any] = []
+    if isinstance(loss, functools.partial):
+        loss, given = loss.func, [*loss.args, *loss.keywords.values()]
+    loss = getattr(loss, "__self__", loss)
+    held = [value for holder in (trainer, loss) for value in getattr(holder, "__dict__", {}).values()]
+    in_use = {id(each): each for each in (trainer.model, loss, *given, *held) if isinstance(each, nn.Module)}
+    return nn.ModuleList(in_use.values())
 
 
 def check_no_hooks(parameters: Iterable[nn.Parameter]) -> None:

@@ -39,8 +39,8 @@ def read_records(dataset: Dataset, numbers: list[int]) -> list[Any]:
         number, cause = next(unreadable(dataset, numbers), (numbers[0], error))
         raise ValueError(
             f"{described(dataset, number)} cannot be read ({reason(cause)}): repair it, or leave it out, as in "
-            "dataset.select(row for row in range(len(dataset)) if row != "
-            f"{number}); hf_dpclip.data.unusable_records finds all of its kind. A run that has begun goes on, with "
+            "dataset.select([row for row in range(len(dataset)) if row != "
+            f"{number}]); hf_dpclip.data.unusable_records finds all of its kind. A run that has begun goes on, with "
             "resume_from_checkpoint=True, only if it is repaired: without it, the dataset is another."
         ) from cause
 
@@ -134,8 +134,9 @@ def check_text(text: Any, column: str) -> str:
     """The text itself. Raises `ValueError` for what is none."""
     if not isinstance(text, str):
         raise ValueError(
-            f"column {column!r} holds {kind_of(text)} where a text is expected: convert it with dataset.map, make one "
-            "record of each of several texts, or name another column; leave records without a text out."
+            f"column {column!r} holds {kind_of(text)} where a text is expected: convert it with dataset.map (a file "
+            "of numbers, to a Parquet file with that column as text), make one record of each of several texts, or "
+            "name another column; leave records without a text out."
         )
     return text
 

@@ -138,6 +138,7 @@ class RunningTrainer(PublishingTrainer):
             warn_of_unfinished_run(self.args.output_dir, self._run)
         self._steps_ahead = self._take_over(resume_from_checkpoint) if resume_from_checkpoint else self.plan.num_steps
         if trial is None and self.planned_steps == 0:
+            self._check_unchanged()
             return self._finished(resume_from_checkpoint)
         with explained():
             output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval, **kwargs)
@@ -167,7 +168,9 @@ class RunningTrainer(PublishingTrainer):
         """The end of a run whose steps have all been taken. The loop of the `Trainer` would take one more."""
         target_is_spent = self.remaining_steps == 0
         why = f"target_epsilon={self.plan.target_epsilon} is spent" if target_is_spent else f"{checkpoint} is the end"
-        logger.warning(f"{why}: no further step can be taken.")
+        logger.warning(
+            f"{why}: no further step can be taken. To spend more, change the arguments and call trainer.begin_run()."
+        )
         if checkpoint:
             best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
             self._load_from_checkpoint(best or checkpoint)

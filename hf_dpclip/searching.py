@@ -71,7 +71,13 @@ class SearchingTrainer(RunningTrainer):
             kwargs["pruner"] = _never()
         try:
             best = super().hyperparameter_search(
-                hp_space, compute_objective, n_trials, direction, backend, hp_name, **kwargs
+                hp_space and self._of_known_arguments(hp_space),
+                compute_objective,
+                n_trials,
+                direction,
+                backend,
+                hp_name,
+                **kwargs,
             )
         finally:
             if self.is_world_process_zero():
@@ -80,6 +86,21 @@ class SearchingTrainer(RunningTrainer):
             print(search_summary(self.privacy_statement()))
         (best,) = broadcast_object_list([best])
         return best
+
+    def _of_known_arguments(self, hp_space: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+        """The same space. Raises `ValueError` for a name that is none of an argument: trials would spend ε on it."""
+
+        def checked(trial: Any) -> dict[str, Any]:
+            values = hp_space(trial)
+            unknown = [name for name in values if name not in vars(self.args)]
+            if unknown:
+                raise ValueError(
+                    f"hp_space gives {unknown[0]!r}, which is no argument of {type(self.args).__name__}: correct the "
+                    "name. Trials that do not differ in it would spend ε for nothing."
+                )
+            return values
+
+        return checked
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)

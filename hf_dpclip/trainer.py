@@ -5,7 +5,6 @@ passes, `training_step` computes and clips the gradient of each, `_clip_grad_nor
 before every optimizer step) releases their noisy sum. Everything else is the `Trainer`'s.
 """
 
-import functools
 import inspect
 from typing import Any
 
@@ -24,7 +23,7 @@ from .collators import AudioTextCollator, ImageTextCollator, PairCollator, defau
 from .dataloader import ForwardBatchSampler, MicrobatchDataset, RecordNumbers, draws_samples, make_dataloader
 from .forward_pass import choose_forward_pass, make_contrastive_model
 from .gradients import contrastive_base
-from .guard import StepGuard
+from .guard import StepGuard, modules_in_use
 from .models import base_model
 from .planning import make_plan, planned_values, steps_per_epoch
 from .privacy import GaussianMechanism, PoissonSampler, PrivacyPlan, Randomness, SecureGaussianMechanism
@@ -134,7 +133,8 @@ class DPCLIPTrainer(SearchingTrainer):
         self._check_held_out(self.eval_dataset, "eval_dataset")
         contrasts_in_batch = self.can_return_loss and self.compute_loss_func is None and self.public_negatives is None
         validation.check_loss_decomposes(args.expected_batch_size // args.num_microbatches, contrasts_in_batch)
-        data_validation.check_records(self.data_collator, self.train_dataset, self.eval_dataset)
+        data_validation.check_records(self.data_collator, self.train_dataset, "train_dataset")
+        data_validation.check_records(self.data_collator, self.eval_dataset, "eval_dataset")
         batch = data_validation.first_batch(self._microbatch_dataset())
         data_validation.check_pairs_are_read(base_model(self.model), self.data_collator, batch)
         units = PrivacyUnits(self.train_dataset, args.privacy_unit_column, args.max_records_per_unit)
@@ -158,18 +158,6 @@ class DPCLIPTrainer(SearchingTrainer):
         """Whether nobody put another loss in the place of the one that the model returns."""
         own = getattr(self.compute_loss, "__func__", None) is DPCLIPTrainer.compute_loss
         return own and self.compute_loss_func is None
-
-    @property
-    def _modules_in_use(self) -> nn.ModuleList:
-        """The model, the loss where it is a module or one of its methods, and modules that either holds: the trainer,
-        whose `compute_loss` may be overridden, or the loss."""
-        loss, given = self.compute_loss_func, []
-        if isinstance(loss, functools.partial):
-            loss, given = loss.func, [*loss.args, *loss.keywords.values()]
-        loss = getattr(loss, "__self__", loss)
-        held = [value for holder in (self, loss) for value in getattr(holder, "__dict__", {}).values()]
-        in_use = {id(each): each for each in (self.model, loss, *given, *held) if isinstance(each, nn.Module)}
-        return nn.ModuleList(in_use.values())
 
     # ---- One step ----
 
@@ -219,7 +207,7 @@ class DPCLIPTrainer(SearchingTrainer):
         process, num_processes = self.args.process_index, self.args.world_size
         mechanism = SecureGaussianMechanism if self.args.secure_noise else GaussianMechanism
         self._mechanism = mechanism(self.plan, parameters, self._noise, process, num_processes)
-        self._guard = StepGuard(self._modules_in_use, self._planned_values["gradient_accumulation_steps"])
+        self._guard = StepGuard(modules_in_use(self), self._planned_values["gradient_accumulation_steps"])
         self._contrastive_model = make_contrastive_model(self, self._prepare_inputs)
         self._forward_pass = choose_forward_pass(
             self, self._mechanism, self._microbatch_dataset(), self._prepare_inputs, self._contrastive_model

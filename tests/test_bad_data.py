@@ -356,6 +356,21 @@ DATA = {
         "record 5 of the evaluation dataset cannot be read (UnidentifiedImageError",
         "repair it, or leave it out",
     ),
+    "no evaluation data": (
+        lambda f: processed(f, raw_pairs(8), options={"eval_dataset": other_raw_pairs(8).select([])}),
+        "eval_dataset is empty",
+        "check the split",
+    ),
+    "no evaluation data later": (
+        lambda f: processed(f, raw_pairs(8)).evaluate(other_raw_pairs(8).select([])),
+        "eval_dataset is empty",
+        "check the split",
+    ),
+    "evaluation without a caption of its own": (
+        lambda f: processed(f, raw_pairs(8), options={"eval_dataset": with_texts(["a", None])}),
+        "eval_dataset: record 1 (1 such records) has no text",
+        "dataset.filter",
+    ),
     "evaluation without a caption": (
         lambda f: processed(f, other_raw_pairs(8), options={"eval_dataset": {"test": with_texts(["a", None])}}),
         "record 1 (1 such records) has no text",

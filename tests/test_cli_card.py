@@ -63,6 +63,15 @@ def test_a_claim_without_a_card_is_confirmed(publish, answer):
     assert "there is no card" in text
 
 
+def test_a_card_that_says_nothing_of_privacy_does_not_agree(publish, answer):
+    folder = publish()
+    (folder / "README.md").write_text("# A model\n", encoding="utf-8")
+    code, text = answer(folder)
+    assert code == 0
+    assert "README.md beside it says nothing of it (trainer.create_model_card() writes one that does)" in text
+    assert "agrees" not in text
+
+
 def test_an_edited_epsilon_is_exposed(publish, answer):
     folder = publish()
     edit(folder, "privacy.json", f'"epsilon": {PLAN.epsilon(12)}', '"epsilon": 0.1')

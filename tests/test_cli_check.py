@@ -55,6 +55,15 @@ def test_good_records_pass(table, answer):
     assert (code, text) == (0, "All 3 records can be read and encoded.\n")
 
 
+def test_a_record_without_a_unit_is_found(tmp_path, answer, capsys):
+    table = Dataset.from_dict({"scan": pictures(3), "report": ["a"] * 3, "patient": ["x", None, "y"]})
+    path = tmp_path / "pairs.parquet"
+    table.cast_column("scan", Image()).to_parquet(path)
+    code, _, said = answer(str(path), "--privacy-unit-column", "patient")
+    assert code == 2 and "such as the NoneType of record 1" in said
+    assert answer(str(path), "--privacy-unit-column", "report")[0] == 0
+
+
 def test_all_bad_records_are_named_with_the_reason(table, answer):
     code, text, _ = answer(table(5, images={1: b"no image"}, texts={3: " \u3000"}))
     assert code == 1
@@ -140,7 +149,7 @@ def test_what_is_left_can_be_read_and_collated():
     collator = ImageTextCollator(tiny_processor())
     unusable = unusable_records(dataset, collator)
     assert list(unusable) == [0, 2]
-    left = dataset.select(row for row in range(len(dataset)) if row not in unusable)
+    left = dataset.select([row for row in range(len(dataset)) if row not in unusable])
     collator([left[0], left[1]])
 
 

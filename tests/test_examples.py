@@ -15,7 +15,8 @@ from PIL import Image as PILImage
 from scripts import ROOT, load_script
 from transformers import CLIPModel, CLIPProcessor, pipeline
 
-from hf_dpclip import CLIPForVisualQuestionAnswering, PrivacyStatement
+from hf_dpclip import CLIPForVisualQuestionAnswering, DPCLIPTrainer, PrivacyStatement
+from hf_dpclip.cli.card import check
 
 
 QUICK = ["--max_steps", "2", "--max_eval_samples", "60", "--use_cpu"]
@@ -70,6 +71,38 @@ def test_default_output_says_what_was_spent(default_run):
     statement = json.loads((folder / "privacy.json").read_text())
     assert statement["private"] and statement["steps"] == 2
     assert 0.99 * 8 <= statement["epsilon"] <= 8
+
+
+def test_the_card_beside_the_adapters_states_the_guarantee(default_run):
+    _, folder = default_run
+    findings = check(folder / "adapter")
+    assert not findings.problems and findings.card == "the card agrees"
+
+
+def test_weights_are_saved_before_anything_that_could_fail(captioned_csv, tmp_path, monkeypatch):
+    evaluate, calls = DPCLIPTrainer.evaluate, []
+
+    def once(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) > 1:
+            raise OSError("Stale file handle")
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(DPCLIPTrainer, "evaluate", once)
+    columns = ["--image_column", "file", "--caption_column", "report"]
+    with pytest.raises(SystemExit, match="Stale file handle"):
+        run_train(monkeypatch, "--dataset_name", captioned_csv, *columns, *SMALL, "--output_dir", tmp_path / "out")
+    assert CLIPModel.from_pretrained(tmp_path / "out").num_parameters() > 0
+
+
+def test_an_interruption_says_how_to_go_on(captioned_csv, tmp_path, monkeypatch):
+    def interrupted(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DPCLIPTrainer, "train", interrupted)
+    columns = ["--image_column", "file", "--caption_column", "report"]
+    with pytest.raises(SystemExit, match=r"interrupted\. What was spent stands in the ledger"):
+        run_train(monkeypatch, "--dataset_name", captioned_csv, *columns, *SMALL, "--output_dir", tmp_path / "out")
 
 
 def digit(seed=0):

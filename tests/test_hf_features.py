@@ -259,6 +259,21 @@ def test_a_search_takes_the_arguments_of_the_trainers_in_their_order(make_search
     assert best.run_id == "0"
 
 
+def test_a_search_for_what_is_no_argument_is_refused_before_anything_is_spent(make_searcher):
+    trainer = make_searcher()
+    with pytest.raises(ValueError, match="'learning_rat', which is no argument of DPTrainingArguments"):
+        search(trainer, lambda trial: {"learning_rat": trial.suggest_float("learning_rat", 1e-4, 1e-2)})
+    assert trainer.privacy_spent().steps == 0
+
+
+def test_arguments_that_are_changed_after_the_target_is_spent_are_not_ignored(make_trainer):
+    trainer = make_trainer(target_epsilon=3.0, accountant="rdp", max_steps=2)
+    trainer.train()
+    trainer.args.target_epsilon = 20.0
+    with pytest.raises(ValueError, match=r"target_epsilon was 3.0.* and is 20.0: call trainer.begin_run\(\)"):
+        trainer.train()
+
+
 def test_before_training_all_planned_steps_are_ahead(make_trainer):
     trainer = make_trainer(max_steps=3)
     assert trainer.planned_steps == 3

@@ -26,11 +26,11 @@ SUMMARY = "What a model claims of its privacy, recomputed from its plan."
 
 @dataclass(frozen=True)
 class Findings:
-    """What was read (`None` if it cannot be believed), where it does not hold, and whether there is a card."""
+    """What was read (`None` if it cannot be believed), where it does not hold, and what the card makes of it."""
 
     statement: "PrivacyStatement | None"
     problems: list[str]
-    has_card: bool
+    card: str = "there is no card beside it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,20 +56,28 @@ def check(folder: Path) -> Findings:
     Raises `FileNotFoundError` if there is no `privacy.json`.
     """
     from ..privacy import PrivacyStatement
-    from ..privacy_section import CARD_NAME, contradictions
+    from ..privacy_section import CARD_NAME, HEADING, contradictions
 
     card = Path(folder, CARD_NAME)
     try:
         statement = PrivacyStatement.load(folder)
     except ValueError as error:
-        return Findings(None, [str(error)], card.is_file())
+        return Findings(None, [str(error)])
     problems = [f"NOT PRIVATE: {reason}" for reason in statement.not_private_because]
     if not problems and not math.isfinite(statement.spent.epsilon):
         problems = ["ε is infinite"]
-    if card.is_file():
-        found = contradictions(card.read_text(encoding="utf-8"), statement)
-        problems += [f"{CARD_NAME} was edited or belongs to other weights: {problem}" for problem in found]
-    return Findings(statement, problems, card.is_file())
+    if not card.is_file():
+        return Findings(statement, problems)
+    text = card.read_text(encoding="utf-8")
+    found = contradictions(text, statement)
+    problems += [f"{CARD_NAME} was edited or belongs to other weights: {problem}" for problem in found]
+    if HEADING in text.splitlines():
+        return Findings(statement, problems, "the card agrees")
+    return Findings(
+        statement,
+        problems,
+        f"{CARD_NAME} beside it says nothing of it (trainer.create_model_card() writes one that does)",
+    )
 
 
 def _folder_of(model: str, revision: str | None) -> Path:
@@ -128,8 +136,7 @@ def _show(model: str, findings: Findings) -> None:
     if findings.statement is not None:
         print_table(f"Privacy of {model}", statement_rows(findings.statement))
     if not findings.problems:
-        beside = "and the card agrees" if findings.has_card else "and there is no card beside it"
-        print(f"The claim holds: ε follows from the plan and the steps taken, {beside}.")
+        print(f"The claim holds: ε follows from the plan and the steps taken, and {findings.card}.")
         return
     print("The claim does NOT hold:")
     for problem in findings.problems:

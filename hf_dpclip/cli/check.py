@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train", help="default: %(default)s")
     parser.add_argument("--image-column", default="image", metavar="COLUMN", help="default: %(default)s")
     parser.add_argument("--text-column", default="text", metavar="COLUMN", help="default: %(default)s")
+    unit = "ids of the privacy units, if you are going to set it: whether every record has one"
+    parser.add_argument("--privacy-unit-column", metavar="COLUMN", help=unit)
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
 
 
@@ -36,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Reads all records. Returns 0 if every one can be read and encoded, and 1 if not."""
     from ..collators import ImageTextCollator
     from ..data import load_pairs, unusable_records
+    from ..privacy_units import PrivacyUnits
 
     collator = ImageTextCollator(_load_processor(arguments.model), arguments.image_column, arguments.text_column)
     collator.check_processor()
@@ -48,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"{arguments.dataset} has no column {arguments.text_column!r}, only {dataset.column_names}: name that of "
             "the texts with --text-column."
         )
+    # Refuses a column in which a record has no id.
+    PrivacyUnits(dataset, arguments.privacy_unit_column)
     unusable = unusable_records(dataset, collator)
     if arguments.json:
         print(json.dumps({"records": len(dataset), "unusable": unusable}, indent=2))
@@ -87,5 +92,5 @@ def _show(count: int, unusable: dict[int, str]) -> None:
         print(
             "Repair them, or leave them out, which the guarantee allows:\n"
             "  unusable = hf_dpclip.data.unusable_records(dataset, collator)\n"
-            "  dataset = dataset.select(row for row in range(len(dataset)) if row not in unusable)"
+            "  dataset = dataset.select([row for row in range(len(dataset)) if row not in unusable])"
         )
