@@ -22,9 +22,10 @@ WHOLE_NUMBERS = (
 )
 # Those of them that may be left unset.
 OPTIONAL = ("microbatch_size", "max_records_per_unit")
-
 # Arguments of which one says how much noise there is.
 NOISE = ("target_epsilon", "noise_multiplier")
+# The reason for which a model card shows no metrics.
+STATISTICS_WERE_LOGGED = "log_private_statistics=True: raw statistics of the data were logged"
 
 
 @dataclass
@@ -199,7 +200,7 @@ class DPTrainingArguments(TrainingArguments):
             for reason, holds in {
                 "non_private=True: no noise was added": self.non_private,
                 "noise_seed is set: the noise can be recomputed and subtracted": self.noise_seed is not None,
-                "log_private_statistics=True: raw statistics of the data were logged": self.log_private_statistics,
+                STATISTICS_WERE_LOGGED: self.log_private_statistics,
             }.items()
             if holds
         )
@@ -253,10 +254,9 @@ class DPTrainingArguments(TrainingArguments):
 
     def _check_length(self):
         epochs, steps = self.num_train_epochs, self.max_steps
-        by_epochs = is_positive(epochs)
-        if steps == 0 and by_epochs:
+        if steps == 0 and is_positive(epochs):
             raise ValueError(f"max_steps=0 takes no step: set max_steps to -1 for num_train_epochs={epochs!r}.")
-        if not is_whole(steps) or (steps <= 0 and not by_epochs):
+        if not is_whole(steps) or (steps <= 0 and not is_positive(epochs)):
             raise ValueError(
                 f"num_train_epochs={epochs!r} and max_steps={steps!r} give no number of steps: set max_steps to a "
                 "whole number, or num_train_epochs to a positive, finite number."

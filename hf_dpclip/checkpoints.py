@@ -107,7 +107,7 @@ def check_undamaged(checkpoint: Path) -> None:
 
 
 def _difference(checkpoint: Path) -> str | None:
-    """How the checkpoint differs from its seal. It has none if it is of weights only, or of an older release."""
+    """How the checkpoint differs from its seal. It has none if it is of weights only."""
     sealed = _sealed(checkpoint)
     step = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8")).get("global_step")
     if sealed.get("step", step) != step:

@@ -23,8 +23,8 @@ from .shared_images import LOOKED_AT
 
 # Records for evaluation that are looked for among the private ones.
 COMPARED = 64
-# What processors make of images and sounds; and private records that are looked at if they are hundreds of kilobytes of
-# that.
+# What processors make of images and sounds, hundreds of kilobytes of each; and how many private records are looked at
+# for that reason.
 ENCODED = ("pixel_values", "input_features")
 LOOKED_AT_ENCODED = 2_000
 

@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from . import __version__
+from .arguments import STATISTICS_WERE_LOGGED
 from .collators import text_settings
 from .figures import plot_privacy_utility
 from .models import CLIPForVisualQuestionAnswering, base_model
@@ -85,7 +86,7 @@ def write_model_card(trainer: "PublishingTrainer", **names: Any) -> None:
 def evaluations_of(trainer: "PublishingTrainer") -> list[Evaluation]:
     """All evaluations that were logged, in order, those of several datasets at one step together; none where private
     records may have been evaluated on."""
-    if any(reason.startswith("log_private_statistics") for reason in trainer.privacy_statement().not_private_because):
+    if STATISTICS_WERE_LOGGED in trainer.privacy_statement().not_private_because:
         return []
     evaluations: list[Evaluation] = []
     for logs in trainer.state.log_history:

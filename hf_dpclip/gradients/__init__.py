@@ -2,9 +2,10 @@
 
 `plain` is right for every model: one forward and one backward pass per microbatch. For CLIP's loss, and for one that
 is a mean over records, `vectorized` takes one pass for many microbatches (`grouping` says which, `vectorizable` what
-is to be known of a model, `recording` sees the uses of its parameters, `functions` has their backward passes,
-`factored` keeps what norms and sums need, and `products` multiplies it). For CLIP's loss, `chunked` takes a
-microbatch that is larger than memory in pieces. All give the same gradients.
+is to be known of a model, `recording` sees the uses of its parameters, `functions` has their backward passes, `layout`
+which rows are whose, `factored` keeps what norms and sums need, and `products` multiplies it). For CLIP's loss,
+`chunked` takes a microbatch that is larger than memory in pieces. `contrastive` and `inputs` are what both know of a
+model with that loss and of its batches. All give the same gradients.
 """
 
 from .chunked import accumulate_chunked_gradient

@@ -74,8 +74,8 @@ class Ledger:
             earlier (`int`): steps that the run took before, which count if the ledger does not know the run.
             budget (`float`, *optional*): the ε that all runs on these records may spend together.
 
-        Raises `ValueError`, and writes nothing, if the run could exceed the budget, and `OSError` if the file cannot
-        be written.
+        Raises `ValueError`, and writes nothing, if the run could exceed the budget or the ledger is damaged, and
+        `OSError` if the file cannot be written.
         """
         with self._locked(os.O_CREAT) as file:
             parts = parse(self.path, _content(file))
