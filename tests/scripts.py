@@ -1,6 +1,7 @@
-"""Example scripts as modules."""
+"""Example scripts as modules, and code in interpreters of its own."""
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,3 +19,9 @@ def load_script(path):
     sys.modules[path.stem] = module
     specification.loader.exec_module(module)
     return module
+
+
+def modules_after(statement: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has loaded after `statement`."""
+    code = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())

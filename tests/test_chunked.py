@@ -4,26 +4,10 @@ import pytest
 import torch
 from checks import check_bounded, one_update
 from factories import arguments, pairs, tiny_clip
-from test_vectorized import lora_clip, microbatch
+from gradient_checks import assert_close, gradient, lora_clip, microbatch, pieces
 
 from hf_dpclip import DPCLIPTrainer
 from hf_dpclip.gradients import ContrastiveModel, accumulate_chunked_gradient, contrastive_base
-
-
-def gradient(model):
-    """Of all parameters together, taken away from them."""
-    parts = [p.grad for p in model.parameters() if p.grad is not None]
-    model.zero_grad()
-    return torch.cat([part.flatten() for part in parts])
-
-
-def pieces(inputs, size):
-    rows = range(0, len(inputs["input_ids"]), size)
-    return [(seed, {name: value[seed : seed + size] for name, value in inputs.items()}) for seed in rows]
-
-
-def assert_close(first, second, tolerance=1e-5):
-    assert float((first - second).norm() / second.norm()) < tolerance
 
 
 @pytest.mark.parametrize("make", [tiny_clip, lora_clip])

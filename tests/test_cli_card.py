@@ -5,7 +5,7 @@ import json
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from plans import plan
-from test_import import modules_after
+from scripts import modules_after
 
 from hf_dpclip import PrivacyStatement
 from hf_dpclip.cli import main

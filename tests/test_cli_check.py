@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, Image
 from factories import clap_processor, pairs, pictures, raw_pairs, tiny_processor
-from test_import import modules_after
+from scripts import modules_after
 
 from hf_dpclip import ImageTextCollator, VisualQuestionCollator
 from hf_dpclip.cli import main

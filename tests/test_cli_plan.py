@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from factories import arguments
-from test_import import modules_after
+from scripts import modules_after
 
 from hf_dpclip import PrivacyPlan, PrivacyStatement
 from hf_dpclip.cli import main

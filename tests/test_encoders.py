@@ -20,10 +20,9 @@ from factories import (
     tiny_siglip2,
     with_adapters,
 )
+from gradient_checks import assert_close, assert_same, gradient, pieces
 from peft import PeftModel, get_peft_model
 from scripts import ROOT
-from test_chunked import assert_close, gradient, pieces
-from test_vectorized import assert_same
 from torch import nn
 from transformers import CONFIG_MAPPING, RobertaConfig, VisionTextDualEncoderModel, XLMRobertaConfig
 

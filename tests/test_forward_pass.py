@@ -7,9 +7,7 @@ import pytest
 import torch
 from checks import one_update
 from factories import arguments, pairs, tiny_clip, tiny_siglip
-from test_chunked import assert_close
-from test_vectorizable import Doubled
-from test_vectorized import Mixing, lora_clip, microbatch
+from gradient_checks import Doubled, Mixing, assert_close, lora_clip, microbatch
 from torch import nn
 
 from hf_dpclip import DPCLIPTrainer

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from factories import tiny_clip, tiny_clip_vqa
+from gradient_checks import microbatch, microbatches
 from hypothesis import given
 from hypothesis import strategies as st
-from test_vectorized import microbatch, microbatches
 
 from hf_dpclip.gradients import ContrastiveModel, MeanLossModel, alike, grouping
 

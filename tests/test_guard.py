@@ -9,7 +9,7 @@ import torch
 from checks import Given, check_bounded, vectors
 from datasets import DatasetDict
 from factories import arguments, pairs, raw_pairs, tiny_clip, tiny_processor
-from test_vectorized import lora_clip
+from gradient_checks import lora_clip
 from torch import nn
 from transformers import TrainerCallback
 

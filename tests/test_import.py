@@ -1,18 +1,11 @@
 """What importing costs, and what the trusted core may rest on."""
 
-import subprocess
-import sys
 from importlib import import_module
 
 import pytest
+from scripts import modules_after
 
 import hf_dpclip
-
-
-def modules_after(statement: str) -> set[str]:
-    """Top-level modules that a fresh interpreter has loaded after `statement`."""
-    code = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
-    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
 
 
 def test_importing_the_package_loads_no_library():

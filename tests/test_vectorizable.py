@@ -4,16 +4,15 @@ import pytest
 import torch
 from checks import check_bounded, one_update
 from factories import answered_questions, tiny_clip_vqa
+from gradient_checks import ROUNDING, Doubled, norms_of, one_by_one
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
-from test_vectorized import ROUNDING, norms_of
 from torch import nn
 
-from hf_dpclip import DPCLIPTrainer, lora_config
+from hf_dpclip import lora_config
 from hf_dpclip.forward_pass import AllAtOnce, OneByOne
 from hf_dpclip.gradients import MeanLossModel, alike, mean_loss_base, microbatch_gradients
-from hf_dpclip.seeding import seeded
 
 
 def head_alone():
@@ -39,18 +38,6 @@ def microbatches(sizes, seed=0):
     questions = answered_questions(sum(sizes), seed)[:]
     parts = {name: values.split(sorted(sizes)) for name, values in questions.items()}
     return [(number, {name: parts[name][number] for name in parts}) for number in range(len(sizes))]
-
-
-def one_by_one(model, batches):
-    """The gradients of each microbatch, parameter by parameter, and their losses, from passes of their own."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients, losses = [], []
-    for seed, inputs in batches:
-        with seeded(seed):
-            loss = model(**inputs).loss
-        gradients.append(torch.autograd.grad(loss, parameters, allow_unused=True))
-        losses.append(loss.detach())
-    return gradients, torch.stack(losses)
 
 
 def all_at_once(model, batches):
@@ -151,11 +138,6 @@ def test_one_record_moves_the_sum_by_at_most_c(tmp_path):
     difference = everyone(tmp_path, records) - everyone(tmp_path, records.select(range(7)))
     check_bounded(difference, 0.01 * 1.001)
     assert float(difference.norm()) > 0.0099
-
-
-class Doubled(DPCLIPTrainer):
-    def compute_loss(self, *args, **kwargs):
-        return 2 * super().compute_loss(*args, **kwargs)
 
 
 @pytest.mark.parametrize("another", [{"trainer_class": Doubled}, {"label_smoothing_factor": 0.1}], ids=str)

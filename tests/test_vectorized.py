@@ -5,7 +5,18 @@ import random
 import numpy as np
 import pytest
 import torch
-from factories import BOS, EOS, IMAGE_SIZE, tiny_clip, with_adapters
+from factories import EOS, IMAGE_SIZE, tiny_clip
+from gradient_checks import (
+    ROUNDING,
+    Mixing,
+    all_at_once,
+    assert_same,
+    lora_clip,
+    microbatch,
+    microbatches,
+    norms_of,
+    one_by_one,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,61 +29,11 @@ from hf_dpclip.gradients import (
     alike,
     contrastive_base,
     factored,
-    microbatch_gradients,
     obstacle,
     products,
 )
 from hf_dpclip.gradients.factored import Dense, Outer, SpareMemory
 from hf_dpclip.gradients.layout import Layout
-from hf_dpclip.seeding import seeded
-
-
-# What float32 leaves of a gradient that is zero, relative to the gradient of all parameters together.
-ROUNDING = 1e-7
-
-
-def lora_clip(**settings):
-    return with_adapters(tiny_clip(), **settings)
-
-
-def microbatch(size, length=6, seed=0, mask=False):
-    """The seed and the inputs of a microbatch of noise, its texts `length` words long."""
-    generator = torch.Generator().manual_seed(seed)
-    words = torch.randint(1, 47, (size, length), generator=generator)
-    while len(words.unique(dim=0)) < size:
-        # CLIP's own loss, with which this is compared, counts a caption that stands there twice as its own negative.
-        words = torch.randint(1, 47, (size, length), generator=generator)
-    input_ids = torch.cat([torch.full((size, 1), BOS), words, torch.full((size, 1), EOS)], dim=1)
-    inputs = {
-        "pixel_values": torch.randn(size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
-        "input_ids": input_ids,
-    }
-    if mask:
-        inputs["attention_mask"] = torch.ones_like(input_ids)
-    return seed, inputs
-
-
-def microbatches(sizes, **options):
-    return [microbatch(size, seed=seed, **options) for seed, size in enumerate(sizes, start=1)]
-
-
-def one_by_one(model, batches):
-    """The gradients of each microbatch, parameter by parameter, and their losses, from passes of their own."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients, losses = [], []
-    for seed, inputs in batches:
-        with seeded(seed):
-            loss = model(**inputs, return_loss=True).loss
-        loss.backward()
-        gradients.append([parameter.grad for parameter in parameters])
-        losses.append(loss.detach())
-        model.zero_grad()
-    return gradients, torch.stack(losses)
-
-
-def all_at_once(model, batches, static_shapes=False):
-    contrastive = ContrastiveModel(model, contrastive_base(model), dict, static_shapes)
-    return microbatch_gradients(contrastive, batches, torch.Tensor.backward)
 
 
 def groups_of(model, batches):
@@ -81,35 +42,6 @@ def groups_of(model, batches):
     assert others == []
     assert sorted(seed for group in groups for seed, _ in group) == sorted(seed for seed, _ in batches)
     return {tuple(seed for seed, _ in group): group for group in groups}
-
-
-def norms_of(gradients):
-    present = [[g.double().flatten() for g in of_one if g is not None] for of_one in gradients]
-    return torch.stack([torch.cat(of_one).norm() for of_one in present])
-
-
-def assert_same(model, batches, factors=None, tolerance=1e-5, static_shapes=False):
-    """Norms and weighted sums agree, for each parameter by itself, to `tolerance`."""
-    model.train()
-    # As they are sorted inside.
-    batches = sorted(batches, key=lambda batch: len(batch[1]["input_ids"]))
-    expected, expected_losses = one_by_one(model, batches)
-    losses, gradients = all_at_once(model, batches, static_shapes)
-    norms = norms_of(expected)
-    assert torch.allclose(losses, expected_losses, rtol=tolerance, atol=1e-6)
-    # A norm of 0 is given as one of the size of what float32 cannot hold.
-    assert torch.allclose(gradients.norms, norms, rtol=tolerance, atol=ROUNDING * float(norms.max()) + 1e-14)
-    factors = torch.rand(len(batches)) if factors is None else factors
-    for number, of_all in enumerate(gradients.weighted_sum(factors)):
-        # The noise is added to flat views.
-        assert of_all is None or (of_all.is_contiguous() and not of_all.requires_grad)
-        parts = [None if of_one[number] is None else f * of_one[number] for f, of_one in zip(factors, expected) if f]
-        if any(part is None for part in parts):
-            assert of_all is None
-            continue
-        total = torch.stack(parts).sum(dim=0)
-        assert float((of_all - total).norm()) <= tolerance * float(total.norm()) + ROUNDING * float(norms.max())
-    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 sizes_of_microbatches = st.lists(st.integers(1, 6), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) > 1)
@@ -451,9 +383,9 @@ def test_norms_of_what_is_too_small_for_float32_are_not_too_small():
 def test_autocast():
     """Bfloat16 has three digits: close to its own loop, and to that of float32."""
     model, batches = tiny_clip().train(), microbatches([2, 3, 4])
-    exact = norms_of(one_by_one(model, batches)[0])
+    exact = norms_of(one_by_one(model, batches, return_loss=True)[0])
     with torch.autocast("cpu", torch.bfloat16):
-        loop = norms_of(one_by_one(model, batches)[0])
+        loop = norms_of(one_by_one(model, batches, return_loss=True)[0])
         _, gradients = all_at_once(model, batches)
     assert torch.allclose(gradients.norms, loop, rtol=0.03)
     assert torch.allclose(gradients.norms, exact, rtol=0.05)
@@ -468,13 +400,6 @@ def test_longer_texts_elsewhere_must_not_move_dropout_masks():
         assert_same(model, group)
     assert groups_of(lora_clip(), batches).keys() == {(1, 2, 3)}
     assert_same(lora_clip(), batches)
-
-
-class Mixing(nn.Linear):
-    """Adds the first row to all others, which no layer that is known would."""
-
-    def forward(self, input):
-        return super().forward(input) + input[:1].mean()
 
 
 def replaced(model):
