@@ -3,6 +3,7 @@
 Every statistical check has a false-alarm rate below 1e-6.
 """
 
+import logging
 import math
 
 import numpy as np
@@ -106,3 +107,11 @@ def check_independent_labels(draws: list[list[np.ndarray]], num_units: int, prob
         check_binomial([len(draw[label]) for draw in draws], num_units, probability / num_microbatches)
     together = [any(0 in microbatch and 1 in microbatch for microbatch in draw) for draw in draws]
     check_binomial(together, 1, probability**2 / num_microbatches)
+
+
+def warnings_of(caplog, warn, *args) -> str:
+    """What a function warns of, and nothing that was said before."""
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        warn(*args)
+    return caplog.text

@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+from checks import warnings_of
 from datasets import Dataset
 from factories import other_raw_pairs, pairs, raw_pairs, tiny_clip, tiny_processor, with_adapters
 from plans import plan
@@ -12,13 +13,6 @@ from transformers import CLIPModel
 from hf_dpclip import DPCLIPTrainer, ImageTextCollator
 from hf_dpclip.advice import weak_promises
 from hf_dpclip.caveats import warn_of_private_captions, warn_of_private_start
-
-
-def warnings_of(caplog, warn, *args) -> str:
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        warn(*args)
-    return caplog.text
 
 
 # ---- Starting weights ----

@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+from checks import warnings_of
 from datasets import Dataset, Image
 from factories import arguments, pairs, tiny_clip, tiny_processor
 from PIL import Image as PILImage
@@ -18,13 +19,6 @@ def captioned(values: list[int | None], **columns) -> Dataset:
     return Dataset.from_dict({"image": images, "text": ["a"] * len(values), **columns}).cast_column("image", Image())
 
 
-def warnings_of(caplog, dataset) -> str:
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        warn_of_shared_images(dataset)
-    return caplog.text
-
-
 @pytest.mark.parametrize(
     ("values", "found"),
     [
@@ -33,7 +27,7 @@ def warnings_of(caplog, dataset) -> str:
     ],
 )
 def test_captions_of_one_image_are_counted(caplog, values, found):
-    message = warnings_of(caplog, captioned(values))
+    message = warnings_of(caplog, warn_of_shared_images, captioned(values))
     assert found in message and "set privacy_unit_column to a column that names the image" in message
 
 
@@ -41,20 +35,21 @@ def test_captions_of_one_image_are_counted(caplog, values, found):
     "dataset", [captioned([1, 2, 3]), captioned([1, None, None]), pairs(4), list(captioned([1, 1]))]
 )
 def test_nothing_is_said_where_none_is_found(caplog, dataset):
-    assert warnings_of(caplog, dataset) == ""
+    assert warnings_of(caplog, warn_of_shared_images, dataset) == ""
 
 
 def test_selected_and_shuffled_records_are_those_that_count(caplog):
     dataset = captioned([1, 1, 2, 3])
-    assert warnings_of(caplog, dataset.select([0, 2, 3])) == ""
-    assert "2 of the 4 records" in warnings_of(caplog, dataset.shuffle(seed=0))
+    assert warnings_of(caplog, warn_of_shared_images, dataset.select([0, 2, 3])) == ""
+    assert "2 of the 4 records" in warnings_of(caplog, warn_of_shared_images, dataset.shuffle(seed=0))
 
 
 def test_paths_are_compared_where_images_are_not_part_of_the_dataset(caplog, tmp_path):
     for name in "ab":
         PILImage.new("L", (8, 8)).save(tmp_path / f"{name}.png")
     paths = [str(tmp_path / f"{name}.png") for name in "aab"]
-    assert "2 of the 3 records" in warnings_of(caplog, Dataset.from_dict({"scan": paths}).cast_column("scan", Image()))
+    dataset = Dataset.from_dict({"scan": paths}).cast_column("scan", Image())
+    assert "2 of the 3 records" in warnings_of(caplog, warn_of_shared_images, dataset)
 
 
 def test_images_are_not_decoded():
@@ -64,13 +59,13 @@ def test_images_are_not_decoded():
 
 def test_images_of_nothing_are_not_the_same_image(caplog):
     nothing = Dataset.from_dict({"image": [{"bytes": None, "path": None}] * 2}).cast_column("image", Image())
-    assert warnings_of(caplog, nothing) == ""
+    assert warnings_of(caplog, warn_of_shared_images, nothing) == ""
 
 
 def test_a_large_dataset_is_looked_at_in_part(caplog, monkeypatch):
     monkeypatch.setattr("hf_dpclip.shared_images.LOOKED_AT", 3)
-    assert warnings_of(caplog, captioned([1, 2, 3, 1])) == ""
-    assert "2 of the 3 records looked at" in warnings_of(caplog, captioned([1, 1, 2, 1]))
+    assert warnings_of(caplog, warn_of_shared_images, captioned([1, 2, 3, 1])) == ""
+    assert "2 of the 3 records looked at" in warnings_of(caplog, warn_of_shared_images, captioned([1, 1, 2, 1]))
 
 
 def trainer_of(tmp_path, **overrides):
