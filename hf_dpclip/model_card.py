@@ -134,7 +134,7 @@ def usage(trainer: "PublishingTrainer") -> str:
     if example:
         imports["PIL"] = ["Image"]
     lines = [f"from {home} import {', '.join(imports[home])}" for home in sorted(imports, key=str.lower)]
-    lines += ["", *_loading(trainer.model, where)]
+    lines += ["", *_loading(trainer.model, where, to_be_published=trainer.hub_model_id is not None)]
     lines += [f'processor = AutoProcessor.from_pretrained("{where}")'] if processor is not None else []
     return "\n".join([*lines, *example]) + "\n"
 
@@ -145,14 +145,16 @@ def _home(model_class: type) -> str:
     return package if package in ("transformers", "hf_dpclip") else model_class.__module__
 
 
-def _loading(model: nn.Module, where: str) -> list[str]:
+def _loading(model: nn.Module, where: str, to_be_published: bool) -> list[str]:
     # The configuration is no attribute that torch declares of a module.
     inner: Any = base_model(model)
     name = type(inner).__name__
     if not isinstance(model, PeftModel):
         return [f'model = {name}.from_pretrained("{where}")']
     start = inner.config.name_or_path
-    base = f'{name}.from_pretrained("{start}")' if start else "...  # the weights that training started from"
+    # A folder on this machine is of no use to others, and none of their business.
+    is_known = start and not (to_be_published and Path(start).is_dir())
+    base = f'{name}.from_pretrained("{start}")' if is_known else "...  # the weights that training started from"
     return [f"base = {base}", f'model = PeftModel.from_pretrained(base, "{where}")']
 
 

@@ -244,6 +244,16 @@ def test_a_folder_on_this_machine_is_no_base_model(trained, tmp_path):
     assert "A fine-tuned version of a model that is not named here" in card
 
 
+def test_a_folder_on_this_machine_is_not_published(trained, tmp_path):
+    tiny_clip().save_pretrained(tmp_path / "start")
+    trainer = trained(get_peft_model(CLIPModel.from_pretrained(tmp_path / "start"), lora_config(tiny_clip())))
+    assert f'CLIPModel.from_pretrained("{tmp_path / "start"}")' in card_of(trainer)
+    trainer.hub_model_id = "me/private-clip"
+    card = card_of(trainer)
+    assert str(tmp_path) not in card
+    assert "base = ...  # the weights that training started from" in card
+
+
 def test_the_dataset_stays_unnamed_by_default(trained):
     card = card_of(trained(evaluated=True))
     assert ModelCard(card).data.datasets is None
