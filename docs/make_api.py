@@ -19,6 +19,7 @@ PACKAGE = "hf_dpclip"
 MODULES = [
     "trainer",
     "runs",
+    "searching",
     "arguments",
     "collators",
     "data",

@@ -157,6 +157,7 @@ def main():
         # Before anything that could fail: ε is spent.
         folder = save(job.trainer)
         scores["after"] = score(job.trainer.model)
+        job.trainer.create_model_card()
     if job.arguments.compare_non_private and job.accuracy:
         scores["without privacy"] = job.accuracy(train_without_privacy(job))
     if job.trainer.is_world_process_zero():
@@ -173,7 +174,7 @@ def errors_in_one_line(program: str) -> Iterator[None]:
         sys.exit(f"{program}: {error}")
     except KeyboardInterrupt:
         sys.exit(
-            f"{program}: interrupted. What was spent stands in the ledger, beside the output; "
+            f"{program}: interrupted. What was spent stands in the ledger; "
             "--resume_from_checkpoint True goes on from the last checkpoint, if there is one."
         )
 
@@ -383,7 +384,6 @@ def train_without_privacy(job: Job):
 def save(trainer: DPCLIPTrainer) -> Path:
     """A folder that `from_pretrained` and `pipeline` open: adapters are merged into the weights."""
     trainer.save_model()
-    trainer.create_model_card()
     folder = Path(trainer.args.output_dir)
     if not isinstance(trainer.model, PeftModel):
         return folder

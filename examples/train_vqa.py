@@ -115,6 +115,7 @@ def main():
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         folder = save(trainer)
         scores = {"CLIP, private": trainer.evaluate()["eval_vqa_accuracy"]}
+        trainer.create_model_card()
     if arguments.compare_non_private:
         scores |= without_privacy(trainer, arguments)
     if trainer.is_world_process_zero():

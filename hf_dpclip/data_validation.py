@@ -2,7 +2,7 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
@@ -154,31 +154,41 @@ def check_evaluation_data(
 
 
 def _is_part_of(evaluated: Any, private: Any) -> bool:
-    """Whether all of the first records for evaluation are among the private ones: a copy, or a selection."""
-    if isinstance(evaluated, Subset):
-        return _is_subset_of(evaluated, private)
-    if isinstance(evaluated, list) and isinstance(private, list):
-        known = {*map(id, private)}
-        return bool(evaluated) and all(id(record) in known for record in evaluated[:COMPARED])
-    if not all(isinstance(each, datasets.Dataset) and len(each) for each in (evaluated, private)):
+    """Whether all of the first records for evaluation are among the private ones: a copy, or a selection. Of records
+    that both take from one dataset, whether there is one."""
+    (shown, rows), (base, private_rows) = _unwrapped(evaluated), _unwrapped(private)
+    if not (len(rows) and len(private_rows)):
         return False
-    if evaluated._fingerprint == private._fingerprint:
-        return True
-    common = [name for name in evaluated.column_names if name in private.column_names]
-    texts = [name for name in common if holds_texts(evaluated, name) and holds_texts(private, name)]
-    files = [name for name in common if name in file_columns(evaluated) and name in file_columns(private)]
+    if shown is base:
+        known = private_rows if isinstance(private_rows, range) else {*private_rows}
+        return any(row in known for row in rows)
+    if isinstance(shown, list) and isinstance(base, list):
+        objects = {id(base[row]) for row in private_rows}
+        return all(id(shown[row]) in objects for row in rows[:COMPARED])
+    if not (isinstance(shown, datasets.Dataset) and isinstance(base, datasets.Dataset)):
+        return False
+    return _is_part_of_table(shown.select(rows[:COMPARED]), base.select(private_rows))
+
+
+def _unwrapped(dataset: Any) -> tuple[Any, Sequence[int]]:
+    """What subsets of subsets were taken from, and which rows of it; none of a dataset without random access."""
+    rows: Sequence[int] = range(len(dataset) if has_random_access(dataset) else 0)
+    while isinstance(dataset, Subset):
+        rows = [int(dataset.indices[row]) for row in rows]
+        dataset = dataset.dataset
+    return dataset, rows
+
+
+def _is_part_of_table(first: datasets.Dataset, private: datasets.Dataset) -> bool:
+    common = [name for name in first.column_names if name in private.column_names]
+    texts = [name for name in common if holds_texts(first, name) and holds_texts(private, name)]
+    files = [name for name in common if name in file_columns(first) and name in file_columns(private)]
     encoded = [name for name in common if name in ENCODED and name not in files]
     if not (files or encoded):
         return False
     count = LOOKED_AT_ENCODED if encoded else LOOKED_AT
     columns = files, [*encoded, *(name for name in common if name == "input_ids")], texts
-    return _first_records(evaluated, *columns, COMPARED) <= _first_records(private, *columns, count)
-
-
-def _is_subset_of(evaluated: Subset, private: Any) -> bool:
-    if isinstance(private, Subset) and evaluated.dataset is private.dataset:
-        return not {*evaluated.indices}.isdisjoint(private.indices)
-    return evaluated.dataset is private or _is_part_of(evaluated.dataset, private)
+    return _first_records(first, *columns, COMPARED) <= _first_records(private, *columns, count)
 
 
 def _first_records(

@@ -54,8 +54,10 @@ def without_collectives() -> Iterator[None]:
 
 
 def _num_collectives() -> int:
-    """How many collective operations there have been, whoever called them."""
-    return dist.group.WORLD._get_sequence_number_for_group() if dist.is_initialized() else 0
+    """How many collective operations there have been in all groups of processes, whoever called them."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return 0
+    return sum(group._get_sequence_number_for_group() for group in dist.distributed_c10d._world.pg_map)
 
 
 class OneByOne:

@@ -9,22 +9,31 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 
+# Of modules: which parameters there are and which are trained, what shows that one was written to, and their buffers
+# with the values of each.
+Snapshot = tuple[list[tuple[int, bool]], list[tuple[int, int]], list[tuple[Tensor, Tensor]]]
+
+
 class StepGuard:
     """Remembers what the guarantee rests on when training begins, and compares before every release.
 
     Args:
-        modules (`nn.Module`): the model in training, and whatever else takes part in a step.
+        modules (`nn.ModuleList`): the model in training, and the loss, which never change but in their parameters.
+        held (`nn.ModuleList`): modules that the trainer holds, which must not change while gradients are computed:
+            what it does with them between steps is its own.
         forward_passes (`int`): forward passes in one optimizer step, the gradient accumulation steps of the plan.
     """
 
-    def __init__(self, modules: nn.Module, forward_passes: int):
+    def __init__(self, modules: nn.ModuleList, held: nn.ModuleList, forward_passes: int):
         self.modules = modules
+        self.held = held
         self.forward_passes = forward_passes
         self._seen = 0
         self._known, buffers = _fingerprint(modules)
         self._buffers = [(buffer, buffer.clone()) for buffer in buffers]
         self._parameters = list(modules.parameters())
         self._values: list[tuple[int, int]] = []
+        self._of_held: Snapshot = ([], [], [])
 
     def count_forward_pass(self) -> int:
         """To be called once in every forward pass, before it. Returns how many there have been in this step.
@@ -34,7 +43,8 @@ class StepGuard:
         check_no_hooks(self._parameters)
         self._seen += 1
         if self._seen == 1:
-            self._values = self._versions()
+            self._values = _versions(self._parameters)
+            self._of_held = _snapshot(self.held)
         return self._seen
 
     def check(self) -> None:
@@ -50,36 +60,46 @@ class StepGuard:
                 f"a step had {self._seen} forward passes instead of {self.forward_passes}: "
                 "gradient_accumulation_steps is part of the privacy plan and must not change during training."
             )
-        if self._values != self._versions():
+        if self._values != _versions(self._parameters):
             raise RuntimeError(
                 "a parameter of the model was written to in the forward or backward pass, so it carries private data "
                 "past the mechanism: use a model without max_norm, and no optimizer that steps in the backward pass."
             )
-        if len(buffers) != len(self._buffers) or not all(
-            _unchanged(buffer, *then) for buffer, then in zip(buffers, self._buffers)
-        ):
+        if not _are_unchanged(buffers, self._buffers):
             raise RuntimeError(
                 "a buffer of the model or of the loss changed in the forward pass, so it keeps statistics of the "
                 "private data outside the mechanism: use one without running statistics, queues or codebooks."
             )
+        self._check_held()
         self._seen = 0
 
-    def _versions(self) -> list[tuple[int, int]]:
-        """What changes when a parameter, trained or not, is replaced in memory or written to."""
-        return [(parameter.data_ptr(), parameter._version) for parameter in self._parameters]
+    def _check_held(self) -> None:
+        known, buffers = _fingerprint(self.held)
+        then_known, then_versions, then_buffers = self._of_held
+        same = known == then_known and _versions(self.held.parameters()) == then_versions
+        if not (same and _are_unchanged(buffers, then_buffers)):
+            raise RuntimeError(
+                "a module that the trainer holds changed in the forward or backward pass, so it keeps what it sees of "
+                "private data outside the mechanism: use one without running statistics, queues or codebooks, and "
+                "move it to its device before training."
+            )
 
 
-def modules_in_use(trainer: Trainer) -> nn.ModuleList:
-    """The model, the loss where it is a module or one of its methods, and the modules that the loss holds, or the
-    trainer, whose `compute_loss` may be overridden."""
+def modules_in_use(trainer: Trainer) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """The model and the loss, where it is a module, a method of one, or holds some; and other modules that the trainer
+    holds, for a `compute_loss` of its own."""
     loss: Any = trainer.compute_loss_func
     given: list[Any] = []
     if isinstance(loss, functools.partial):
         loss, given = loss.func, [*loss.args, *loss.keywords.values()]
     loss = getattr(loss, "__self__", loss)
-    held = [value for holder in (trainer, loss) for value in getattr(holder, "__dict__", {}).values()]
-    in_use = {id(each): each for each in (trainer.model, loss, *given, *held) if isinstance(each, nn.Module)}
-    return nn.ModuleList(in_use.values())
+    own = _modules_among([trainer.model, loss, *given, *getattr(loss, "__dict__", {}).values()])
+    held = [value for name, value in vars(trainer).items() if name not in ("model", "model_wrapped")]
+    return own, nn.ModuleList(each for each in _modules_among(held) if not any(each is known for known in own))
+
+
+def _modules_among(values: list[Any]) -> nn.ModuleList:
+    return nn.ModuleList({id(value): value for value in values if isinstance(value, nn.Module)}.values())
 
 
 def check_no_hooks(parameters: Iterable[nn.Parameter]) -> None:
@@ -103,6 +123,18 @@ def _fingerprint(model: nn.Module) -> tuple[list[tuple[int, bool]], list[Tensor]
     return known, [buffer for buffer in buffers if buffer is not None]
 
 
-def _unchanged(buffer: Tensor, before: Tensor, values: Tensor) -> bool:
-    """By its values: those written through `.data` leave no other trace."""
-    return buffer is before and torch.equal(buffer, values)
+def _versions(parameters: Iterable[nn.Parameter]) -> list[tuple[int, int]]:
+    """What changes when a parameter, trained or not, is replaced in memory or written to."""
+    return [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+
+
+def _snapshot(modules: nn.ModuleList) -> Snapshot:
+    known, buffers = _fingerprint(modules)
+    return known, _versions(modules.parameters()), [(buffer, buffer.clone()) for buffer in buffers]
+
+
+def _are_unchanged(buffers: list[Tensor], then: list[tuple[Tensor, Tensor]]) -> bool:
+    """By their values: those written through `.data` leave no other trace."""
+    return len(buffers) == len(then) and all(
+        buffer is before and torch.equal(buffer, values) for buffer, (before, values) in zip(buffers, then)
+    )

@@ -94,7 +94,12 @@ def evaluations_of(trainer: "PublishingTrainer") -> list[Evaluation]:
         metrics = {name: value for name, value in metrics.items() if not f"_{name}".endswith(_TIMES)}
         if metrics:
             epsilon = None if NOT_PRIVATE in logs else logs.get("epsilon", 0.0)
-            if evaluations and (evaluations[-1].step, evaluations[-1].epsilon) == (logs["step"], epsilon):
+            last = evaluations[-1] if evaluations else None
+            if (
+                last
+                and (last.step, last.epsilon) == (logs["step"], epsilon)
+                and last.metrics.keys().isdisjoint(metrics)
+            ):
                 metrics = {**evaluations.pop().metrics, **metrics}
             evaluations.append(Evaluation(int(logs["step"]), epsilon, metrics))
     return evaluations

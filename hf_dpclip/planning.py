@@ -6,7 +6,6 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from .privacy import PrivacyPlan
-from .privacy.plan import is_whole
 
 
 if TYPE_CHECKING:
@@ -62,11 +61,11 @@ def steps_per_epoch(num_examples: int, expected_batch_size: int) -> int:
 def steps_in(num_epochs: float, num_examples: int, expected_batch_size: int) -> int:
     """T of `num_epochs` epochs, by the rule of the `Trainer`. Raises `ValueError` for no positive, finite number of
     epochs or steps."""
-    if not is_whole(expected_batch_size) or expected_batch_size < 1:
+    if expected_batch_size < 1:
         raise ValueError(
             f"expected_batch_size={expected_batch_size!r} is not possible: expected a whole number of at least 1."
         )
-    if not 0 < num_epochs * num_examples < math.inf:
+    if not (num_epochs > 0 and num_epochs * num_examples < math.inf):
         raise ValueError(f"num_epochs={num_epochs:g} is not possible: it must be positive and finite.")
     return math.ceil(num_epochs * steps_per_epoch(num_examples, expected_batch_size))
 

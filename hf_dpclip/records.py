@@ -116,7 +116,7 @@ def check_image(image: Any, column: str) -> PILImage:
 def _check_values(image: PILImage, column: str) -> None:
     """Raises `ValueError` if conversion to RGB would not leave values as they are."""
     values = np.asarray(image)
-    if values.min() < 0 or values.max() > 255:
+    if not (values.min() >= 0 and values.max() <= 255):
         raise ValueError(
             f"column {column!r} holds an image whose values are not within 0 and 255 (mode {image.mode}), of which "
             "conversion to RGB would leave white or black areas: choose the window of values that matters and convert "

@@ -151,7 +151,7 @@ class RunningTrainer(PublishingTrainer):
     def _take_over(self, checkpoint: str) -> int:
         """Continues the count of a checkpoint. Returns how many steps its run has left."""
         statement = check_resumable(checkpoint, self.plan)
-        run = statement.run or self._run
+        run = statement.run or new_run()
         # What this trainer did before counts beside another run, and within its own.
         runs = merged(self._known_runs, statement.earlier_runs, {run: (statement.plan, statement.steps)})
         self._run, (self.plan, self._steps_taken) = run, runs.pop(run)
@@ -223,7 +223,8 @@ class RunningTrainer(PublishingTrainer):
             )
         if self.args.world_size == 1:
             return
-        if len({*gather_object([sampled_digest(self._microbatch_dataset().dataset)])}) > 1:
+        digests = {*gather_object([sampled_digest(self._microbatch_dataset())])}
+        if None not in digests and len(digests) > 1:
             raise ValueError(
                 "the processes have different training records, or the same in another order, so that one record "
                 "would be drawn as if it were several: give shuffle, train_test_split and the like a seed=..., or let "

@@ -69,15 +69,12 @@ class SearchingTrainer(RunningTrainer):
         validation.check_search(backend, kwargs, self.args.world_size)
         if self.args.world_size > 1:
             kwargs["pruner"] = _never()
+        # Other backends are told of a space in words of their own.
+        if hp_space and backend == HPSearchBackend.OPTUNA:
+            hp_space = self._of_known_arguments(hp_space)
         try:
             best = super().hyperparameter_search(
-                hp_space and self._of_known_arguments(hp_space),
-                compute_objective,
-                n_trials,
-                direction,
-                backend,
-                hp_name,
-                **kwargs,
+                hp_space, compute_objective, n_trials, direction, backend, hp_name, **kwargs
             )
         finally:
             if self.is_world_process_zero():
@@ -113,7 +110,8 @@ class SearchingTrainer(RunningTrainer):
         """A plan from the arguments, in which the best settings may be now. The last trial left no model."""
         if self.model is None:
             self.model = self.model_wrapped = self.call_model_init()
-            self._move_model_to_device(self.model, self.args.device)
+            if self.place_model_on_device:
+                self._move_model_to_device(self.model, self.args.device)
         self.begin_run()
         self._plan_is_a_trials = False
 

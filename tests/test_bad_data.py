@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from datasets import Dataset, Image
 from factories import arguments, other_raw_pairs, pairs, pictures, raw_pairs, tiny_clip, tiny_clip_vqa, tiny_processor
 from PIL import Image as PILImage
@@ -14,6 +15,7 @@ from wrong_calls import check_explained, processed, table, trainer
 
 from hf_dpclip import DPCLIPTrainer, ImageTextCollator, VisualQuestionCollator
 from hf_dpclip.data import class_prompts, load_pairs
+from hf_dpclip.digests import array_digests
 
 
 def with_texts(texts: list) -> Dataset:
@@ -164,6 +166,11 @@ DATA = {
         )
         for text in ("", "NA", "N/A", "nan", "None")
     },
+    "images without values": (
+        lambda f: processed(f, with_images([PILImage.fromarray(np.full((8, 8), np.nan, np.float32))] * 8)),
+        "values are not within 0 and 255 (mode F)",
+        "choose the window",
+    ),
     "images with values up to one": (
         lambda f: processed(f, with_images([PILImage.fromarray(np.full((8, 8), 0.5, np.float32))] * 8)),
         "holds an image whose values are between 0 and 1",
@@ -484,6 +491,47 @@ DATA = {
 def test_wrong_data(tmp_path, row):
     call, wrong, remedy = DATA[row]
     check_explained(lambda: call(tmp_path), wrong, remedy)
+
+
+WHOLE = raw_pairs(24)
+RECORDS = [*pairs(24)]
+
+
+@pytest.mark.parametrize(
+    "private, held_out",
+    [
+        (WHOLE.select(range(16)), Subset(WHOLE, range(16, 24))),
+        (Subset(WHOLE, range(16)), Subset(Subset(WHOLE, range(20)), [16, 17])),
+        (RECORDS[:16], Subset(RECORDS, range(16, 24))),
+        (Subset(RECORDS, torch.arange(16)), RECORDS[16:]),
+        (WHOLE.select(range(16)), [*WHOLE.select(range(16, 24))]),
+    ],
+    ids=["rows of a table", "subset of a subset", "rows of a list", "slice of a list", "list"],
+)
+def test_what_was_held_out_is_accepted(tmp_path, private, held_out):
+    make = trainer if isinstance(held_out, Subset | list) and "pixel_values" in private[0] else processed
+    make(tmp_path, private, options={"eval_dataset": held_out})
+
+
+@pytest.mark.parametrize(
+    "private, evaluated",
+    [
+        (Subset(RECORDS, torch.arange(16)), Subset(RECORDS, torch.tensor([20, 15]))),
+        (Subset(RECORDS, range(16)), RECORDS),
+        (pairs(16), Subset(pairs(16), [3, 4])),
+    ],
+    ids=["tensors", "whole", "rows of a copy"],
+)
+def test_what_was_not_held_out_is_refused(tmp_path, private, evaluated):
+    with pytest.raises(ValueError, match="are among those of the private training dataset"):
+        trainer(tmp_path, private, options={"eval_dataset": evaluated})
+
+
+def test_records_with_gaps_are_compared(tmp_path):
+    private, gaps = pairs(8), [[1, 2, None, 3]] * 8
+    private = private.remove_columns("input_ids").add_column("input_ids", gaps)
+    assert len({*array_digests(private, "input_ids")}) == 1
+    assert [*array_digests(private, "input_ids")] == [*array_digests(private.select(range(8)), "input_ids")]
 
 
 def test_an_undecodable_image_in_a_worker_is_named(tmp_path):

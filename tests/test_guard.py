@@ -11,6 +11,7 @@ from datasets import DatasetDict
 from factories import arguments, pairs, raw_pairs, tiny_clip, tiny_processor
 from gradient_checks import lora_clip
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import TrainerCallback
 
 from hf_dpclip import DPCLIPTrainer
@@ -327,8 +328,28 @@ class WithCriterion(DPCLIPTrainer):
 
 def test_trainers_that_hold_what_remembers_the_data_are_refused(tmp_path):
     run = WithCriterion(ShowsRecords(), arguments(tmp_path, max_steps=5), train_dataset=vectors(*[[1.0] * 4] * 8))
-    with pytest.raises(RuntimeError, match="a buffer of the model or of the loss changed"):
+    with pytest.raises(RuntimeError, match="a module that the trainer holds changed"):
         run.train()
+    assert run.state.global_step == 0
+
+
+class Averaging(TrainerCallback):
+    """Updates between steps what the trainer holds."""
+
+    def __init__(self, average):
+        self.average = average
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.average.update_parameters(model)
+
+
+def test_what_a_trainer_holds_may_change_between_steps(tmp_path):
+    run = DPCLIPTrainer(Given(), arguments(tmp_path, max_steps=3), train_dataset=vectors(*[[1.0] * 4] * 8))
+    run.average = AveragedModel(run.model)
+    next(run.average.parameters()).register_hook(lambda gradient: None)
+    run.add_callback(Averaging(run.average))
+    run.train()
+    assert run.average.n_averaged == 3
 
 
 def draws_by_length(records):

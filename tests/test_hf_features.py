@@ -12,7 +12,7 @@ import torch
 from checks import flat_weights
 from factories import answered_questions, arguments, pairs, tiny_clip, tiny_clip_vqa
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import CLIPModel, EarlyStoppingCallback, TrainerCallback
+from transformers import CLIPModel, EarlyStoppingCallback, Trainer, TrainerCallback
 
 from hf_dpclip import DPCLIPTrainer, PrivacyStatement
 from hf_dpclip.checkpoints import check_undamaged
@@ -264,6 +264,16 @@ def test_a_search_for_what_is_no_argument_is_refused_before_anything_is_spent(ma
     with pytest.raises(ValueError, match="'learning_rat', which is no argument of DPTrainingArguments"):
         search(trainer, lambda trial: {"learning_rat": trial.suggest_float("learning_rat", 1e-4, 1e-2)})
     assert trainer.privacy_spent().steps == 0
+
+
+def test_a_space_in_the_words_of_another_backend_passes(make_searcher, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        Trainer, "hyperparameter_search", lambda self, space, *args, **kwargs: given.append(space(None))
+    )
+    trainer = make_searcher()
+    trainer.hyperparameter_search(lambda trial: {"method": "random", "parameters": {}}, backend="wandb")
+    assert given == [{"method": "random", "parameters": {}}]
 
 
 def test_arguments_that_are_changed_after_the_target_is_spent_are_not_ignored(make_trainer):

@@ -174,6 +174,13 @@ def test_several_evaluation_datasets_stand_in_one_row(trained, tmp_path):
     assert (tmp_path / "privacy_utility.png").exists()
 
 
+def test_evaluations_of_the_same_metrics_at_one_step_stand_apart(make_trainer):
+    trainer = make_trainer()
+    losses = [trainer.evaluate(pairs(8, seed=seed))["eval_loss"] for seed in (1, 2)]
+    card = card_of(trainer)
+    assert all(f"| 0 | 0 | {loss:.4g} |" in card for loss in losses)
+
+
 def test_evaluations_without_a_common_metric_make_no_figure(make_trainer, tmp_path):
     trainer = make_trainer(logging_steps=1)
     trainer.evaluate(pairs(8, seed=1))

@@ -4,10 +4,16 @@ import datasets
 import pytest
 import torch
 from datasets import Dataset, Image
-from factories import pairs, pictures, raw_pairs
+from factories import pairs, pictures, raw_pairs, tiny_processor
+from transformers import default_data_collator
 
-from hf_dpclip import DPCLIPTrainer
+from hf_dpclip import DPCLIPTrainer, ImageTextCollator
+from hf_dpclip.dataloader import MicrobatchDataset
 from hf_dpclip.digests import sampled_digest
+
+
+def digest_of(dataset, collator=default_data_collator):
+    return sampled_digest(MicrobatchDataset(dataset, collator))
 
 
 def with_files(folder, text: str = "a") -> Dataset:
@@ -24,17 +30,17 @@ def with_files(folder, text: str = "a") -> Dataset:
 
 def test_the_digest_is_that_of_the_records_in_their_order():
     whole = raw_pairs(200)
-    digest = sampled_digest(whole)
-    assert sampled_digest(raw_pairs(200).shuffle(seed=3)) != digest
-    assert sampled_digest(whole.select(range(199))) != digest
-    assert sampled_digest(raw_pairs(200)) == digest
-    assert sampled_digest(whole.select(range(200))) == digest
-    assert sampled_digest(whole.with_transform(lambda batch: {"image": [], "text": []})) == digest
+    digest = digest_of(whole)
+    assert digest_of(raw_pairs(200).shuffle(seed=3)) != digest
+    assert digest_of(whole.select(range(199))) != digest
+    assert digest_of(raw_pairs(200)) == digest
+    assert digest_of(whole.select(range(200))) == digest
+    assert digest_of(whole.with_transform(lambda batch: {"image": [], "text": []})) == digest
 
 
 def test_every_row_counts_where_there_are_few():
     digests = {
-        sampled_digest(Dataset.from_dict({"text": ["b" if row == other else "a" for row in range(64)]}))
+        digest_of(Dataset.from_dict({"text": ["b" if row == other else "a" for row in range(64)]}))
         for other in range(65)
     }
     assert len(digests) == 65
@@ -42,11 +48,11 @@ def test_every_row_counts_where_there_are_few():
 
 def test_files_in_another_folder_are_the_same_and_texts_are_not(tmp_path):
     here, there = with_files(tmp_path / "here"), with_files(tmp_path / "there")
-    assert sampled_digest(here) == sampled_digest(there) != sampled_digest(with_files(tmp_path / "other", "b"))
+    assert digest_of(here) == digest_of(there) != digest_of(with_files(tmp_path / "other", "b"))
 
 
 def test_columns_may_come_in_any_order():
-    assert sampled_digest(raw_pairs(4)) == sampled_digest(raw_pairs(4).select_columns(["text", "image"]))
+    assert digest_of(raw_pairs(4)) == digest_of(raw_pairs(4).select_columns(["text", "image"]))
 
 
 class Read(torch.utils.data.Dataset):
@@ -62,29 +68,40 @@ class Read(torch.utils.data.Dataset):
         return self.read(index)
 
 
-def test_other_datasets_are_compared_by_what_is_read():
+def test_other_datasets_are_compared_by_what_is_collated():
     records = [{"pixel_values": torch.full((2, 2), float(row)), "text": str(row)} for row in range(16)]
-    digest = sampled_digest(records)
-    assert digest == sampled_digest([dict(record) for record in records]) == sampled_digest(Read(records.__getitem__))
-    assert sampled_digest(records[::-1]) != digest != sampled_digest([*records[:-1], records[0]])
+    digest = digest_of(records)
+    assert digest == digest_of([dict(record) for record in records]) == digest_of(Read(records.__getitem__))
+    assert digest_of(records[::-1]) != digest != digest_of([*records[:-1], records[0]])
 
 
-def test_what_is_drawn_from_the_global_generators_is_the_same(torch_seed=3):
-    torch.manual_seed(torch_seed)
-    noisy = Read(lambda index: torch.rand(3) + index)
+def test_what_the_collator_leaves_out_is_not_compared():
+    there = [{"pixel_values": torch.full((2, 2), float(row)), "folder": f"/there/{row}"} for row in range(16)]
+    assert digest_of(there) == digest_of([{**record, "folder": "/here"} for record in there]) is not None
+
+
+def test_what_is_drawn_from_the_global_generators_is_the_same():
+    noisy = Read(lambda index: {"pixel_values": torch.rand(3) + index})
     before = torch.get_rng_state()
-    assert sampled_digest(noisy) == sampled_digest(noisy) is not None
+    assert digest_of(noisy) == digest_of(noisy) is not None
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_records_that_are_never_the_same_are_not_compared():
+def collated_into_generators(records):
+    return {"pixel_values": (record for record in records)}
+
+
+@pytest.mark.parametrize("collator", [default_data_collator, collated_into_generators])
+def test_records_that_are_never_the_same_or_cannot_be_told_are_not_compared(collator):
     generator = torch.Generator().manual_seed(0)
-    assert sampled_digest(Read(lambda index: torch.rand(3, generator=generator))) is None
+    own_draws = Read(lambda index: {"pixel_values": torch.rand(3, generator=generator)})
+    assert digest_of(own_draws, collator) is None
 
 
 def test_images_are_what_they_show_wherever_they_are(tmp_path):
     here, there = with_files(tmp_path / "here"), with_files(tmp_path / "there")
-    assert sampled_digest([*here]) == sampled_digest([*there]) != sampled_digest([*here][::-1])
+    collator = ImageTextCollator(tiny_processor())
+    assert digest_of([*here], collator) == digest_of([*there], collator) != digest_of([*here][::-1], collator)
 
 
 # ---- Evaluation ----

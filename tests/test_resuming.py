@@ -1,5 +1,6 @@
 """Resuming and repeating `train`: the count goes on, under the same plan, with fresh randomness."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -11,6 +12,7 @@ from peft import get_peft_model
 from transformers import CLIPModel, TrainerCallback
 
 from hf_dpclip import DPCLIPTrainer, PrivacyStatement, lora_config
+from hf_dpclip.checkpoints import restate
 from hf_dpclip.privacy import Randomness
 from hf_dpclip.resuming import check_resumable, last_complete_checkpoint
 
@@ -161,6 +163,16 @@ def test_the_checkpoint_of_another_run_does_not_undo_what_this_trainer_has_spent
     trainer.train(resume_from_checkpoint=str(interrupted / "checkpoint-2"))
     assert [steps for _, steps in trainer.privacy_statement().runs] == [3, 4]
     assert trainer.privacy_spent().epsilon == trainer.plan.epsilon(3 + 4)
+
+
+def test_the_checkpoint_of_a_run_without_a_name_counts_beside_this_one(make_trainer, interrupted):
+    checkpoint = interrupted / "checkpoint-2"
+    restate(checkpoint, dataclasses.replace(PrivacyStatement.load(checkpoint), run=None))
+    trainer = make_trainer(trainer_options={"callbacks": [StopAfter(3)]}, max_steps=4)
+    trainer.train()
+    trainer.pop_callback(StopAfter)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert [steps for _, steps in trainer.privacy_statement().runs] == [3, 4]
 
 
 def test_the_checkpoint_of_another_run_brings_its_earlier_runs_along(make_trainer, tmp_path):

@@ -29,7 +29,18 @@ from .vectorizable import VectorizableModel
 # file that defines them.
 ROW_WISE = (nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm, nn.Embedding, nn.Conv2d, nn.Dropout, nn.Identity)
 # Attention is a function that the configuration names; others may be registered under names of their own.
-ROW_WISE_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+ROW_WISE_ATTENTION = (
+    None,
+    "eager",
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "flex_attention",
+    "kernels-community/flash-attn2",
+    "kernels-community/flash-attn4",
+    "kernels-community/vllm-flash-attn3",
+)
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterDict)
 ROW_WISE_FILES = (
     "transformers.models.altclip.modeling_altclip",
