@@ -49,6 +49,10 @@ class RunningTrainer(PublishingTrainer):
         """Makes a plan from the arguments as they are now. What was spent before counts on."""
 
     @abstractmethod
+    def _leave_search(self) -> None:
+        """Begins a run if the plan is that of a search's last trial."""
+
+    @abstractmethod
     def _draw_randomness(self) -> None:
         """Fresh streams for the steps to come."""
 
@@ -132,6 +136,8 @@ class RunningTrainer(PublishingTrainer):
         """
         self._check_planned()
         validation.check_best_metric(self)
+        if trial is None:
+            self._leave_search()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         if not resume_from_checkpoint and trial is None and self.is_world_process_zero():

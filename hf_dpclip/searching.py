@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from transformers.trainer_utils import BestRun, HPSearchBackend, TrainOutput
+from transformers.trainer_utils import BestRun, HPSearchBackend
 
 from . import validation
 from .checkpoints import restate
@@ -31,18 +31,6 @@ class SearchingTrainer(RunningTrainer):
         super()._begin_first_run(plan)
         # Where the checkpoints of all trials are, by the ids of their runs.
         self._trials: dict[str, Path] = {}
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-        **kwargs,
-    ) -> TrainOutput:
-        """As in [`RunningTrainer`], also after a search: with a plan of its own."""
-        if trial is None and self._plan_is_a_trials:
-            self._begin_after_search()
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
 
     def hyperparameter_search(
         self,
@@ -106,8 +94,11 @@ class SearchingTrainer(RunningTrainer):
             self._plan_is_a_trials = True
             self._trials[self._run] = Path(self._get_output_dir(trial))
 
-    def _begin_after_search(self) -> None:
-        """A plan from the arguments, in which the best settings may be now. The last trial left no model."""
+    def _leave_search(self) -> None:
+        """As in [`RunningTrainer`]: a plan from the arguments, in which the best settings may be now."""
+        if not self._plan_is_a_trials:
+            return
+        # The last trial left none.
         if self.model is None:
             self.model = self.model_wrapped = self.call_model_init()
             if self.place_model_on_device:
