@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .collators import ImageTextCollator, PairCollator, VisualQuestionCollator, tokenizer_of
 from .dataloader import MicrobatchDataset
-from .digests import array_digests, file_columns, file_digests
+from .digests import column_digests, file_columns
 from .gradients import contrastive_base
 from .models import CLIPForVisualQuestionAnswering
 from .public_negatives import shared_rows
@@ -47,7 +47,11 @@ def check_dataset(dataset: Dataset, name: str = "train_dataset") -> None:
             f"{type(dataset).__name__} has no random access, which Poisson sampling needs: load the dataset with "
             "streaming=False, or materialise it with datasets.Dataset.from_generator."
         )
-    if len(dataset) == 0:
+    _check_not_empty(dataset, name)
+
+
+def _check_not_empty(dataset: Any, name: str) -> None:
+    if has_random_access(dataset) and len(dataset) == 0:
         raise ValueError(f"{name} is empty: check the split, and what filters have left of it.")
 
 
@@ -131,8 +135,7 @@ def check_evaluation_data(
 ) -> None:
     """Raises `ValueError` if metrics would be computed on the private records, on others of the same units, or on
     none."""
-    if has_random_access(evaluated) and len(evaluated) == 0:
-        raise ValueError(f"{name} is empty: check the split, and what filters have left of it.")
+    _check_not_empty(evaluated, name)
     if train_dataset is not None and evaluated is train_dataset:
         raise ValueError(
             f"{name} is the private training dataset, so its metrics would be raw statistics of private records: "
@@ -186,18 +189,15 @@ def _is_part_of_table(first: datasets.Dataset, private: datasets.Dataset) -> boo
     encoded = [name for name in common if name in ENCODED and name not in files]
     if not (files or encoded):
         return False
-    count = LOOKED_AT_ENCODED if encoded else LOOKED_AT
-    columns = files, [*encoded, *(name for name in common if name == "input_ids")], texts
-    return _first_records(first, *columns, COMPARED) <= _first_records(private, *columns, count)
+    columns = [*files, *encoded, *(name for name in common if name == "input_ids")]
+    looked_at = private.select(range(min(len(private), LOOKED_AT_ENCODED if encoded else LOOKED_AT)))
+    return _recognised_by(first, columns, texts) <= _recognised_by(looked_at, columns, texts)
 
 
-def _first_records(
-    dataset: datasets.Dataset, files: list[str], encoded: list[str], texts: list[str], count: int
-) -> set[tuple]:
-    """Their images or sounds and what was encoded, by digest, and texts."""
-    first = dataset.select(range(min(len(dataset), count)))
-    columns = [file_digests(first, name) for name in files] + [array_digests(first, name) for name in encoded]
-    return {*zip(*columns, *(first.with_format(None)[name][:] for name in texts))}
+def _recognised_by(dataset: datasets.Dataset, columns: list[str], texts: list[str]) -> set[tuple]:
+    """Of each record its images or sounds and what was encoded, by digest, and its texts."""
+    digests = [column_digests(dataset, name) for name in columns]
+    return {*zip(*digests, *(dataset.with_format(None)[name][:] for name in texts))}
 
 
 def _num_shared_units(private: Any, evaluated: Any, column: str | None) -> int:

@@ -48,6 +48,11 @@ def array_digests(dataset: Dataset, column: str) -> Iterator[bytes]:
         yield hashlib.sha256(content).digest()
 
 
+def column_digests(dataset: Dataset, column: str) -> Iterator[bytes | None]:
+    """Those of files where there are, and else of numbers."""
+    return file_digests(dataset, column) if column in file_columns(dataset) else array_digests(dataset, column)
+
+
 def sampled_digest(microbatches: "MicrobatchDataset") -> bytes | str | None:
     """Of some records, spread over all of them: of a `datasets.Dataset` as they are stored, of others as they are
     collated; `None` where they are never the same twice, or cannot be told.

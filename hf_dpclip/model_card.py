@@ -4,7 +4,7 @@ Written anew from the trainer each time. It holds public constants, noised quant
 never a statistic of the private ones.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -94,15 +94,17 @@ def evaluations_of(trainer: "PublishingTrainer") -> list[Evaluation]:
         metrics = {name: value for name, value in metrics.items() if not f"_{name}".endswith(_TIMES)}
         if metrics:
             epsilon = None if NOT_PRIVATE in logs else logs.get("epsilon", 0.0)
-            last = evaluations[-1] if evaluations else None
-            if (
-                last
-                and (last.step, last.epsilon) == (logs["step"], epsilon)
-                and last.metrics.keys().isdisjoint(metrics)
-            ):
-                metrics = {**evaluations.pop().metrics, **metrics}
-            evaluations.append(Evaluation(int(logs["step"]), epsilon, metrics))
+            evaluation = Evaluation(int(logs["step"]), epsilon, metrics)
+            if evaluations and _complete_one_another(evaluations[-1], evaluation):
+                evaluation = replace(evaluation, metrics={**evaluations.pop().metrics, **metrics})
+            evaluations.append(evaluation)
     return evaluations
+
+
+def _complete_one_another(first: Evaluation, second: Evaluation) -> bool:
+    """Whether they are of the same weights, and of several datasets."""
+    same_weights = (first.step, first.epsilon) == (second.step, second.epsilon)
+    return same_weights and first.metrics.keys().isdisjoint(second.metrics)
 
 
 def metadata(trainer: "PublishingTrainer", facts: TrainingSummary, evaluations: list[Evaluation]) -> ModelCardData:

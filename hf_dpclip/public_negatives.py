@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset, Image
 
 from .collators import ImageTextCollator, encoded_texts
-from .digests import array_digests, file_digests
+from .digests import column_digests
 from .evaluation import in_evaluation_mode
 from .gradients import ContrastiveModel
 from .gradients.inputs import num_rows, pairs_only
@@ -121,18 +121,12 @@ def shared_rows(private: Any, public: Any) -> int:
     if private is public or private._fingerprint == public._fingerprint:
         return len(public)
     columns = [name for name in public.column_names if _holds_images(public, name) and _holds_images(private, name)]
-    known = {name: {*_digests(private, name)} for name in columns}
-    return max((sum(digest in known[name] for digest in _digests(public, name)) for name in columns), default=0)
+    known = {name: {*column_digests(private, name)} - {None} for name in columns}
+    return max((sum(digest in known[name] for digest in column_digests(public, name)) for name in columns), default=0)
 
 
 def _holds_images(dataset: Dataset, column: str) -> bool:
     return column in dataset.column_names and (isinstance(dataset.features[column], Image) or column == "pixel_values")
-
-
-def _digests(dataset: Dataset, column: str) -> list[bytes]:
-    if isinstance(dataset.features[column], Image):
-        return [digest for digest in file_digests(dataset, column) if digest is not None]
-    return [*array_digests(dataset, column)]
 
 
 def _batches(records: Any, size: int) -> Iterator[list]:

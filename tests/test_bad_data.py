@@ -1,5 +1,6 @@
 """Data that cannot be trained on, and what is said of it: see `test_bad_input.py` for the form of the tables."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -509,8 +510,8 @@ RECORDS = [*pairs(24)]
     ids=["rows of a table", "subset of a subset", "rows of a list", "slice of a list", "list"],
 )
 def test_what_was_held_out_is_accepted(tmp_path, private, held_out):
-    make = trainer if isinstance(held_out, Subset | list) and "pixel_values" in private[0] else processed
-    make(tmp_path, private, options={"eval_dataset": held_out})
+    make = trainer if "pixel_values" in private[0] else processed
+    assert math.isfinite(make(tmp_path, private, options={"eval_dataset": held_out}).evaluate()["eval_loss"])
 
 
 @pytest.mark.parametrize(
@@ -527,7 +528,7 @@ def test_what_was_not_held_out_is_refused(tmp_path, private, evaluated):
         trainer(tmp_path, private, options={"eval_dataset": evaluated})
 
 
-def test_records_with_gaps_are_compared(tmp_path):
+def test_records_with_gaps_are_compared():
     private, gaps = pairs(8), [[1, 2, None, 3]] * 8
     private = private.remove_columns("input_ids").add_column("input_ids", gaps)
     assert len({*array_digests(private, "input_ids")}) == 1

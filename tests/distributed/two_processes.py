@@ -111,25 +111,26 @@ def refuses_a_mixture() -> bool:
     return False
 
 
-def refuses_another_order(folder: Path) -> bool:
-    """Whether nothing is trained where each process has shuffled the records for itself."""
-    dataset = raw_pairs(64).shuffle(seed=PartialState().process_index)
+def refuses(folder: Path, records, collator=None) -> bool:
+    """Whether nothing is trained on records that are in another order on the other process."""
     args = arguments(folder, per_device_train_batch_size=4)
     try:
-        DPCLIPTrainer(tiny_clip(), args, ImageTextCollator(tiny_processor()), dataset).train()
+        DPCLIPTrainer(tiny_clip(), args, collator, records).train()
     except ValueError as error:
         return "in another order" in str(error)
     return False
+
+
+def refuses_another_order(folder: Path) -> bool:
+    """Where each process has shuffled the records for itself."""
+    return refuses(
+        folder, raw_pairs(64).shuffle(seed=PartialState().process_index), ImageTextCollator(tiny_processor())
+    )
 
 
 def refuses_another_order_of_a_list(folder: Path) -> bool:
-    """The same with records in a list, as a set of files gives them."""
-    records = [*pairs(64)][:: 1 - 2 * PartialState().process_index]
-    try:
-        DPCLIPTrainer(tiny_clip(), arguments(folder, per_device_train_batch_size=4), train_dataset=records).train()
-    except ValueError as error:
-        return "in another order" in str(error)
-    return False
+    """With records in a list, as a set of files gives them."""
+    return refuses(folder, [*pairs(64)][:: 1 - 2 * PartialState().process_index])
 
 
 class Gathering(DPCLIPTrainer):
