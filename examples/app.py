@@ -30,6 +30,7 @@ from hf_dpclip.advice import HOPELESS_SIGNAL_TO_NOISE, advice, is_hopeless, tota
 from hf_dpclip.collators import encoded_texts
 from hf_dpclip.data import class_prompts
 from hf_dpclip.figures import draw_epsilon
+from hf_dpclip.markdown import table
 from hf_dpclip.planning import steps_in
 from hf_dpclip.presets import DIGITS
 from hf_dpclip.privacy import STATEMENT_NAME
@@ -112,8 +113,7 @@ def describe(plan: PrivacyPlan, num_parameters: int) -> str:
         "sensitivity Δ": "C, one record per microbatch" if plan.one_unit_per_microbatch else "2 C",
         "signal-to-noise, at most": f"{of_a_step:.3g} in a step, {of_the_run:.3g} in the run",
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"| | |\n|---|---|\n{table}\n\n{remarks(plan, num_parameters)}\n\n{arguments_of(plan)}"
+    return f"{table(['', ''], rows.items())}\n\n{remarks(plan, num_parameters)}\n\n{arguments_of(plan)}"
 
 
 def remarks(plan: PrivacyPlan, num_parameters: int) -> str:

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 from datasets import disable_progress_bars
 
 from hf_dpclip.audit.fine_tune import FineTune, FineTuneAudit, Membership
+from hf_dpclip.markdown import table_head, table_row
 
 
 TINY_CLIP = Path(__file__).parent / "tiny-clip"
@@ -49,23 +50,18 @@ def parse_arguments() -> argparse.Namespace:
 
 def print_table(audits: dict[str, FineTuneAudit]) -> None:
     columns = ("run", "claimed ε", "ε ≥, white-box", "ε ≥, black-box", "coins guessed, white-box", "black-box")
-    print_row(*columns, "AUC", "TPR at 1 % FPR", "accuracy")
-    print_row(*["---"] * 9)
+    print(table_head(*columns, "AUC", "TPR at 1 % FPR", "accuracy"))
     first = next(iter(audits.values()))
-    print_row("before training", *["-"] * 5, *rates(first.start), f"{first.accuracy_at_start:.1%}")
+    print(table_row("before training", *["-"] * 5, *rates(first.start), f"{first.accuracy_at_start:.1%}"))
     for name, audit in audits.items():
         run = audit.run
         bounds = f"{run.claimed_epsilon:.2f}", f"{run.white_box:.2f}", f"{run.black_box:.2f}"
         guessed = f"{run.white_box_accuracy:.1%}", f"{run.black_box_accuracy:.1%}"
-        print_row(name, *bounds, *guessed, *rates(audit.membership), f"{audit.accuracy:.1%}")
+        print(table_row(name, *bounds, *guessed, *rates(audit.membership), f"{audit.accuracy:.1%}"))
 
 
 def rates(membership: Membership) -> tuple[str, str]:
     return f"{membership.auc:.3f}", f"{membership.true_positive_rate():.1%}"
-
-
-def print_row(*cells) -> None:
-    print("|", " | ".join(cells), "|", flush=True)
 
 
 def draw(audits: dict[str, FineTuneAudit], path: Path) -> None:

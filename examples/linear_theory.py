@@ -24,6 +24,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 from theory.simulation import BATCH, MICROBATCHES, PAIRS, PAPER, Arm, Setting, predict, random_error, simulate
 
+from hf_dpclip.markdown import table_head, table_row
+
 
 # Privacy noise dominates where the error is this many times larger than without noise, and as many times smaller than
 # that of random encoders.
@@ -199,22 +201,20 @@ def decimals(slope: float) -> str:
 
 
 def print_slopes(sweeps: list[Sweep], fits: list[Fit]) -> None:
-    print_row("arm", "against", "predicted slope", "fitted slope", "points fitted", "range fitted")
-    print_row(*["---"] * 6)
+    print(table_head("arm", "against", "predicted slope", "fitted slope", "points fitted", "range fitted"))
     for sweep, fitted in zip(sweeps, fits):
         slope = f"{decimals(fitted.slopes.mean())} ± {fitted.slopes.std():.2f}"
         values = sweep.values[fitted.inside]
         span = f"{values[0]:g} to {values[-1]:g}" if len(values) else "none"
         points = f"{len(values)} of {len(sweep.values)}"
-        print_row(sweep.name, AXES[sweep.axis], decimals(fitted.predicted), slope, points, span)
+        print(table_row(sweep.name, AXES[sweep.axis], decimals(fitted.predicted), slope, points, span))
 
 
 def print_side_by_side(settings: list[Setting], errors: Errors) -> None:
     """What noise each arm adds to the mean gradient, what ε the accountant finds for it, and what error follows."""
     first = settings[0]
     print(f"\nSide by side: n = {first.num_examples}, T = {first.num_steps}, d = {first.dimension}\n")
-    print_row("arm", "ε asked for", "ε of the accountant", "K", "noise", "predicted error", "error")
-    print_row(*["---"] * 7)
+    print(table_head("arm", "ε asked for", "ε of the accountant", "K", "noise", "predicted error", "error"))
     for setting in settings:
         plan, error = setting.plan, errors[setting]
         noise = f"{plan.noise_std / plan.num_microbatches:.4f}"
@@ -222,11 +222,7 @@ def print_side_by_side(settings: list[Setting], errors: Errors) -> None:
         accounted = f"{plan.epsilon():.3g}"
         predicted = f"{predict(setting).total:.4f}"
         name = setting.arm.name if setting.private else NON_PRIVATE
-        print_row(name, f"{setting.epsilon:g}", accounted, plan.num_microbatches, noise, predicted, measured)
-
-
-def print_row(*cells) -> None:
-    print("|", " | ".join(str(cell) for cell in cells), "|")
+        print(table_row(name, f"{setting.epsilon:g}", accounted, plan.num_microbatches, noise, predicted, measured))
 
 
 def draw(sweeps: list[Sweep], fits: list[Fit], errors: Errors, path: Path) -> None:

@@ -38,6 +38,8 @@ from transformers import (
     set_seed,
 )
 
+from hf_dpclip.presets import DIGITS
+
 
 IMAGE_SIZE = 28
 OVERSAMPLING = 4  # drawings are this many times larger than the images
@@ -53,7 +55,6 @@ FONTS = """
     DejaVuSerif STIXGeneral STIXGeneralItalic
 """
 
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 POLYGONS = {  # number of corners, and the radius of the inner corners of stars
     "triangle": (3, None),
@@ -202,7 +203,7 @@ def build_concepts() -> list[Concept]:
         """Draw each character in each font."""
         return [draw_glyph(character, font) for character in characters for font in fonts]
 
-    digits = [build_concept("digit", name, str(value), glyphs(str(value))) for value, name in enumerate(NUMBERS)]
+    digits = [build_concept("digit", name, str(value), glyphs(str(value))) for value, name in enumerate(DIGITS)]
     letters = [build_concept("letter", char, char, glyphs(char + char.upper())) for char in string.ascii_lowercase]
     shapes = [build_concept("shape", name, name, [draw_shape(name)]) for name in SHAPES]
     return digits + letters + shapes

@@ -15,7 +15,7 @@ import math
 
 from results_report import DOCUMENT, write_between
 
-from hf_dpclip import PrivacyPlan
+from hf_dpclip import PrivacyPlan, markdown
 
 
 # A. Huang et al., arXiv 2306.08173: batches of 32, 30 epochs. δ is ours.
@@ -38,14 +38,14 @@ def main():
 
 def table() -> str:
     titles = ["dataset", "zero-shot", *(f"claimed ε = {epsilon:g}" for epsilon in EPSILONS)]
-    lines = [titles, ["---"] * len(titles)]
+    rows = []
     for dataset, (num_examples, zero_shot, accuracies) in PUBLISHED.items():
-        lines.append(
+        rows.append(
             [dataset, f"{zero_shot:.1%}" if zero_shot else "", *(f"{accuracy:.1%}" for accuracy in accuracies)]
         )
         worth = [honest_epsilon(claimed_plan(num_examples, epsilon)) for epsilon in EPSILONS]
-        lines.append(["worth at least", "", *(f"ε = {epsilon:.3g}" for epsilon in worth)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append(["worth at least", "", *(f"ε = {epsilon:.3g}" for epsilon in worth)])
+    return markdown.table(titles, rows)
 
 
 def claimed_plan(num_examples: int, epsilon: float) -> PrivacyPlan:

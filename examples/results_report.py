@@ -23,6 +23,8 @@ from matplotlib.ticker import NullLocator, PercentFormatter
 from matplotlib.transforms import ScaledTranslation
 from paper_table import ARMS, PRIVATE_ARMS, ROWS, load_rows
 
+from hf_dpclip import markdown
+
 
 DOCUMENT = ROWS.parents[1] / "results.md"
 FIGURES = ROWS.parents[1] / "figures"
@@ -124,14 +126,14 @@ def table(results: Results, dataset: str) -> str:
     cells = results.cells(dataset=dataset)
     epsilons = sorted({cell.epsilon for cell in cells})
     titles = ["no noise" if math.isinf(epsilon) else f"ε = {epsilon:g}" for epsilon in epsilons]
-    lines = [["arm", "trained", "K", *titles], ["---"] * (3 + len(titles))]
+    rows = []
     for arm, tuning, count in dict.fromkeys((cell.arm, cell.tuning, cell.num_microbatches) for cell in cells):
         line = results.cells(dataset=dataset, arm=arm, tuning=tuning, num_microbatches=count)
         entries = {cell.epsilon: entry(results, cell) for cell in line}
         names = [ARM_NAMES[arm], TUNING_NAMES.get(tuning, ""), str(count or "")]
-        lines.append([*names, *(entries.get(epsilon, "") for epsilon in epsilons)])
+        rows.append([*names, *(entries.get(epsilon, "") for epsilon in epsilons)])
     delta = " or ".join(f"{delta:.3g}" for delta in sorted(results.deltas[dataset])) or "none"
-    return f"### {dataset} (δ = {delta})\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"### {dataset} (δ = {delta})\n\n" + markdown.table(["arm", "trained", "K", *titles], rows)
 
 
 def entry(results: Results, cell: Cell) -> str:

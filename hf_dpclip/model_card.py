@@ -26,6 +26,7 @@ from . import __version__
 from .arguments import STATISTICS_WERE_LOGGED
 from .collators import text_settings
 from .figures import plot_privacy_utility
+from .markdown import table
 from .models import CLIPForVisualQuestionAnswering, base_model
 from .privacy_section import CARD_NAME, NOT_PRIVATE, privacy_section
 
@@ -212,10 +213,9 @@ def _evaluation(evaluations: list[Evaluation], has_figure: bool) -> str:
         [f"{each.step:,}", _number(each.epsilon), *(_number(each.metrics.get(name)) for name in names)]
         for each in evaluations
     ]
-    lines = [["step", "ε", *names], ["---"] * (2 + len(names)), *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    shown = table(["step", "ε", *names], rows)
     image = f"\n\n![Metric against ε spent]({FIGURE_NAME})" if has_figure else ""
-    return f"## Evaluation\n\nOn held-out records, which are not covered by the guarantee.\n\n{table}{image}"
+    return f"## Evaluation\n\nOn held-out records, which are not covered by the guarantee.\n\n{shown}{image}"
 
 
 def _procedure(trainer: "PublishingTrainer", facts: TrainingSummary) -> str:

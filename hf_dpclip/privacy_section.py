@@ -3,6 +3,7 @@
 import math
 import re
 
+from .markdown import table
 from .privacy import STATEMENT_NAME, PrivacyPlan, PrivacyStatement
 
 
@@ -68,15 +69,12 @@ def statement_rows(statement: PrivacyStatement) -> dict[str, str]:
 
 def privacy_section(statement: PrivacyStatement) -> str:
     """Markdown that says what is guaranteed, by which mechanism, and what is not."""
-    table = "\n".join(f"| {name} | {value} |" for name, value in statement_rows(statement).items())
     return f"""\
 {HEADING}
 
 {_claim(statement)}
 
-| | |
-|---|---|
-{table}
+{table(["", ""], statement_rows(statement).items())}
 
 ### Not covered
 

@@ -18,6 +18,7 @@ from transformers import CLIPConfig, CLIPModel, Trainer, TrainerCallback, Traini
 from transformers.utils import logging
 
 from hf_dpclip import DPCLIPTrainer, DPTrainingArguments, lora_config
+from hf_dpclip.markdown import table_head, table_row
 
 
 CONFIGS = {
@@ -214,13 +215,11 @@ def quieten() -> None:
 
 
 def print_header(title: str, *columns: str) -> None:
-    print(f"{title}\n")
-    print_row(*columns)
-    print_row(*["---"] * len(columns))
+    print(f"{title}\n\n{table_head(*columns)}", flush=True)
 
 
 def print_row(*cells) -> None:
-    print("|", " | ".join(str(cell) for cell in cells), "|", flush=True)
+    print(table_row(*cells), flush=True)
 
 
 def setting(args: argparse.Namespace) -> str:

@@ -22,7 +22,7 @@ from .inputs import concatenated, num_rows, pairs_only, text_length
 from .layout import Layout
 from .products import added
 from .recording import Recording
-from .vectorizable import VectorizableModel
+from .vectorizable import CAUSAL_TEXTS, FIRST_POSITION_TEXTS, VectorizableModel
 
 
 # Modules that treat every row of a batch by itself, whose layers dimension 0 tells apart: some by class, others by the
@@ -43,17 +43,12 @@ ROW_WISE_ATTENTION = (
 )
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterDict)
 ROW_WISE_FILES = (
-    "transformers.models.altclip.modeling_altclip",
-    "transformers.models.bert.modeling_bert",
-    "transformers.models.chinese_clip.modeling_chinese_clip",
-    "transformers.models.clip.modeling_clip",
-    "transformers.models.metaclip_2.modeling_metaclip_2",
-    "transformers.models.roberta.modeling_roberta",
+    *CAUSAL_TEXTS,
+    *FIRST_POSITION_TEXTS,
     "transformers.models.siglip.modeling_siglip",
     "transformers.models.siglip2.modeling_siglip2",
     "transformers.models.vision_text_dual_encoder.modeling_vision_text_dual_encoder",
     "transformers.models.vit.modeling_vit",
-    "transformers.models.xlm_roberta.modeling_xlm_roberta",
     "transformers.activations",
     "peft.peft_model",
     "peft.tuners.lora.model",
