@@ -1,6 +1,8 @@
 """What must not change between the beginning of training and a release."""
 
 import functools
+import inspect
+import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,6 +11,10 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 
+# What a trainer holds beside the modules of its loss: the model, and data, in which are none.
+NOT_HELD = ("model", "model_wrapped", "train_dataset", "eval_dataset")
+# Containers, functions and objects in one another that are looked into: a method's object's list of losses.
+LEVELS = 3
 # Of modules: which parameters there are and which are trained, what shows that one was written to, and their buffers
 # with the values of each.
 Snapshot = tuple[list[tuple[int, bool]], list[tuple[int, int]], list[tuple[Tensor, Tensor]]]
@@ -86,20 +92,53 @@ class StepGuard:
 
 
 def modules_in_use(trainer: Trainer) -> tuple[nn.ModuleList, nn.ModuleList]:
-    """The model and the loss, where it is a module, a method of one, or holds some; and other modules that the trainer
-    holds, for a `compute_loss` of its own."""
-    loss: Any = trainer.compute_loss_func
-    given: list[Any] = []
-    if isinstance(loss, functools.partial):
-        loss, given = loss.func, [*loss.args, *loss.keywords.values()]
-    loss = getattr(loss, "__self__", loss)
-    own = _modules_among([trainer.model, loss, *given, *getattr(loss, "__dict__", {}).values()])
-    held = [value for name, value in vars(trainer).items() if name not in ("model", "model_wrapped")]
-    return own, nn.ModuleList(each for each in _modules_among(held) if not any(each is known for known in own))
+    """The model and the loss, where it is a module, a method of one, or uses some; and other modules that the trainer
+    holds, or its own `compute_loss` uses."""
+    own = _modules_within([trainer.model, trainer.compute_loss_func])
+    others = [value for name, value in vars(trainer).items() if name not in NOT_HELD]
+    held = _modules_within([*others, type(trainer).compute_loss])
+    return nn.ModuleList(own.values()), nn.ModuleList(module for key, module in held.items() if key not in own)
 
 
-def _modules_among(values: list[Any]) -> nn.ModuleList:
-    return nn.ModuleList({id(value): value for value in values if isinstance(value, nn.Module)}.values())
+def _modules_within(values: Iterable[Any], levels: int = LEVELS) -> dict[int, nn.Module]:
+    """The modules among the values and in what they are made of, by their `id`."""
+    found: dict[int, nn.Module] = {}
+    for value in values:
+        if isinstance(value, nn.Module):
+            found[id(value)] = value
+        elif levels > 0:
+            found |= _modules_within(_parts(value), levels - 1)
+    return found
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """What a container holds, and what something that can be called works with."""
+    if isinstance(value, list | tuple | set):
+        return value
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, functools.partial):
+        return value.func, *value.args, *value.keywords.values()
+    if isinstance(value, types.MethodType):
+        return value.__func__, value.__self__, *_attributes(value.__self__)
+    if isinstance(value, types.FunctionType):
+        return _variables(value)
+    return _attributes(value) if callable(value) and not isinstance(value, type) else ()
+
+
+def _attributes(value: Any) -> Iterable[Any]:
+    return getattr(value, "__dict__", {}).values()
+
+
+def _variables(function: types.FunctionType) -> Iterable[Any]:
+    """Those of the functions and of the file around it, and its defaults."""
+    try:
+        around = inspect.getclosurevars(function)
+    except ValueError:
+        # One of them was deleted: it cannot be used either.
+        return ()
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    return *around.nonlocals.values(), *around.globals.values(), *defaults
 
 
 def check_no_hooks(parameters: Iterable[nn.Parameter]) -> None:

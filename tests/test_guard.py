@@ -304,7 +304,40 @@ def with_criterion(outputs, labels=None, criterion=None, **kwargs):
     return criterion(outputs)
 
 
-HOLDERS = {"object": CallableLoss(), "partial": functools.partial(with_criterion, criterion=RememberingLoss())}
+class Helper:
+    """Cannot be called, but its method can."""
+
+    def __init__(self):
+        self.criteria = [RememberingLoss()]
+
+    def loss(self, outputs, labels=None, **kwargs):
+        return self.criteria[0](outputs)
+
+
+def closing_over(criterion):
+    return lambda outputs, labels=None, **kwargs: criterion(outputs)
+
+
+OF_FUNCTION, OF_DEFAULT, OF_TRAINER = RememberingLoss(), RememberingLoss(), RememberingLoss()
+
+
+def with_variable_of_the_file(outputs, labels=None, **kwargs):
+    return OF_FUNCTION(outputs)
+
+
+def with_default(outputs, labels=None, criterion=OF_DEFAULT, **kwargs):
+    return criterion(outputs)
+
+
+HOLDERS = {
+    "object": CallableLoss(),
+    "method": Helper().loss,
+    "partial": functools.partial(with_criterion, criterion=RememberingLoss()),
+    "closure": closing_over(RememberingLoss()),
+    "closure over a method": closing_over(Helper().loss),
+    "variable of the file": with_variable_of_the_file,
+    "default": with_default,
+}
 
 
 @pytest.mark.parametrize("function", HOLDERS.values(), ids=HOLDERS)
@@ -326,8 +359,28 @@ class WithCriterion(DPCLIPTrainer):
         return self.criterion(model(**inputs))
 
 
-def test_trainers_that_hold_what_remembers_the_data_are_refused(tmp_path):
-    run = WithCriterion(ShowsRecords(), arguments(tmp_path, max_steps=5), train_dataset=vectors(*[[1.0] * 4] * 8))
+class WithCriteria(WithCriterion):
+    """In a dictionary."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.criteria = {"mean": self.criterion}
+        del self.criterion
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return self.criteria["mean"](model(**inputs))
+
+
+class WithVariable(DPCLIPTrainer):
+    """Of the file."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return OF_TRAINER(model(**inputs))
+
+
+@pytest.mark.parametrize("kind", [WithCriterion, WithCriteria, WithVariable])
+def test_trainers_that_hold_what_remembers_the_data_are_refused(tmp_path, kind):
+    run = kind(ShowsRecords(), arguments(tmp_path, max_steps=5), train_dataset=vectors(*[[1.0] * 4] * 8))
     with pytest.raises(RuntimeError, match="a module that the trainer holds changed"):
         run.train()
     assert run.state.global_step == 0
@@ -341,6 +394,19 @@ class Averaging(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.average.update_parameters(model)
+
+
+def test_a_loss_whose_variable_was_deleted_is_no_obstacle(tmp_path):
+    unused = closing_over(None)
+    del unused.__closure__[0].cell_contents
+
+    def loss(outputs, labels=None, **kwargs):
+        return outputs["loss"] if labels is None else unused(outputs)
+
+    args, records = arguments(tmp_path, max_steps=2), vectors(*[[1.0] * 4] * 8)
+    run = DPCLIPTrainer(ShowsRecords(), args, train_dataset=records, compute_loss_func=loss)
+    run.train()
+    assert run.state.global_step == 2
 
 
 def test_what_a_trainer_holds_may_change_between_steps(tmp_path):
