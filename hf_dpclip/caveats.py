@@ -33,7 +33,9 @@ def warn(trainer: "DPCLIPTrainer", public_negatives: list[str] | Dataset | None)
     warn_of_private_start(trainer.model)
     if trainer.args.privacy_unit_column is None:
         warn_of_shared_images(trainer.train_dataset)
-    warn_of_private_captions(trainer.train_dataset, trainer.data_collator, public_negatives)
+    warn_of_private_captions(
+        trainer.train_dataset, trainer.data_collator, public_negatives, trainer.args.privacy_unit_column
+    )
     warn_of_cut_texts(trainer.data_collator, trainer.train_dataset)
 
 
@@ -52,8 +54,10 @@ def warn_of_private_start(model: nn.Module) -> None:
         )
 
 
-def warn_of_private_captions(private: Any, collator: Callable, public: list[str] | Dataset | None) -> None:
-    """Warns of public captions that stand beside a single private record each, as those taken from the records do.
+def warn_of_private_captions(
+    private: Any, collator: Callable, public: list[str] | Dataset | None, unit_column: str | None = None
+) -> None:
+    """Warns of public captions that only one privacy unit has in its records, as those taken from the records do.
 
     Class prompts stand beside many. The message counts private records, and is not part of any log.
     """
@@ -62,14 +66,16 @@ def warn_of_private_captions(private: Any, collator: Callable, public: list[str]
     column = collator.text_column
     if not holds_texts(private, column) or (isinstance(public, Dataset) and not holds_texts(public, column)):
         return
-    times = Counter(_texts(private, column))
+    units = range(len(private)) if unit_column is None else private.with_format(None)[unit_column][:]
+    times = Counter(caption for _, caption in set(zip(units, _texts(private, column))))
     captions = _texts(public, column) if isinstance(public, Dataset) else public
     rare = sum(times[caption] == 1 for caption in captions)
     if rare:
         logger.warning(
-            f"{rare:,} of the {len(public):,} public_negatives are the caption of one private record each. If they "
-            "were taken from there, the guarantee does not cover what they reveal: give captions of another source, "
-            "or class prompts. (For your eyes only: this counts private records.)"
+            f"{rare:,} of the {len(public):,} public_negatives are the caption of one private "
+            f"{unit_column or 'record'} each. If they were taken from there, the guarantee does not cover what they "
+            "reveal: give captions of another source, or class prompts. (For your eyes only: this counts private "
+            "records.)"
         )
 
 

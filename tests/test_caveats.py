@@ -66,6 +66,13 @@ def test_public_captions_that_one_private_record_has_are_counted(public, caplog)
     assert "2 of the 3 public_negatives are the caption of one private record each" in message
 
 
+def test_captions_that_all_records_of_one_unit_share_are_named(caplog):
+    private = captioned("a", "a", "b", "b").add_column("patient", [1, 1, 2, 3])
+    collator = ImageTextCollator(tiny_processor())
+    message = warnings_of(caplog, warn_of_private_captions, private, collator, ["a", "b"], "patient")
+    assert "1 of the 2 public_negatives are the caption of one private patient each" in message
+
+
 @pytest.mark.parametrize(
     ("private", "collator", "public"),
     [
