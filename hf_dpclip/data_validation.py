@@ -27,6 +27,8 @@ COMPARED = 64
 # for that reason.
 ENCODED = ("pixel_values", "input_features")
 LOOKED_AT_ENCODED = 2_000
+# Text models that count their positions from behind that of the padding token.
+POSITIONS_BEHIND_PADDING = ("altclip_text_model", "roberta", "xlm-roberta")
 
 
 def check_dataset(dataset: Dataset, name: str = "train_dataset") -> None:
@@ -233,11 +235,13 @@ def _check_labels(label2id: dict[str, int], num_labels: int):
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, read: PreTrainedConfig):
-    if tokenizer.model_max_length > read.max_position_embeddings:
+    longest = read.max_position_embeddings
+    if read.model_type in POSITIONS_BEHIND_PADDING:
+        longest -= read.pad_token_id + 1
+    if tokenizer.model_max_length > longest:
         raise ValueError(
-            f"the tokenizer cuts texts at {tokenizer.model_max_length} tokens, but the model reads at most "
-            f"{read.max_position_embeddings}: set processor.tokenizer.model_max_length = "
-            f"{read.max_position_embeddings}."
+            f"the tokenizer cuts texts at {tokenizer.model_max_length} tokens, but the model reads at most {longest}: "
+            f"set processor.tokenizer.model_max_length = {longest}."
         )
     if len(tokenizer) > read.vocab_size:
         raise ValueError(

@@ -8,7 +8,17 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, Image
-from factories import arguments, other_raw_pairs, pairs, pictures, raw_pairs, tiny_clip, tiny_clip_vqa, tiny_processor
+from factories import (
+    arguments,
+    other_raw_pairs,
+    pairs,
+    pictures,
+    raw_pairs,
+    tiny_altclip,
+    tiny_clip,
+    tiny_clip_vqa,
+    tiny_processor,
+)
 from PIL import Image as PILImage
 from torch.utils.data import Subset
 from transformers import default_data_collator
@@ -59,10 +69,10 @@ def evaluated_on_subset(folder, private, part) -> DPCLIPTrainer:
     return trainer(folder, private, options={"eval_dataset": part(private)})
 
 
-def long_texts(folder):
+def long_texts(folder, length=10**30, model=None):
     processor = tiny_processor()
-    processor.tokenizer.model_max_length = 10**30
-    return trainer(folder, raw_pairs(8), processor=processor)
+    processor.tokenizer.model_max_length = length
+    return trainer(folder, raw_pairs(8), model, processor=processor)
 
 
 def deep_images():
@@ -276,6 +286,11 @@ DATA = {
         long_texts,
         "but the model reads at most 16",
         "set processor.tokenizer.model_max_length = 16",
+    ),
+    "and than those of a model that counts from behind the padding": (
+        lambda f: long_texts(f, 16, tiny_altclip()),
+        "but the model reads at most 15",
+        "set processor.tokenizer.model_max_length = 15",
     ),
     "a tokenizer of another model": (
         more_words,
