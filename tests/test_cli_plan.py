@@ -54,6 +54,10 @@ def test_json_is_the_calibrated_plan_and_its_epsilon(printed_json):
     assert printed_json(**TARGET) == {**plan.to_dict(), "epsilon": plan.epsilon()}
 
 
+def test_the_size_of_a_microbatch_says_how_many_there_are(printed_json):
+    assert printed_json(**without(NOISE, "num_microbatches"), microbatch_size=8) == printed_json(**NOISE)
+
+
 def test_json_is_the_plan_of_a_given_noise_and_its_epsilon(printed_json):
     plan = PrivacyPlan(**NOISE)
     assert printed_json(**NOISE) == {**plan.to_dict(), "epsilon": plan.epsilon()}
@@ -217,6 +221,8 @@ def test_a_wrong_command_line_is_refused(capsys, options, message):
         ({**without(NOISE, "num_steps"), "num_epochs": "nan"}, "num_epochs=nan is not possible"),
         ({**without(NOISE, "num_steps"), "num_epochs": 1e308}, "num_epochs=1e+308 is not possible"),
         ({**without(NOISE, "num_steps"), "num_epochs": 3, "expected_batch_size": 0}, "expected_batch_size=0 is not"),
+        ({**without(NOISE, "num_microbatches"), "microbatch_size": 7}, "--microbatch-size 7 does not divide"),
+        ({**without(NOISE, "num_microbatches"), "microbatch_size": 0}, "--microbatch-size 0 does not divide"),
         ({**NOISE, "num_parameters": 0}, "--num-parameters 0 is not possible"),
         ({**NOISE, "plot": "epsilon.nonsense"}, "nonsense"),
         ({**NOISE, "plot": "/nowhere/epsilon.png"}, "/nowhere/epsilon.png"),

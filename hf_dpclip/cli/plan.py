@@ -31,13 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     noise.add_argument("--target-epsilon", type=float, metavar="EPSILON", help="noise is calibrated to it")
     noise.add_argument("--noise-multiplier", type=float, metavar="SIGMA", help="noise deviation / sensitivity")
     parser.add_argument("--target-delta", type=float, metavar="DELTA", help="below 1/n (default: n**-1.1)")
-    parser.add_argument(
+    clipped = parser.add_mutually_exclusive_group()
+    clipped.add_argument(
         "--num-microbatches",
         type=int,
         default=1,
         metavar="K",
         help="gradients clipped per step (default: 1, the whole batch; B: every unit by itself)",
     )
+    clipped.add_argument("--microbatch-size", type=int, metavar="UNITS", help="the same as B / K, as in training")
     parser.add_argument("--max-grad-norm", type=float, default=1.0, metavar="C", help="clipping norm (default: 1)")
     parser.add_argument("--accountant", default="pld", metavar="pld|rdp", help="default: pld, the tight one")
     parser.add_argument("--num-parameters", type=int, metavar="D", help="trainable parameters, for signal and advice")
@@ -76,11 +78,22 @@ def _make_plan(arguments: argparse.Namespace):
         "max_grad_norm": arguments.max_grad_norm,
         "accountant": arguments.accountant,
     }
+    if arguments.microbatch_size is not None:
+        fields["num_microbatches"] = _num_microbatches(arguments.expected_batch_size, arguments.microbatch_size)
     if arguments.num_epochs is not None:
         fields["num_steps"] = steps_in(arguments.num_epochs, arguments.num_examples, arguments.expected_batch_size)
     if arguments.target_epsilon is not None:
         return PrivacyPlan.calibrate(target_epsilon=arguments.target_epsilon, **fields)
     return PrivacyPlan(noise_multiplier=arguments.noise_multiplier, **fields)
+
+
+def _num_microbatches(expected_batch_size: int, microbatch_size: int) -> int:
+    if microbatch_size < 1 or expected_batch_size % microbatch_size:
+        raise ValueError(
+            f"--microbatch-size {microbatch_size} does not divide --expected-batch-size {expected_batch_size}: choose "
+            "a positive number that does."
+        )
+    return expected_batch_size // microbatch_size
 
 
 def _show(plan, num_parameters: int | None) -> None:
