@@ -272,7 +272,7 @@ def test_wrong_models(tmp_path, row):
     check_explained(lambda: call(tmp_path), wrong, remedy)
 
 
-def test_adapters_of_no_layer(tmp_path):
+def test_adapters_of_no_layer():
     """Refused by peft, in words that will do."""
     with pytest.raises(ValueError, match=r"Target modules .* not found in the base model\. Please check the target"):
         get_peft_model(tiny_clip(), LoraConfig(target_modules=["nothing"]))

@@ -178,7 +178,7 @@ def test_the_files_of_a_tokenizer_do_not_tell_whether_anybody_was_drawn(make_tra
     assert before == after
 
 
-def test_microbatches_can_be_kept_apart(make_trainer, tmp_path):
+def test_microbatches_can_be_kept_apart(make_trainer):
     """Then what one adds to the sum does not depend on what else there is, to the last bit."""
     trainer = make_trainer(microbatch_size=2, vectorized=False, max_steps=1)
     trainer.train()

@@ -55,7 +55,7 @@ def test_good_records_pass(table, answer):
     assert (code, text) == (0, "All 3 records can be read and encoded.\n")
 
 
-def test_a_record_without_a_unit_is_found(tmp_path, answer, capsys):
+def test_a_record_without_a_unit_is_found(tmp_path, answer):
     table = Dataset.from_dict({"scan": pictures(3), "report": ["a"] * 3, "patient": ["x", None, "y"]})
     path = tmp_path / "pairs.parquet"
     table.cast_column("scan", Image()).to_parquet(path)
@@ -105,7 +105,7 @@ def test_another_split_and_the_default_columns(tmp_path, model, capsys):
     assert "record 1: ValueError: column 'text' holds a blank text" in capsys.readouterr().out
 
 
-def test_all_empty_cells_of_images_are_named_at_once(tmp_path, answer, table):
+def test_all_empty_cells_of_images_are_named_at_once(answer, table):
     path = table(2)
     Path(path).write_text("scan,report\n0.png,a\n,b\n,c\n", encoding="utf-8")
     code, _, error = answer(path)

@@ -176,7 +176,7 @@ def test_about_the_share_that_was_asked_for_is_held_out(share):
     assert abs(held_out - 10_000 * share) < SIGMAS * math.sqrt(10_000 * share * (1 - share))
 
 
-def test_records_of_one_image_are_held_out_together(tmp_path):
+def test_records_of_one_image_are_held_out_together():
     images = [image for image in pictures(40) for _ in range(2)]
     records = Dataset.from_dict({"image": images, "text": range(80)}).cast_column("image", Image())
     splits = hold_out(records, "image", share=0.5)

@@ -170,7 +170,8 @@ def test_trainings_run(command, workplace, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", TOGETHER, ids=lambda block: f"{block.page}:{block.line}")
-def test_trainings_on_several_processes_run(block, workplace):
+@pytest.mark.usefixtures("workplace")
+def test_trainings_on_several_processes_run(block):
     """Commands that name a machine rank start together, others one after another."""
     commands = [command for command in block.commands() if command.num_processes > 1]
     if any("--machine_rank" in command.words for command in commands):

@@ -124,7 +124,7 @@ class KeepStatements(TrainerCallback):
         self.statements += [PrivacyStatement.load(path) for path in Path(args.output_dir).glob("run-*/checkpoint-2")]
 
 
-def test_a_trials_checkpoint_counts_the_trials_before_it(make_searcher, tmp_path):
+def test_a_trials_checkpoint_counts_the_trials_before_it(make_searcher):
     trainer = make_searcher(save_strategy="steps", save_steps=2)
     trainer.add_callback(kept := KeepStatements())
     search(trainer)

@@ -184,7 +184,7 @@ def test_what_the_disk_does_not_confirm_was_not_written(ledger, monkeypatch):
     assert ledger.path.read_bytes() == before
 
 
-def test_a_full_disk_stops_training_before_the_step(make_trainer, tmp_path, weights_of, monkeypatch):
+def test_a_full_disk_stops_training_before_the_step(make_trainer, weights_of, monkeypatch):
     def full(self, event):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -409,7 +409,7 @@ def test_one_run_is_closed_at_a_time(ledger, run):
         ledger.close(run)
 
 
-def test_a_budget_has_no_room_for_a_run_that_is_not_private(make_trainer, tmp_path):
+def test_a_budget_has_no_room_for_a_run_that_is_not_private(make_trainer):
     with pytest.raises(
         ValueError, match=r"ledger_epsilon=3 .*this run would not be private, which no ε bounds: leave"
     ):
@@ -585,7 +585,7 @@ def test_the_command_draws_tables_in_a_terminal(two_datasets, capsys, monkeypatc
     assert "slides [old]: ε = " in shown
 
 
-def test_the_command_takes_an_output_folder_and_closes_a_run(make_trainer, tmp_path, capsys):
+def test_the_command_takes_an_output_folder_and_closes_a_run(tmp_path, capsys):
     Ledger(tmp_path / LEDGER_NAME).begin("crashed", plan(), 20).before_step()
     assert main(["ledger", str(tmp_path), "--close", "crashed"]) == 0
     assert "not ended" not in capsys.readouterr().out

@@ -224,7 +224,7 @@ def test_train_takes_its_arguments_in_order(make_trainer):
     assert make_trainer().train("").global_step == 2
 
 
-def test_public_negatives_are_no_seventh_argument(tmp_path, make_trainer):
+def test_public_negatives_are_no_seventh_argument(make_trainer):
     with pytest.raises(TypeError, match="positional arguments"):
         DPCLIPTrainer(tiny_clip(), make_trainer().args, None, pairs(64), None, None, tiny_clip)
 

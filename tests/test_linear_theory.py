@@ -139,7 +139,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def test_without_privacy_the_error_is_the_predicted_one(one_thread):
+@pytest.mark.usefixtures("one_thread")
+def test_without_privacy_the_error_is_the_predicted_one():
     """300 steps: what descent has left to do dominates, and it is 0.173 of the start."""
     short = setting(SIMULATION.BATCH, num_steps=300)
     assert SIMULATION.simulate(short, seed=0) == pytest.approx(

@@ -103,7 +103,7 @@ def test_the_card_says_not_private(trained, name, settings):
     assert contradictions(card, trainer.privacy_statement()) == []
 
 
-def test_a_trainer_without_a_training_dataset_leaves_the_card_to_its_parent(make_trainer, tmp_path):
+def test_a_trainer_without_a_training_dataset_leaves_the_card_to_its_parent(make_trainer):
     trainer = make_trainer()
     trainer.plan = None
     assert "## Privacy" not in card_of(trainer)

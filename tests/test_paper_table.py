@@ -26,7 +26,8 @@ def hundred_digits(monkeypatch):
     monkeypatch.setattr(PAPER_TABLE, "SMALL", PAPER_TABLE.Schedule(32, 1, 1))
 
 
-def test_every_arm_has_its_row(monkeypatch, tmp_path, hundred_digits):
+@pytest.mark.usefixtures("hundred_digits")
+def test_every_arm_has_its_row(monkeypatch, tmp_path):
     rows = tmp_path / "results" / "rows.json"
     options = ["--rows", rows, "--max_steps", "1", "--epsilons", "2", "4", "--tuning", "lora"]
     run(monkeypatch, *options)
@@ -62,7 +63,8 @@ def test_the_command_of_a_row_asks_for_that_row_alone(monkeypatch):
         assert own.max_steps == 5
 
 
-def test_numbers_of_microbatches_are_rows_of_their_own(monkeypatch, tmp_path, hundred_digits):
+@pytest.mark.usefixtures("hundred_digits")
+def test_numbers_of_microbatches_are_rows_of_their_own(monkeypatch, tmp_path):
     rows = tmp_path / "rows.json"
     options = ["--rows", rows, "--max_steps", "1", "--arms", "microbatch", "--tuning", "lora", "--epsilons", "2"]
     for counts in (["2"], ["2", "16"], []):
@@ -77,7 +79,8 @@ def test_microbatches_of_less_than_two_pairs_are_refused(monkeypatch, capsys, co
     assert f"invalid choice: {count} (choose from 2, 4, 8" in capsys.readouterr().err
 
 
-def test_images_that_are_too_many_to_keep_are_encoded_when_they_are_needed(monkeypatch, tmp_path, hundred_digits):
+@pytest.mark.usefixtures("hundred_digits")
+def test_images_that_are_too_many_to_keep_are_encoded_when_they_are_needed(monkeypatch, tmp_path):
     monkeypatch.setattr(PAPER_TABLE, "KEPT", 0)
     rows = tmp_path / "rows.json"
     arms = ["non_private", "public_negatives"]

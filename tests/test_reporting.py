@@ -33,7 +33,7 @@ class Tracker(TrainerCallback):
 
 
 @pytest.fixture
-def run(make_trainer, tmp_path):
+def run(make_trainer):
     """Trains for two steps, logging and saving each. Returns the trainer, its output, and what a tracker received."""
 
     def start(**overrides):

@@ -192,7 +192,7 @@ def test_the_checkpoint_of_another_run_brings_its_earlier_runs_along(make_traine
     assert {plan.noise_multiplier for plan, _ in trainer.privacy_statement().earlier_runs.values()} == {1.0, 0.5}
 
 
-def test_a_run_that_spent_its_target_resumes_without_a_further_step(make_trainer, tmp_path, weights_of):
+def test_a_run_that_spent_its_target_resumes_without_a_further_step(make_trainer):
     settings = {"target_epsilon": 2.0, "max_steps": 2, **SAVING}
     make_trainer(**settings).train()
     resumed = make_trainer(**settings)
@@ -222,7 +222,8 @@ def test_a_run_that_spent_its_target_resumes_without_a_further_step(make_trainer
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_another_plan_is_refused(make_trainer, interrupted, weights_of, changes, message):
+@pytest.mark.usefixtures("interrupted")
+def test_another_plan_is_refused(make_trainer, weights_of, changes, message):
     model = tiny_clip()
     before = weights_of(model)
     trainer = make_trainer(model, **{"max_steps": 4, **SAVING, **changes})
@@ -232,7 +233,8 @@ def test_another_plan_is_refused(make_trainer, interrupted, weights_of, changes,
     assert torch.equal(weights_of(model), before)
 
 
-def test_another_learning_rate_is_no_other_plan(make_trainer, interrupted):
+@pytest.mark.usefixtures("interrupted")
+def test_another_learning_rate_is_no_other_plan(make_trainer):
     trainer = make_trainer(max_steps=4, learning_rate=0.01, **SAVING)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.privacy_spent().steps == 4
@@ -301,7 +303,8 @@ def test_a_run_that_was_not_private_stays_so_when_resumed_without_what_made_it_s
     assert reason.startswith(next(iter(setting)))
 
 
-def test_a_new_run_beside_an_unfinished_one_is_warned(make_trainer, interrupted, caplog):
+@pytest.mark.usefixtures("interrupted")
+def test_a_new_run_beside_an_unfinished_one_is_warned(make_trainer, caplog):
     with caplog.at_level("WARNING"):
         make_trainer(max_steps=1).train()
     assert "checkpoint-2 is of a run that took 2 of its 4 steps" in caplog.text
@@ -316,7 +319,8 @@ def test_a_statement_that_cannot_be_read_is_in_nobodys_way(make_trainer, interru
     assert trainer.privacy_spent().steps == 1
 
 
-def test_neither_a_resumed_run_is_nor_a_new_one_beside_a_finished_one(make_trainer, interrupted, caplog):
+@pytest.mark.usefixtures("interrupted")
+def test_neither_a_resumed_run_is_nor_a_new_one_beside_a_finished_one(make_trainer, caplog):
     with caplog.at_level("WARNING"):
         make_trainer(max_steps=4, **SAVING).train(resume_from_checkpoint=True)
         trainer = make_trainer(max_steps=1)

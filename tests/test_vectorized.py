@@ -94,7 +94,8 @@ def as_on_an_accelerator(monkeypatch):
     monkeypatch.setattr(SpareMemory, "cheaper", lambda _, outer: outer)
 
 
-def test_the_ways_of_an_accelerator(as_on_an_accelerator):
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_the_ways_of_an_accelerator():
     sizes = [1, 2, 3, 4, 4, 5, 7, 8, 9]
     for model in (tiny_clip(), lora_clip()):
         assert_same(model, microbatches(sizes))
