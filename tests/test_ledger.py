@@ -16,6 +16,7 @@ from pathlib import Path
 import dp_accounting
 import pytest
 import torch
+from checks import flat_weights
 from disk import room_for
 from dp_accounting import pld
 from factories import pairs
@@ -184,16 +185,16 @@ def test_what_the_disk_does_not_confirm_was_not_written(ledger, monkeypatch):
     assert ledger.path.read_bytes() == before
 
 
-def test_a_full_disk_stops_training_before_the_step(make_trainer, weights_of, monkeypatch):
+def test_a_full_disk_stops_training_before_the_step(make_trainer, monkeypatch):
     def full(self, event):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     trainer = make_trainer()
-    before = weights_of(trainer.model)
+    before = flat_weights(trainer.model)
     monkeypatch.setattr(Ledger, "write", full)
     with pytest.raises(OSError, match="No space left on device"):
         trainer.train()
-    assert torch.equal(weights_of(trainer.model), before)
+    assert torch.equal(flat_weights(trainer.model), before)
     assert trainer.privacy_spent().steps == 0
 
 
@@ -422,13 +423,13 @@ def test_a_budget_has_no_room_for_another_unit(ledger):
         ledger.begin("patients", plan(privacy_unit="patient"), 1, budget=100.0)
 
 
-def test_a_trainer_beyond_the_budget_takes_no_step(make_trainer, weights_of):
+def test_a_trainer_beyond_the_budget_takes_no_step(make_trainer):
     make_trainer(ledger_epsilon=2.0).train()
     trainer = make_trainer(ledger_epsilon=1.01 * make_trainer(accountant="pld").plan.epsilon())
-    before = weights_of(trainer.model)
+    before = flat_weights(trainer.model)
     with pytest.raises(ValueError, match=r"with this run, all 2 runs on dataset .unnamed. in"):
         trainer.train()
-    assert torch.equal(weights_of(trainer.model), before)
+    assert torch.equal(flat_weights(trainer.model), before)
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, math.inf])

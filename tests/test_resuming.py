@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from checks import flat_weights
 from factories import arguments, pairs, tiny_clip
 from peft import get_peft_model
 from transformers import CLIPModel, TrainerCallback
@@ -97,30 +98,30 @@ def test_a_resumed_run_saves_the_count_of_both_parts(make_trainer, interrupted):
     assert {n: PrivacyStatement.load(interrupted / f"checkpoint-{n}").steps for n in (2, 3, 4)} == {2: 2, 3: 3, 4: 4}
 
 
-def test_a_resumed_run_starts_from_the_weights_of_the_checkpoint(make_trainer, interrupted, weights_of):
+def test_a_resumed_run_starts_from_the_weights_of_the_checkpoint(make_trainer, interrupted):
     trainer = make_trainer(tiny_clip(seed=5), max_steps=4, **SAVING)
     trainer.train(resume_from_checkpoint=True)
     saved = CLIPModel.from_pretrained(interrupted / "checkpoint-2")
     # Two steps of the default learning rate move a weight by 1e-4 or so, another initialisation by far more.
-    assert (weights_of(trainer.model) - weights_of(saved)).abs().max() < 1e-3
-    assert (weights_of(tiny_clip(seed=5)) - weights_of(saved)).abs().max() > 1e-2
+    assert (flat_weights(trainer.model) - flat_weights(saved)).abs().max() < 1e-3
+    assert (flat_weights(tiny_clip(seed=5)) - flat_weights(saved)).abs().max() > 1e-2
 
 
-def test_a_resumed_run_draws_fresh_randomness(make_trainer, interrupted, weights_of):
+def test_a_resumed_run_draws_fresh_randomness(make_trainer, interrupted):
     trained = []
     for _ in range(2):
         trainer = make_trainer(max_steps=4)
         trainer.train(resume_from_checkpoint=str(interrupted / "checkpoint-2"))
-        trained.append(weights_of(trainer.model))
+        trained.append(flat_weights(trainer.model))
     assert not torch.equal(*trained)
 
 
-def test_a_resumed_run_differs_from_the_uninterrupted_one(make_trainer, tmp_path, weights_of):
+def test_a_resumed_run_differs_from_the_uninterrupted_one(make_trainer, tmp_path):
     whole = make_trainer(max_steps=4, **SAVING)
     whole.train()
     resumed = make_trainer(max_steps=4, **SAVING)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert not torch.equal(weights_of(whole.model), weights_of(resumed.model))
+    assert not torch.equal(flat_weights(whole.model), flat_weights(resumed.model))
 
 
 def test_nothing_that_was_saved_holds_the_entropy_or_the_state_of_the_noise(make_trainer, tmp_path, monkeypatch):
@@ -223,14 +224,14 @@ def test_a_run_that_spent_its_target_resumes_without_a_further_step(make_trainer
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 @pytest.mark.usefixtures("interrupted")
-def test_another_plan_is_refused(make_trainer, weights_of, changes, message):
+def test_another_plan_is_refused(make_trainer, changes, message):
     model = tiny_clip()
-    before = weights_of(model)
+    before = flat_weights(model)
     trainer = make_trainer(model, **{"max_steps": 4, **SAVING, **changes})
     with pytest.raises(ValueError, match=f"trained under another privacy plan: .*{message}.*Restore these settings"):
         trainer.train(resume_from_checkpoint=True)
     assert trainer.privacy_spent().steps == 0
-    assert torch.equal(weights_of(model), before)
+    assert torch.equal(flat_weights(model), before)
 
 
 @pytest.mark.usefixtures("interrupted")
@@ -340,14 +341,14 @@ def test_a_second_training_composes_with_the_first(make_trainer):
     assert trainer.privacy_spent().epsilon == trainer.plan.epsilon(6)
 
 
-def test_a_second_training_stops_at_the_target(make_trainer, weights_of, caplog):
+def test_a_second_training_stops_at_the_target(make_trainer, caplog):
     trainer = make_trainer(target_epsilon=2.0, max_steps=3)
     trainer.train()
-    before = weights_of(trainer.model)
+    before = flat_weights(trainer.model)
     output = trainer.train()
     assert output.global_step == 3
     assert math.isnan(output.training_loss)
-    assert torch.equal(weights_of(trainer.model), before)
+    assert torch.equal(flat_weights(trainer.model), before)
     assert trainer.privacy_spent().steps == 3
     assert trainer.privacy_spent().epsilon <= 2.0
     assert "target_epsilon=2.0 is spent" in caplog.text
