@@ -14,6 +14,7 @@ from datasets import Dataset
 from factories import ANSWERS, arguments, pairs, pictures, raw_pairs, tiny_clip, tiny_processor
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image as PILImage
+from plans import SIZES, plan
 from scripts import ROOT, load_script
 from torch import nn
 from transformers import BertConfig, BertModel, CLIPVisionModel
@@ -108,13 +109,6 @@ def test_wrong_arguments(tmp_path, overrides, wrong, remedy):
 
 # ---- Plans ----
 
-FIELDS = {
-    "num_examples": 1000,
-    "expected_batch_size": 100,
-    "num_microbatches": 10,
-    "num_steps": 50,
-    "noise_multiplier": 1.5,
-}
 PLANS = [
     ({"num_examples": 0}, "num_examples=0", "at least 1"),
     ({"num_examples": 10.5}, "num_examples=10.5", "a whole number"),
@@ -146,19 +140,18 @@ PLANS = [
 
 @pytest.mark.parametrize(("overrides", "wrong", "remedy"), PLANS, ids=lambda value: str(value)[:50])
 def test_wrong_plans(overrides, wrong, remedy):
-    check_explained(lambda: PrivacyPlan(**{**FIELDS, **overrides}), wrong, remedy)
+    check_explained(lambda: plan(**overrides), wrong, remedy)
 
 
 @pytest.mark.parametrize("target", [1e6, math.inf, "3"])
 def test_targets_that_protect_nobody(target):
-    fields = {name: value for name, value in FIELDS.items() if name != "noise_multiplier"}
-    calibrate = partial(PrivacyPlan.calibrate, target_epsilon=target, **fields)
+    calibrate = partial(PrivacyPlan.calibrate, target_epsilon=target, **SIZES)
     check_explained(calibrate, f"target_epsilon={target!r}", "a positive number of at most 100")
 
 
 @pytest.mark.parametrize("steps", [-1, 0.5, "5"])
 def test_steps_that_cannot_be_counted(steps):
-    check_explained(lambda: PrivacyPlan(**FIELDS).epsilon(steps), f"steps={steps!r}", "0 or more")
+    check_explained(lambda: plan().epsilon(steps), f"steps={steps!r}", "0 or more")
 
 
 # ---- Models ----

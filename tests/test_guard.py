@@ -10,12 +10,13 @@ from checks import Given, check_bounded, vectors
 from datasets import DatasetDict
 from factories import arguments, pairs, raw_pairs, tiny_clip, tiny_processor
 from gradient_checks import lora_clip
+from plans import one_step_plan
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import TrainerCallback
 
 from hf_dpclip import DPCLIPTrainer
-from hf_dpclip.privacy import PrivacyPlan, clip_
+from hf_dpclip.privacy import clip_
 
 
 # ---- Randomness of model and data ----
@@ -111,22 +112,18 @@ def assert_one_number_is_drawn(trainer):
 # ---- The clipping bound ----
 
 
-def plan(bound):
-    return PrivacyPlan(1000, 10, 1, 1, noise_multiplier=1.0, max_grad_norm=bound)
-
-
 @pytest.mark.parametrize("size", [25_000_000])
 def test_millions_of_small_entries_do_not_slip_through_the_norm(size):
     """Their squares are lost when they are added up in float32."""
     gradient = torch.full((size,), 1e-3)
     gradient[:10] = 3.0
-    clip_([gradient], plan(1.0))
+    clip_([gradient], one_step_plan(max_grad_norm=1.0))
     check_bounded(gradient, 1.0)
 
 
 def test_a_bound_at_which_squares_underflow_is_refused():
     with pytest.raises(ValueError, match="at least 1e-6"):
-        plan(1e-25)
+        one_step_plan(max_grad_norm=1e-25)
 
 
 # ---- Changes after construction ----

@@ -19,6 +19,7 @@ from checks import (
     vectors,
 )
 from factories import arguments, pairs, tiny_clip
+from plans import one_step_plan
 
 from hf_dpclip import DPCLIPTrainer, DPTrainingArguments
 from hf_dpclip.audit.mistakes import (
@@ -41,7 +42,7 @@ from hf_dpclip.audit.mistakes import (
     SkipsEmptyBatches,
     StopsOnNaN,
 )
-from hf_dpclip.privacy import PoissonSampler, PrivacyPlan, Randomness
+from hf_dpclip.privacy import PoissonSampler, Randomness
 
 
 LOUD = 30.0
@@ -123,13 +124,7 @@ def test_broken_mechanism_is_caught(tmp_path, monkeypatch, double, check):
 
 
 def draws(sampler_class, num_microbatches):
-    plan = PrivacyPlan(
-        num_examples=60,
-        expected_batch_size=12,
-        num_microbatches=num_microbatches,
-        num_steps=1,
-        noise_multiplier=1.0,
-    )
+    plan = one_step_plan(num_examples=60, expected_batch_size=12, num_microbatches=num_microbatches)
     sampler = sampler_class(plan, Randomness().sampling())
     return [sampler.draw() for _ in range(5000)]
 
@@ -151,7 +146,7 @@ def test_broken_sampler_is_caught(double, check):
 
 def test_inserting_a_record_shifts_positional_microbatches():
     """What makes the mistake a leak: K microbatches move, not one, and with them up to K times the sensitivity."""
-    plan = PrivacyPlan(num_examples=24, expected_batch_size=24, num_microbatches=8, num_steps=1, noise_multiplier=1.0)
+    plan = one_step_plan(num_examples=24, expected_batch_size=24, num_microbatches=8)
 
     def summed(missing):
         """Each microbatch has a gradient of norm 1, whose sign its first record decides: every third is positive."""

@@ -5,23 +5,10 @@ import json
 import math
 
 import pytest
+from plans import SIZES, plan
 
 from hf_dpclip import PrivacyPlan
 from hf_dpclip.privacy import composed
-
-
-FIELDS = {
-    "num_examples": 1000,
-    "expected_batch_size": 100,
-    "num_microbatches": 10,
-    "num_steps": 50,
-    "noise_multiplier": 1.5,
-    "max_grad_norm": 0.5,
-}
-
-
-def plan(**overrides):
-    return PrivacyPlan(**{**FIELDS, **overrides})
 
 
 def test_sampling_probability_and_microbatch_size_follow():
@@ -31,24 +18,24 @@ def test_sampling_probability_and_microbatch_size_follow():
 
 @pytest.mark.parametrize("num_microbatches, factor", [(1, 2), (10, 2), (99, 2), (100, 1)])
 def test_sensitivity_is_2c_unless_units_are_microbatches_by_construction(num_microbatches, factor):
-    assert plan(num_microbatches=num_microbatches).sensitivity == factor * 0.5
+    assert plan(num_microbatches=num_microbatches, max_grad_norm=0.5).sensitivity == factor * 0.5
 
 
 def test_noise_is_relative_to_the_sensitivity_not_to_the_clipping_norm():
-    assert plan().noise_std == 1.5 * 2 * 0.5
-    assert plan(num_microbatches=100).noise_std == 1.5 * 0.5
+    assert plan(max_grad_norm=0.5).noise_std == 1.25 * 2 * 0.5
+    assert plan(num_microbatches=100, max_grad_norm=0.5).noise_std == 1.25 * 0.5
 
 
 def test_delta_defaults_to_less_than_one_over_n():
-    assert plan().target_delta == pytest.approx(1000**-1.1)
+    assert PrivacyPlan(**SIZES, noise_multiplier=1.25).target_delta == pytest.approx(1000**-1.1)
 
 
 def test_epsilon_defaults_to_all_steps():
-    assert plan().epsilon() == plan().epsilon(50) > plan().epsilon(49)
+    assert plan().epsilon() == plan().epsilon(20) > plan().epsilon(19)
 
 
 def test_signal_to_noise_is_the_ratio_of_norms():
-    assert plan().signal_to_noise(400) == pytest.approx(10 * 0.5 / (1.5 * 20))
+    assert plan(max_grad_norm=0.5).signal_to_noise(400) == pytest.approx(10 * 0.5 / (1.25 * 20))
     assert plan(noise_multiplier=0, non_private=True).signal_to_noise(400) == math.inf
 
 
@@ -58,22 +45,23 @@ def test_plan_is_frozen():
 
 
 def test_calibrate_reaches_the_target_and_remembers_it():
-    fields = {name: value for name, value in FIELDS.items() if name != "noise_multiplier"}
-    calibrated = PrivacyPlan.calibrate(target_epsilon=2.0, **fields)
+    calibrated = PrivacyPlan.calibrate(target_epsilon=2.0, **SIZES)
     assert 0.99 * 2.0 <= calibrated.epsilon() <= 2.0
     assert calibrated.target_epsilon == 2.0
 
 
 def test_plan_survives_json():
-    original = plan(target_epsilon=3.0, clipping="automatic", accountant="rdp", privacy_unit="patient")
+    original = plan(
+        target_epsilon=3.0, max_grad_norm=0.5, clipping="automatic", accountant="rdp", privacy_unit="patient"
+    )
     assert PrivacyPlan.from_dict(json.loads(json.dumps(original.to_dict()))) == original
 
 
 def test_dictionary_says_everything_the_guarantee_depends_on():
-    values = plan().to_dict()
+    values = plan(max_grad_norm=0.5).to_dict()
     assert values["sampling_probability"] == 0.1
     assert values["sensitivity"] == 1.0
-    assert values["noise_std"] == 1.5
+    assert values["noise_std"] == 1.25
     assert values["adjacency"] == "add_or_remove_one"
     assert values["sampler"] == "poisson"
     assert values["accountant_version"].startswith("dp-accounting ")

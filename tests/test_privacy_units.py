@@ -6,8 +6,9 @@ import torch
 from checks import Given, check_binomial, check_bounded, flat_weights
 from datasets import Dataset
 from factories import arguments
+from plans import one_step_plan
 
-from hf_dpclip import DPCLIPTrainer, PrivacyPlan
+from hf_dpclip import DPCLIPTrainer
 from hf_dpclip.dataloader import ForwardBatchSampler
 from hf_dpclip.privacy import PoissonSampler, Randomness
 from hf_dpclip.privacy_units import PrivacyUnits
@@ -115,7 +116,9 @@ def test_the_subset_depends_on_the_microbatch_only():
 
 
 def sampler_of(units: PrivacyUnits, steps: int, num_microbatches: int, seed: int | None = None, **options):
-    plan = PrivacyPlan(len(units), len(units) // 4, num_microbatches, num_steps=1, noise_multiplier=1.0)
+    plan = one_step_plan(
+        num_examples=len(units), expected_batch_size=len(units) // 4, num_microbatches=num_microbatches
+    )
     poisson = PoissonSampler(plan, Randomness(seed).sampling())
     return ForwardBatchSampler(poisson, units, steps, forward_passes=1, **options)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -45,16 +46,16 @@ def run(make_trainer):
     return start
 
 
-def plan(**changes) -> PrivacyPlan:
-    fields = {
-        "num_examples": 60_000,
-        "expected_batch_size": 1024,
-        "num_microbatches": 128,
-        "num_steps": 351,
-        "noise_multiplier": 0.846,
-        "accountant": "rdp",
-    }
-    return PrivacyPlan(**{**fields, **changes})
+# Of sizes at which advice makes sense.
+plan = partial(
+    PrivacyPlan,
+    num_examples=60_000,
+    expected_batch_size=1024,
+    num_microbatches=128,
+    num_steps=351,
+    noise_multiplier=0.846,
+    accountant="rdp",
+)
 
 
 def summarise(plan: PrivacyPlan, model=None, taken: int = 0, reasons: tuple[str, ...] = ()) -> str:

@@ -3,20 +3,19 @@
 import numpy as np
 import pytest
 from checks import check_binomial, check_independent_labels, check_poisson_batches
+from plans import one_step_plan
 
-from hf_dpclip.privacy import PoissonSampler, PrivacyPlan, Randomness
+from hf_dpclip.privacy import PoissonSampler, Randomness
 
 
 DRAWS = 6000
 
 
 def sampler(num_examples=60, expected_batch_size=12, num_microbatches=3, seed=None):
-    plan = PrivacyPlan(
+    plan = one_step_plan(
         num_examples=num_examples,
         expected_batch_size=expected_batch_size,
         num_microbatches=num_microbatches,
-        num_steps=1,
-        noise_multiplier=1.0,
         accountant="rdp",  # for any number of examples
     )
     return PoissonSampler(plan, Randomness(seed).sampling())

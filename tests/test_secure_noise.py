@@ -6,18 +6,14 @@ import os
 import pytest
 import torch
 from checks import check_noise_law, check_uncorrelated, one_update
+from plans import one_step_plan
 from torch.nn import Parameter
 
-from hf_dpclip import PrivacyPlan
 from hf_dpclip.privacy import GaussianMechanism, Randomness, SecureGaussianMechanism
 from hf_dpclip.privacy.secure_noise import POINTS_PER_DEVIATION, grid_width, standard_normals
 
 
 SIZE = 20_000
-
-
-def plan(noise_multiplier=1.0, max_grad_norm=1.0) -> PrivacyPlan:
-    return PrivacyPlan(1000, 16, 4, num_steps=1, noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm)
 
 
 def released(settings, mechanism=SecureGaussianMechanism, size=SIZE, gradient=None, dtype=torch.float32):
@@ -39,12 +35,12 @@ def check_on_grid(values: torch.Tensor, width: float) -> None:
 
 @pytest.mark.parametrize("noise_multiplier, max_grad_norm", [(1.0, 1.0), (0.7, 1e-4), (13.0, 50.0)])
 def test_noise_has_the_scale_of_the_plan(noise_multiplier, max_grad_norm):
-    settings = plan(noise_multiplier, max_grad_norm)
+    settings = one_step_plan(noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm)
     check_noise_law(released(settings), settings.noise_std)
 
 
 def test_the_sum_is_the_centre_of_the_noise():
-    settings = plan(0.05)
+    settings = one_step_plan(noise_multiplier=0.05)
     gradient = torch.full((SIZE,), 0.007)
     total = released(settings, gradient=gradient)
     check_noise_law(total - gradient, settings.noise_std)
@@ -70,21 +66,21 @@ def test_extreme_random_bits_give_finite_noise(monkeypatch):
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.3, 1e-5])
 def test_every_release_is_a_multiple_of_the_grid_whatever_the_sum(max_grad_norm):
-    settings = plan(1.3, max_grad_norm)
+    settings = one_step_plan(noise_multiplier=1.3, max_grad_norm=max_grad_norm)
     width = grid_width(settings)
     for scale in (0.0, 1e-12, 1e-3, 7.0):
         check_on_grid(released(settings, gradient=scale * torch.randn(SIZE)), width)
 
 
 def test_noise_without_a_grid_is_caught():
-    settings = plan(1.3)
+    settings = one_step_plan(noise_multiplier=1.3)
     with pytest.raises(AssertionError, match="between the points"):
         check_on_grid(released(settings, GaussianMechanism), grid_width(settings))
 
 
 @pytest.mark.parametrize("noise_multiplier", [0.4, 1.0, 3.7])
 def test_the_grid_is_public_a_power_of_two_and_fine_enough(noise_multiplier):
-    settings = plan(noise_multiplier)
+    settings = one_step_plan(noise_multiplier=noise_multiplier)
     width = grid_width(settings)
     assert math.log2(width).is_integer()
     assert POINTS_PER_DEVIATION <= settings.noise_std / width < 2 * POINTS_PER_DEVIATION
@@ -94,7 +90,7 @@ def test_the_grid_is_public_a_power_of_two_and_fine_enough(noise_multiplier):
 
 def test_neighbouring_grid_points_are_all_reached():
     """Of the 2,000 or so points around the centre, a gap of even one would tell sums apart."""
-    settings = plan()
+    settings = one_step_plan()
     width = grid_width(settings)
     shifted = released(settings, size=200_000, gradient=torch.full((200_000,), 0.3 * width))
     points = (shifted / width).round().to(torch.int64)
@@ -104,11 +100,11 @@ def test_neighbouring_grid_points_are_all_reached():
 
 
 def test_successive_releases_differ():
-    check_uncorrelated(released(plan()), released(plan()))
+    check_uncorrelated(released(one_step_plan()), released(one_step_plan()))
 
 
 def test_noise_in_half_precision_parameters_is_cast_afterwards():
-    total = released(plan(), dtype=torch.bfloat16)
+    total = released(one_step_plan(), dtype=torch.bfloat16)
     assert total.dtype == torch.bfloat16
     check_noise_law(total.float() + torch.rand(SIZE) * 1e-2, 2.0)
 
@@ -117,7 +113,7 @@ def test_the_global_generator_is_left_alone():
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    released(plan())
+    released(one_step_plan())
     assert torch.equal(torch.rand(1), expected)
 
 

@@ -23,17 +23,7 @@ STATEMENTS = {
     "beyond_the_plan": PrivacyStatement(plan(), 40),
     "not_private": PrivacyStatement(plan(), 12, ("noise_seed is set", "raw statistics were logged")),
     "without_noise": PrivacyStatement(plan(noise_multiplier=0.0, non_private=True), 12, ("no noise",)),
-    "calibrated": PrivacyStatement(
-        PrivacyPlan.calibrate(
-            target_epsilon=3.0,
-            num_examples=1000,
-            expected_batch_size=100,
-            num_microbatches=10,
-            num_steps=20,
-            accountant="rdp",
-        ),
-        20,
-    ),
+    "calibrated": PrivacyStatement(PrivacyPlan.calibrate(target_epsilon=3.0, **plans.SIZES, accountant="rdp"), 20),
 }
 
 

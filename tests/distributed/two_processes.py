@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from checks import flat_weights, one_update
 from factories import arguments, pairs, raw_pairs, tiny_clip, tiny_processor
+from plans import noiseless_plan, one_step_plan
 
-from hf_dpclip import DPCLIPTrainer, ImageTextCollator, PrivacyPlan, WeightAveraging
+from hf_dpclip import DPCLIPTrainer, ImageTextCollator, WeightAveraging
 from hf_dpclip.privacy import GaussianMechanism, Randomness, SecureGaussianMechanism
 from hf_dpclip.privacy.secure_noise import grid_width
 
@@ -68,9 +69,8 @@ def noisy_update(folder: Path) -> torch.Tensor:
 
 def mechanism_of(kind: type[GaussianMechanism], *sizes: int) -> tuple[GaussianMechanism, list[torch.nn.Parameter]]:
     """For parameters of these sizes, zero, with K = 4."""
-    plan = PrivacyPlan(1000, 16, 4, num_steps=1, noise_multiplier=1.0)
     weights = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
-    return kind(plan, weights, Randomness().noise(), PartialState().process_index, 2), weights
+    return kind(one_step_plan(), weights, Randomness().noise(), PartialState().process_index, 2), weights
 
 
 def secure_release() -> torch.Tensor:
@@ -181,7 +181,7 @@ def spanning_update(folder: Path) -> torch.Tensor:
 def spanning_sums() -> torch.Tensor:
     """K times a release of what the processes computed of three microbatches: [3, 4] in two halves; [3, 4] hundred
     times, which is clipped to norm 1; and one that is infinite on the last process, which does not count."""
-    plan = PrivacyPlan(1000, 15, 3, num_steps=1, noise_multiplier=0, non_private=True)
+    plan = noiseless_plan(expected_batch_size=15, num_microbatches=3)
     process = PartialState().process_index
     weight = torch.nn.Parameter(torch.zeros(5))
     mechanism = GaussianMechanism(plan, [weight], Randomness().noise(), process, 2)
