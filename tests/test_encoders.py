@@ -52,14 +52,10 @@ AT_ONCE = {
     "all parameters": [name for name in KNOWN if not name.startswith("Siglip")],
     "LoRA": KNOWN,
 }
+pytestmark = pytest.mark.usefixtures("same_initial_weights")
 EACH_ENCODER = pytest.mark.parametrize("name", ENCODERS)
 EACH_KNOWN_ENCODER = pytest.mark.parametrize("name", KNOWN)
 EACH_WAY = pytest.mark.parametrize("trained", ["all parameters", "LoRA"])
-
-
-@pytest.fixture(autouse=True)
-def same_initial_weights():
-    torch.manual_seed(0)
 
 
 def make(name, trained="all parameters"):

@@ -479,14 +479,9 @@ def test_uploads_leave_the_ledger_out():
     assert LEDGER_NAME.startswith("_")
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [{"noise_seed": 1}, {"non_private": True}, {"log_private_statistics": True}],
-    ids=lambda s: next(iter(s)),
-)
-def test_runs_that_are_not_private_are_flagged_and_allowed(make_trainer, tmp_path, setting):
+def test_runs_that_are_not_private_are_flagged_and_allowed(make_trainer, tmp_path, not_private):
     make_trainer().train()
-    make_trainer(**setting).train()
+    make_trainer(**not_private).train()
     (total,) = totals(Ledger(tmp_path / LEDGER_NAME).runs())
     assert total.epsilon == math.inf
     assert [len(total.runs), len(total.not_private_runs)] == [2, 1]

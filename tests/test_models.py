@@ -50,12 +50,8 @@ MODELS = {
     "blip_question_answering": (tiny_blip, questions),
     "clip_question_answering": (tiny_clip_vqa, answered_questions),
 }
+pytestmark = pytest.mark.usefixtures("same_initial_weights")
 EACH_MODEL = pytest.mark.parametrize(("make_model", "make_dataset"), MODELS.values(), ids=MODELS)
-
-
-@pytest.fixture(autouse=True)
-def same_initial_weights():
-    torch.manual_seed(0)
 
 
 class Gradients(TrainerCallback):
