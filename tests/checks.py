@@ -20,6 +20,8 @@ from hf_dpclip.audit.zoo import chosen
 FALSE_ALARM_RATE = 1e-7
 # Two-sided normal quantile of the false-alarm rate.
 SIGMAS = 5.4
+# A noise multiplier at which the gradient below the noise does not show in the law.
+LOUD = 30.0
 # From rows to a dataset for [`Given`].
 vectors = chosen
 

@@ -1,4 +1,4 @@
-"""Models, datasets and arguments small enough for a training step to take milliseconds."""
+"""Models, datasets and arguments small enough for a training step to take milliseconds, and what ends a run early."""
 
 import string
 
@@ -28,6 +28,7 @@ from transformers import (
     Siglip2Model,
     SiglipConfig,
     SiglipModel,
+    TrainerCallback,
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
     ViTConfig,
@@ -58,6 +59,9 @@ IMAGE = {"image_size": IMAGE_SIZE, "patch_size": 4}
 WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # At the usual 0.02, so narrow a tower gives nearly the same embedding for every input.
 WIDE = {"initializer_range": 0.3}
+
+# A checkpoint after every step.
+SAVING = {"save_strategy": "steps", "save_steps": 1}
 
 SPECTRUM = {"time": 32, "mel": 8}
 SAMPLING_RATE = 800
@@ -234,3 +238,14 @@ def arguments(output_dir, **overrides) -> DPTrainingArguments:
     if not {"target_epsilon", "noise_multiplier", "non_private"} & overrides.keys():
         defaults["noise_multiplier"] = 1.0
     return DPTrainingArguments(output_dir=str(output_dir), **{**defaults, **overrides})
+
+
+class StopAfter(TrainerCallback):
+    """Interrupts a run, orderly."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_training_stop = True

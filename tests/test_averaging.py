@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from checks import flat_weights
-from factories import pairs, tiny_clip
+from factories import SAVING, StopAfter, pairs, tiny_clip
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import CLIPModel, Trainer, TrainerCallback, TrainingArguments
@@ -17,7 +17,6 @@ from hf_dpclip.checkpoints import SEAL_NAME
 
 # Steps so large that weights and averages are far apart.
 MOVING = {"max_steps": 4, "learning_rate": 0.01, "lr_scheduler_type": "constant"}
-SAVING = {**MOVING, "save_strategy": "steps", "save_steps": 1}
 
 
 def trainable(model) -> dict[str, torch.Tensor]:
@@ -27,8 +26,7 @@ def trainable(model) -> dict[str, torch.Tensor]:
 class Watching(TrainerCallback):
     """Remembers the weights of the optimizer after every step, and what others see."""
 
-    def __init__(self, stop_after: int = 0):
-        self.stop_after = stop_after
+    def __init__(self):
         self.weights, self.begun, self.evaluated = [], [], []
 
     def on_train_begin(self, args, state, control, model, **kwargs):
@@ -36,10 +34,6 @@ class Watching(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, model, **kwargs):
         self.weights.append(trainable(model))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.stop_after:
-            control.should_training_stop = True
 
     def on_evaluate(self, args, state, control, model, **kwargs):
         self.evaluated.append(trainable(model))
@@ -60,8 +54,9 @@ def make_averaging(make_trainer):
     """A trainer that averages, and what its callbacks saw."""
 
     def make(model=None, decay=0.9999, stop_after=0, **overrides):
-        watching, beginning = Watching(stop_after), Beginning()
-        options = {"callbacks": [watching, WeightAveraging(decay), beginning], "eval_dataset": pairs(8, seed=1)}
+        watching, beginning = Watching(), Beginning()
+        callbacks = [watching, WeightAveraging(decay), beginning, StopAfter(stop_after)]
+        options = {"callbacks": callbacks, "eval_dataset": pairs(8, seed=1)}
         return make_trainer(model, trainer_options=options, **overrides), watching, beginning
 
     return make
@@ -128,7 +123,7 @@ def test_parameters_that_are_not_trained_stay_as_they_are(make_averaging):
 
 
 def test_averages_of_half_precision_weights_are_float32(make_averaging, tmp_path):
-    trainer, watching, _ = make_averaging(tiny_clip().bfloat16(), **SAVING)
+    trainer, watching, _ = make_averaging(tiny_clip().bfloat16(), **MOVING, **SAVING)
     trainer.train()
     saved = load_file(tmp_path / "checkpoint-4" / AVERAGES_NAME)
     weights, averages = (
@@ -160,7 +155,7 @@ def test_evaluation_sees_the_averages(make_averaging):
 
 
 def test_checkpoints_and_the_saved_model_are_the_averages(make_averaging, tmp_path):
-    trainer, watching, _ = make_averaging(**SAVING)
+    trainer, watching, _ = make_averaging(**MOVING, **SAVING)
     trainer.train()
     trainer.save_model()
     averages = averages_of(watching.start, watching.weights)
@@ -172,7 +167,7 @@ def test_checkpoints_and_the_saved_model_are_the_averages(make_averaging, tmp_pa
 
 def test_the_best_model_is_what_remains_of_a_run_that_asks_for_it(make_averaging, monkeypatch):
     best = {"load_best_model_at_end": True, "metric_for_best_model": "score", "eval_strategy": "steps"}
-    trainer, watching, _ = make_averaging(eval_steps=1, **best, **SAVING)
+    trainer, watching, _ = make_averaging(eval_steps=1, **best, **MOVING, **SAVING)
     scores = {1: 0.1, 2: 0.9, 3: 0.2, 4: 0.3}
     monkeypatch.setattr(trainer, "evaluate", lambda **_: {"eval_score": scores[trainer.state.global_step]})
     trainer.train()
@@ -182,7 +177,7 @@ def test_the_best_model_is_what_remains_of_a_run_that_asks_for_it(make_averaging
 def test_adapters_are_averaged_and_nothing_else(make_averaging, tmp_path):
     model = get_peft_model(tiny_clip(), lora_config(tiny_clip(), r=2))
     base = model.get_base_model().text_model.final_layer_norm.weight.clone()
-    trainer, watching, _ = make_averaging(model, **SAVING)
+    trainer, watching, _ = make_averaging(model, **MOVING, **SAVING)
     trainer.train()
     assert all("lora_" in name for name in watching.weights[0])
     averages = averages_of(watching.start, watching.weights)
@@ -200,9 +195,9 @@ def test_a_resumed_run_goes_on_with_the_weights_and_the_averages(make_averaging,
     def model():
         return get_peft_model(tiny_clip(), lora_config(tiny_clip(), r=2)) if adapters else tiny_clip()
 
-    first, before, _ = make_averaging(model(), stop_after=2, **SAVING)
+    first, before, _ = make_averaging(model(), stop_after=2, **MOVING, **SAVING)
     first.train()
-    second, after, beginning = make_averaging(model(), **SAVING)
+    second, after, beginning = make_averaging(model(), **MOVING, **SAVING)
     second.train(resume_from_checkpoint=True)
     assert [len(before.weights), len(after.weights)] == [2, 2]
     assert distance(beginning.weights[0], before.weights[-1]) == 0
@@ -226,7 +221,7 @@ def test_what_is_cut_short_while_it_is_written_leaves_no_complete_checkpoint(mak
         raise OSError("no space left")
 
     monkeypatch.setattr("hf_dpclip.averaging.save_file", cut_short)
-    trainer, _, _ = make_averaging(**SAVING)
+    trainer, _, _ = make_averaging(**MOVING, **SAVING)
     with pytest.raises(OSError, match="no space left"):
         trainer.train()
     assert not (tmp_path / "checkpoint-1" / AVERAGES_NAME).exists()
@@ -237,20 +232,20 @@ def test_what_is_cut_short_while_it_is_written_leaves_no_complete_checkpoint(mak
 @pytest.fixture
 def interrupted(make_averaging, tmp_path):
     """The checkpoint of a run of 4 steps that ended after the second."""
-    make_averaging(stop_after=2, **SAVING)[0].train()
+    make_averaging(stop_after=2, **MOVING, **SAVING)[0].train()
     return tmp_path / "checkpoint-2"
 
 
 def test_averages_are_not_taken_for_the_weights(make_trainer, interrupted):
     with pytest.raises(ValueError, match=re.escape("are averages, and the run has no WeightAveraging")):
-        make_trainer(**SAVING).train(resume_from_checkpoint=str(interrupted))
+        make_trainer(**MOVING, **SAVING).train(resume_from_checkpoint=str(interrupted))
 
 
 def test_a_checkpoint_without_averages_is_refused(make_averaging, interrupted):
     for name in (AVERAGES_NAME, SEAL_NAME):
         (interrupted / name).unlink()
     with pytest.raises(FileNotFoundError, match="saved without WeightAveraging, or with save_only_model=True"):
-        make_averaging(**SAVING)[0].train(resume_from_checkpoint=str(interrupted))
+        make_averaging(**MOVING, **SAVING)[0].train(resume_from_checkpoint=str(interrupted))
 
 
 def test_averages_of_other_parameters_are_refused(interrupted):
@@ -265,13 +260,13 @@ def collate(records):
 
 
 def test_the_plain_trainer_averages_but_does_not_resume(tmp_path):
-    def trainer(watching):
-        args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, **SAVING)
-        return Trainer(tiny_clip(), args, collate, pairs(64), callbacks=[watching, WeightAveraging()])
+    def trainer(*callbacks):
+        args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, **MOVING, **SAVING)
+        return Trainer(tiny_clip(), args, collate, pairs(64), callbacks=[*callbacks, WeightAveraging()])
 
-    watching = Watching(stop_after=2)
-    stopped = trainer(watching)
+    watching = Watching()
+    stopped = trainer(watching, StopAfter(2))
     stopped.train()
     assert_close(trainable(stopped.model), averages_of(watching.start, watching.weights)[-1])
     with pytest.raises(ValueError, match="a plain Trainer resumes without the averages"):
-        trainer(Watching()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

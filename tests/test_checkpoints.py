@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from checks import flat_weights
-from factories import arguments, pairs, tiny_clip
+from factories import SAVING, arguments, pairs, tiny_clip
 from transformers import CLIPModel
 
 from hf_dpclip import DPCLIPTrainer
@@ -14,7 +14,6 @@ from hf_dpclip.checkpoints import SEAL_NAME, check_undamaged, fault, make_way, s
 from hf_dpclip.resuming import last_complete_checkpoint
 
 
-SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
 FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "config.json"]
 
 
@@ -22,7 +21,7 @@ FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "
 def trained(tmp_path_factory):
     """The folder of a run with four checkpoints."""
     folder = tmp_path_factory.mktemp("trained")
-    args = arguments(folder, accountant="rdp", **SAVING)
+    args = arguments(folder, accountant="rdp", max_steps=4, **SAVING)
     DPCLIPTrainer(tiny_clip(), args, train_dataset=pairs(64)).train()
     return folder
 
@@ -64,35 +63,35 @@ def test_a_damaged_file_is_refused_by_name(make_trainer, checkpoint, name, damag
         rf"checkpoint-4 is no whole checkpoint: {name} is not what was saved. Restore it .* or remove this folder"
     )
     with pytest.raises(ValueError, match=message):
-        make_trainer(**SAVING).train(resume_from_checkpoint=True)
+        make_trainer(max_steps=4, **SAVING).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("damage", [flip, truncate], ids=["edited", "truncated"])
 def test_a_damaged_statement_is_refused_by_name(make_trainer, checkpoint, damage):
     damage(checkpoint / "privacy.json")
     with pytest.raises(ValueError, match=r"privacy.json is (damaged or was edited|not what was saved)"):
-        make_trainer(**SAVING).train(resume_from_checkpoint=True)
+        make_trainer(max_steps=4, **SAVING).train(resume_from_checkpoint=True)
 
 
 def test_a_statement_that_was_edited_without_contradiction_is_refused(make_trainer, checkpoint):
     shutil.copy(checkpoint.parent / "checkpoint-1" / "privacy.json", checkpoint)
     with pytest.raises(ValueError, match=r"privacy.json is not what was saved"):
-        make_trainer(**SAVING).train(resume_from_checkpoint=True)
+        make_trainer(max_steps=4, **SAVING).train(resume_from_checkpoint=True)
 
 
 def test_an_edited_state_of_training_is_refused(make_trainer, checkpoint):
     path = checkpoint / "trainer_state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "global_step": 1}))
     with pytest.raises(ValueError, match=r"trainer_state.json has step 1, and 4 was saved"):
-        make_trainer(**SAVING).train(resume_from_checkpoint=True)
+        make_trainer(max_steps=4, **SAVING).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("name", ["trainer_state.json", SEAL_NAME])
 def test_a_checkpoint_that_was_cut_short_is_passed_over_or_refused_by_name(make_trainer, checkpoint, name, caplog):
     truncate(checkpoint / name)
     with pytest.raises(ValueError, match=r"checkpoint-4 is no whole checkpoint: .*trainer_state.json"):
-        make_trainer(**SAVING).train(resume_from_checkpoint=str(checkpoint))
-    resumed = make_trainer(**SAVING)
+        make_trainer(max_steps=4, **SAVING).train(resume_from_checkpoint=str(checkpoint))
+    resumed = make_trainer(max_steps=4, **SAVING)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.privacy_spent().steps == 4
     assert "checkpoint-4 beside" in caplog.text
@@ -107,7 +106,7 @@ def test_a_checkpoint_whose_deletion_was_begun_does_not_count(checkpoint, name):
 
 
 def test_a_finished_run_resumes_without_a_step_and_with_its_weights(make_trainer, checkpoint):
-    resumed = make_trainer(tiny_clip(seed=5), **SAVING)
+    resumed = make_trainer(tiny_clip(seed=5), max_steps=4, **SAVING)
     resumed.train(resume_from_checkpoint=True)
     assert (resumed.privacy_spent().steps, resumed.state.global_step) == (4, 4)
     assert torch.equal(flat_weights(resumed.model), flat_weights(CLIPModel.from_pretrained(checkpoint)))
@@ -130,7 +129,7 @@ def test_a_whole_checkpoint_stays_until_the_one_that_replaces_it_is_whole(checkp
 
 def test_nothing_of_the_replaced_checkpoint_is_left_in_the_end(make_trainer, checkpoint):
     (checkpoint.parent / "checkpoint-1" / "old.bin").touch()
-    make_trainer(**SAVING).train()
+    make_trainer(max_steps=4, **SAVING).train()
     assert not list(checkpoint.parent.glob("**/old.bin"))
     assert not list(checkpoint.parent.glob("_replaced*"))
     for step in range(1, 5):

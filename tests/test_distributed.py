@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checks import (
+    LOUD,
     check_independent_labels,
     check_noise_law,
     check_poisson_batches,
@@ -127,7 +128,7 @@ def test_a_loss_that_gathers_over_processes_is_refused(run):
 
 def test_noise_has_the_planned_variance_after_the_reduction(run):
     # Three steps of K = 4: the sum of three independent draws.
-    check_noise_law(torch.tensor(run["results"][0]["noisy"]) * 4, 30.0 * 2 * 3**0.5)
+    check_noise_law(torch.tensor(run["results"][0]["noisy"]) * 4, LOUD * 2 * 3**0.5)
 
 
 def test_secure_noise_of_both_processes_is_on_one_grid_and_has_the_planned_variance(run):

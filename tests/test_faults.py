@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset, Image
 from disk import room_for
-from factories import IMAGE_SIZE, pairs, tiny_processor
+from factories import IMAGE_SIZE, SAVING, pairs, tiny_processor
 from PIL import Image as PILImage
 from transformers import TrainerCallback
 
@@ -21,9 +21,6 @@ from hf_dpclip import PrivacyStatement
 from hf_dpclip.checkpoints import fault
 from hf_dpclip.privacy import LEDGER_NAME, Ledger
 from hf_dpclip.resuming import last_complete_checkpoint
-
-
-SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
 
 
 def recorded_steps(folder: Path) -> int:
@@ -51,21 +48,21 @@ class Full(TrainerCallback):
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
 def test_a_disk_that_is_full_while_saving_costs_that_checkpoint_only(make_trainer, tmp_path, monkeypatch, name):
-    trainer = make_trainer(trainer_options={"callbacks": [Full(monkeypatch, name)]}, **SAVING)
+    trainer = make_trainer(trainer_options={"callbacks": [Full(monkeypatch, name)]}, max_steps=4, **SAVING)
     with pytest.raises(OSError, match=r"checkpoint-2 could not be saved .*\) and does not count .*save_total_limit=2"):
         trainer.train()
     monkeypatch.undo()
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
     assert recorded_steps(tmp_path) == trainer.privacy_spent().steps == 2
     shutil.rmtree(tmp_path / "checkpoint-2")
-    resumed = make_trainer(**SAVING)
+    resumed = make_trainer(max_steps=4, **SAVING)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.privacy_spent().epsilon == resumed.plan.epsilon()
     assert recorded_steps(tmp_path) == 5
 
 
 def test_weights_that_do_not_fit_on_the_disk_are_an_error_with_the_remedy(make_trainer, tmp_path):
-    trainer = make_trainer(**SAVING)
+    trainer = make_trainer(max_steps=4, **SAVING)
     with room_for(20_000), pytest.raises(OSError, match=r"checkpoint-1 could not be saved .*save_total_limit=2"):
         trainer.train()
     assert (tmp_path / "checkpoint-1").is_dir()

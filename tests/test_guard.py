@@ -8,7 +8,7 @@ import pytest
 import torch
 from checks import Given, check_bounded, vectors
 from datasets import DatasetDict
-from factories import arguments, pairs, raw_pairs, tiny_clip, tiny_processor
+from factories import SAVING, arguments, pairs, raw_pairs, tiny_clip, tiny_processor
 from gradient_checks import lora_clip
 from plans import one_step_plan
 from torch import nn
@@ -74,7 +74,7 @@ def test_shared_dropout_would(tmp_path, monkeypatch):
 @pytest.mark.parametrize("drawn", [[], [0], list(range(30))], ids=len)
 def test_the_saved_generator_state_does_not_show_the_batch(tmp_path, monkeypatch, drawn):
     monkeypatch.setattr("hf_dpclip.trainer.PoissonSampler.draw", lambda self: [torch.tensor(drawn).long().numpy()])
-    args = arguments(tmp_path, max_steps=1, seed=0, save_strategy="steps", save_steps=1)
+    args = arguments(tmp_path, max_steps=1, seed=0, **SAVING)
     trainer = DPCLIPTrainer(Dropping(6), args, train_dataset=vectors(*[[1.0] * 6] * 40))
     assert_one_number_is_drawn(trainer)
 
@@ -91,8 +91,7 @@ def test_nor_does_it_however_microbatches_are_computed(tmp_path, monkeypatch, dr
         gradient_accumulation_steps=2,
         microbatch_size=microbatch_size,
         max_steps=1,
-        save_strategy="steps",
-        save_steps=1,
+        **SAVING,
     )
     trainer = DPCLIPTrainer(lora_clip(lora_dropout=0.4), args, train_dataset=pairs(40))
     assert_one_number_is_drawn(trainer)
@@ -572,7 +571,7 @@ def test_printing_activations_is_refused(tmp_path):
 
 
 def test_resuming_before_the_last_checkpoint_says_what_is_not_counted(tmp_path, caplog):
-    saving = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    saving = {"max_steps": 3, **SAVING}
     trainer(tmp_path, **saving).train()
     with caplog.at_level("WARNING"):
         trainer(tmp_path, **saving).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

@@ -10,7 +10,7 @@ import optuna
 import pytest
 import torch
 from checks import flat_weights
-from factories import answered_questions, arguments, pairs, tiny_clip, tiny_clip_vqa
+from factories import SAVING, answered_questions, arguments, pairs, tiny_clip, tiny_clip_vqa
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import CLIPModel, EarlyStoppingCallback, Trainer, TrainerCallback
 
@@ -22,8 +22,7 @@ from hf_dpclip.privacy import LEDGER_NAME, Ledger
 EVERY_STEP = {
     "eval_strategy": "steps",
     "eval_steps": 1,
-    "save_strategy": "steps",
-    "save_steps": 1,
+    **SAVING,
     "logging_steps": 1,
 }
 
@@ -138,7 +137,7 @@ def test_a_trials_checkpoint_counts_the_trials_before_it(make_searcher):
 @pytest.mark.parametrize("only_model", [False, True])
 def test_after_a_search_every_trials_checkpoint_counts_all_of_them(make_searcher, tmp_path, only_model):
     """Which is the best one was decided by all."""
-    trainer = make_searcher(save_strategy="steps", save_steps=1, save_only_model=only_model)
+    trainer = make_searcher(**SAVING, save_only_model=only_model)
     search(trainer)
     together = trainer.privacy_spent()
     for trial, step in itertools.product(range(3), (1, 2)):
@@ -192,7 +191,7 @@ def test_a_study_that_is_continued_is_refused(make_searcher):
 
 
 def test_a_search_leaves_the_checkpoints_of_others_alone(make_searcher, tmp_path):
-    args = arguments(tmp_path / "run-0", max_steps=1, save_strategy="steps", save_steps=1)
+    args = arguments(tmp_path / "run-0", max_steps=1, **SAVING)
     DPCLIPTrainer(tiny_clip(), args, train_dataset=pairs(64)).train()
     search(make_searcher(save_strategy="no"))
     assert PrivacyStatement.load(tmp_path / "run-0" / "checkpoint-1").earlier_runs == {}
@@ -216,7 +215,7 @@ def steps_of_runs(statement):
 
 
 def test_a_trial_that_is_complete_is_resumed_without_a_further_step(make_searcher, tmp_path):
-    trainer = make_searcher(target_epsilon=8.0, save_strategy="steps", save_steps=1)
+    trainer = make_searcher(target_epsilon=8.0, **SAVING)
     search(trainer, n_trials=2)
     before = trainer.privacy_statement()
     checkpoint = tmp_path / "run-0" / "checkpoint-2"
@@ -228,7 +227,7 @@ def test_a_trial_that_is_complete_is_resumed_without_a_further_step(make_searche
 
 
 def test_a_trial_goes_on_from_the_middle_and_counts_once(make_searcher, tmp_path):
-    trainer = make_searcher(save_strategy="steps", save_steps=1)
+    trainer = make_searcher(**SAVING)
     search(trainer, n_trials=2)
     trainer.train(resume_from_checkpoint=str(tmp_path / "run-0" / "checkpoint-1"))
     assert trainer.state.global_step == 2
@@ -240,11 +239,11 @@ def test_a_trial_goes_on_from_the_middle_and_counts_once(make_searcher, tmp_path
 def test_trials_count_what_came_between_two_searches(make_searcher, tmp_path):
     other = DPCLIPTrainer(
         tiny_clip(),
-        arguments(tmp_path / "other", accountant="rdp", max_steps=2, save_strategy="steps", save_steps=1),
+        arguments(tmp_path / "other", accountant="rdp", max_steps=2, **SAVING),
         train_dataset=pairs(64),
     )
     other.train()
-    trainer = make_searcher(save_strategy="steps", save_steps=1)
+    trainer = make_searcher(**SAVING)
     search(trainer, n_trials=2)
     trainer.train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-1"))
     search(trainer, n_trials=1)

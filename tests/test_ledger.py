@@ -19,7 +19,7 @@ import torch
 from checks import flat_weights
 from disk import room_for
 from dp_accounting import pld
-from factories import pairs
+from factories import SAVING, pairs
 from plans import plan
 from transformers import TrainerCallback
 
@@ -507,7 +507,7 @@ def test_a_second_training_continues_the_record(make_trainer, tmp_path):
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt], ids=["stopped", "interrupted"])
 def test_a_resumed_run_continues_its_record(make_trainer, tmp_path, error):
-    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1}
+    settings = {"max_steps": 5, **SAVING}
     first = make_trainer(trainer_options={"callbacks": [Stop(error)]}, **settings)
     try:
         first.train()
@@ -524,7 +524,7 @@ def test_a_resumed_run_continues_its_record(make_trainer, tmp_path, error):
 
 
 def test_a_run_that_another_ledger_knows_brings_its_steps_along(make_trainer, tmp_path):
-    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1}
+    settings = {"max_steps": 5, **SAVING}
     make_trainer(trainer_options={"callbacks": [Stop()]}, **settings).train()
     moved = tmp_path / "_moved.jsonl"
     make_trainer(ledger_path=str(moved), **settings).train(resume_from_checkpoint=True)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from factories import other_raw_pairs, pairs, raw_pairs, tiny_clip, tiny_processor
+from factories import SAVING, StopAfter, other_raw_pairs, pairs, raw_pairs, tiny_clip, tiny_processor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -15,20 +15,14 @@ from hf_dpclip.collators import PairCollator
 from hf_dpclip.planning import PLANNED
 
 
-SAVING = {"save_strategy": "steps", "save_steps": 1}
-
-
 class Calls(TrainerCallback):
     """Where a run was when its epochs ended."""
 
-    def __init__(self, stop_after: int | None = None):
-        self.stop_after = stop_after
+    def __init__(self):
         self.steps, self.epochs = [], []
 
     def on_step_end(self, args, state, control, **kwargs):
         self.steps.append((state.global_step, state.epoch))
-        if state.global_step == self.stop_after:
-            control.should_training_stop = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.epochs.append((state.global_step, state.epoch))
@@ -107,14 +101,14 @@ def test_the_loss_that_is_logged_is_the_mean_of_the_microbatches(make_trainer, s
 
 @pytest.mark.parametrize("stop_after", [3, 8, 9])
 def test_a_resumed_run_goes_on_to_the_end_of_its_epoch(make_trainer, tmp_path, stop_after):
-    whole, first, second = Calls(), Calls(stop_after), Calls()
+    whole, first, second = Calls(), Calls(), Calls()
     epochs = {"max_steps": -1, "num_train_epochs": 2}
     args = TrainingArguments(
         tmp_path / "plain", per_device_train_batch_size=8, use_cpu=True, report_to="none", **epochs
     )
     args.disable_tqdm, args.save_strategy = True, "no"
     Trainer(tiny_clip(), args, with_loss, pairs(64), callbacks=[whole]).train()
-    make_trainer(trainer_options={"callbacks": [first]}, **SAVING, **epochs).train()
+    make_trainer(trainer_options={"callbacks": [first, StopAfter(stop_after)]}, **SAVING, **epochs).train()
     make_trainer(trainer_options={"callbacks": [second]}, **epochs).train(resume_from_checkpoint=True)
     assert whole.epochs == [(8, 1.0), (16, 2.0)]
     assert first.steps + second.steps == whole.steps
@@ -230,7 +224,7 @@ def test_public_negatives_are_no_seventh_argument(make_trainer):
 
 
 def test_a_checkpoint_by_another_name_has_lost_no_steps(make_trainer, tmp_path, caplog):
-    make_trainer(trainer_options={"callbacks": [Calls(stop_after=2)]}, max_steps=4, **SAVING).train()
+    make_trainer(trainer_options={"callbacks": [StopAfter(2)]}, max_steps=4, **SAVING).train()
     shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "last-checkpoint")
     with caplog.at_level(logging.WARNING):
         make_trainer(max_steps=4).train(resume_from_checkpoint=str(tmp_path / "last-checkpoint"))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from checks import (
+    LOUD,
     Given,
     check_binomial,
     check_bounded,
@@ -18,7 +19,7 @@ from checks import (
     one_update,
     vectors,
 )
-from factories import arguments, pairs, tiny_clip
+from factories import SAVING, arguments, pairs, tiny_clip
 from plans import one_step_plan
 
 from hf_dpclip import DPCLIPTrainer, DPTrainingArguments
@@ -43,9 +44,6 @@ from hf_dpclip.audit.mistakes import (
     StopsOnNaN,
 )
 from hf_dpclip.privacy import PoissonSampler, Randomness
-
-
-LOUD = 30.0
 
 
 # ---- The mechanism ----
@@ -173,7 +171,7 @@ def steps_are_optimizer_steps(trainer_class, tmp_path):
 
 
 def resuming_continues_the_count(trainer_class, tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "optim": "sgd"}
+    settings = {**SAVING, "max_steps": 3, "optim": "sgd"}
     one_update(tmp_path, trainer_class=trainer_class, **settings)
     trainer = trainer_class(tiny_clip(), arguments(tmp_path, **settings), train_dataset=pairs(64))
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

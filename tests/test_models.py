@@ -10,6 +10,7 @@ from factories import (
     EOS,
     IMAGE,
     LAYER,
+    SAVING,
     TEXT,
     answered_questions,
     pairs,
@@ -386,8 +387,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end_with_the_cost_of_all_steps(mak
         trainer_options={"eval_dataset": pairs(16, seed=1)},
         eval_strategy="steps",
         eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
+        **SAVING,
         metric_for_best_model="eval_loss",
         load_best_model_at_end=True,
         max_steps=3,
@@ -398,7 +398,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end_with_the_cost_of_all_steps(mak
 
 
 def test_only_the_last_checkpoints_are_kept_each_with_its_own_statement(make_trainer, tmp_path):
-    make_trainer(max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2).train()
+    make_trainer(max_steps=4, **SAVING, save_total_limit=2).train()
     steps = {path.name: PrivacyStatement.load(path).steps for path in tmp_path.glob("checkpoint-*")}
     assert steps == {"checkpoint-3": 3, "checkpoint-4": 4}
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from factories import pairs, tiny_clip
+from factories import SAVING, pairs, tiny_clip
 from peft import get_peft_model
 from transformers import TrainerCallback
 
@@ -30,7 +30,7 @@ def run(make_trainer):
 
     def start(**overrides):
         tracker = Tracker()
-        settings = {"logging_steps": 1, "save_strategy": "steps", "save_steps": 1, **overrides}
+        settings = {"logging_steps": 1, **SAVING, **overrides}
         trainer = make_trainer(trainer_options={"callbacks": [tracker]}, **settings)
         return trainer, trainer.train(), tracker.received
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from checks import flat_weights
-from factories import arguments, pairs, tiny_clip
+from factories import SAVING, StopAfter, arguments, pairs, tiny_clip
 from peft import get_peft_model
 from transformers import CLIPModel, TrainerCallback
 
@@ -18,23 +18,10 @@ from hf_dpclip.privacy import Randomness
 from hf_dpclip.resuming import check_resumable, last_complete_checkpoint
 
 
-SAVING = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
-
-
-class StopAfter(TrainerCallback):
-    """Interrupts a run, orderly."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
-
-
 @pytest.fixture
 def interrupted(make_trainer, tmp_path):
     """The folder of a run of 4 planned steps that ended after the second."""
-    trainer = make_trainer(trainer_options={"callbacks": [StopAfter(2)]}, max_steps=4, **SAVING)
+    trainer = make_trainer(trainer_options={"callbacks": [StopAfter(2)]}, max_steps=4, logging_steps=1, **SAVING)
     trainer.train()
     return tmp_path
 
@@ -84,7 +71,7 @@ def test_without_a_complete_checkpoint_there_is_nothing_to_resume(make_trainer, 
 
 @pytest.mark.parametrize("which", [True, "checkpoint-2"], ids=["the_last", "by_name"])
 def test_a_resumed_run_continues_the_count(make_trainer, interrupted, which):
-    trainer = make_trainer(max_steps=4, **SAVING)
+    trainer = make_trainer(max_steps=4, logging_steps=1, **SAVING)
     trainer.train(resume_from_checkpoint=which if which is True else str(interrupted / which))
     assert trainer.state.global_step == 4
     assert trainer.privacy_spent().steps == 4
@@ -133,7 +120,7 @@ def test_nothing_that_was_saved_holds_the_entropy_or_the_state_of_the_noise(make
             roots.append(self.entropy)
 
     monkeypatch.setattr("hf_dpclip.trainer.Randomness", Remembered)
-    trainer = make_trainer(**SAVING)
+    trainer = make_trainer(logging_steps=1, **SAVING)
     trainer.train()
     trainer.save_model()
     entropy = roots[-1]

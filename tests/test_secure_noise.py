@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from checks import check_noise_law, check_uncorrelated, one_update
+from checks import LOUD, check_noise_law, check_uncorrelated, one_update
 from plans import one_step_plan
 from torch.nn import Parameter
 
@@ -118,7 +118,7 @@ def test_the_global_generator_is_left_alone():
 
 
 def test_the_trainer_uses_it_where_asked(tmp_path):
-    update, trainer = one_update(tmp_path, noise_multiplier=30.0, secure_noise=True)
+    update, trainer = one_update(tmp_path, noise_multiplier=LOUD, secure_noise=True)
     assert type(trainer._mechanism) is SecureGaussianMechanism
-    check_noise_law(update * trainer.plan.num_microbatches, 60.0)
+    check_noise_law(update * trainer.plan.num_microbatches, LOUD * 2)
     assert type(one_update(tmp_path)[1]._mechanism) is GaussianMechanism

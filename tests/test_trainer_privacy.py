@@ -3,6 +3,7 @@
 import pytest
 import torch
 from checks import (
+    LOUD,
     Given,
     check_bounded,
     check_independent_labels,
@@ -17,10 +18,6 @@ from checks import (
 from factories import arguments, pairs, tiny_clip
 
 from hf_dpclip import DPCLIPTrainer
-
-
-# So much noise that the gradient below it does not show in the law.
-LOUD = 30.0
 
 
 def whole_batch_update(tmp_path, rows, **overrides):

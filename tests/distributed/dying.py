@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from factories import arguments, pairs, tiny_clip
+from factories import SAVING, arguments, pairs, tiny_clip
 from transformers import TrainerCallback
 
 from hf_dpclip import DPCLIPTrainer
@@ -26,7 +26,7 @@ class Death(TrainerCallback):
 
 
 def main():
-    args = arguments(sys.argv[1], max_steps=5, save_strategy="steps", save_steps=1)
+    args = arguments(sys.argv[1], max_steps=5, **SAVING)
     DPCLIPTrainer(tiny_clip(), args, train_dataset=pairs(64), callbacks=[Death()]).train()
 
 

@@ -23,7 +23,7 @@ from transformers import CLIPModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from factories import answered_questions, arguments, pairs, tiny_clip, tiny_clip_vqa, tiny_processor
+from factories import SAVING, answered_questions, arguments, pairs, tiny_clip, tiny_clip_vqa, tiny_processor
 from PIL import Image as PILImage
 
 from hf_dpclip import CLIPForVisualQuestionAnswering, DPCLIPTrainer, lora_config
@@ -36,7 +36,7 @@ STRATEGIES = ["end", "every_save", "checkpoint", "all_checkpoints"]
 
 def train(folder: Path, name: str, model, dataset=pairs, **overrides) -> DPCLIPTrainer:
     """Two steps, each saved."""
-    settings = {"accountant": "rdp", "save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
+    settings = {"accountant": "rdp", **SAVING, "logging_steps": 1}
     args = arguments(folder / name, **{**settings, **overrides})
     options = {"train_dataset": dataset(64), "eval_dataset": dataset(8, seed=1), "processing_class": tiny_processor()}
     trainer = DPCLIPTrainer(model, args, **options)

@@ -15,7 +15,7 @@ from accelerate import PartialState
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from checks import flat_weights
-from factories import arguments, pairs, tiny_clip
+from factories import SAVING, arguments, pairs, tiny_clip
 from transformers import TrainerCallback
 
 from hf_dpclip import DPCLIPTrainer
@@ -80,7 +80,7 @@ def different_plans(folder: Path) -> str:
 
 def resume_what_was_finished(folder: Path) -> list[float]:
     """The steps that are left from a checkpoint of this trainer's own run count on every process."""
-    args = arguments(folder, accountant="rdp", target_epsilon=3.0, save_strategy="steps", save_steps=1)
+    args = arguments(folder, accountant="rdp", target_epsilon=3.0, **SAVING)
     trainer = DPCLIPTrainer(tiny_clip(), args, train_dataset=pairs(64))
     trainer.train()
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from checks import flat_weights, one_update
+from checks import LOUD, flat_weights, one_update
 from factories import arguments, pairs, raw_pairs, tiny_clip, tiny_processor
 from plans import noiseless_plan, one_step_plan
 
@@ -27,7 +27,6 @@ from hf_dpclip.privacy import GaussianMechanism, Randomness, SecureGaussianMecha
 from hf_dpclip.privacy.secure_noise import grid_width
 
 
-LOUD = 30.0
 DRAWS = 4000
 
 
