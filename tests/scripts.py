@@ -1,4 +1,4 @@
-"""Example scripts as modules, and code in interpreters of its own."""
+"""Scripts as modules, and as processes of their own."""
 
 import importlib.util
 import subprocess
@@ -7,6 +7,11 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
+DISTRIBUTED = ROOT / "tests" / "distributed"
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+# Cuts a training of the examples short.
+SHORT = ["--max_steps", "2", "--max_eval_samples", "60", "--use_cpu"]
 
 
 def load_script(path):
@@ -21,7 +26,21 @@ def load_script(path):
     return module
 
 
+def run_main(monkeypatch, script, *arguments) -> None:
+    """What the module of a script does when it is run with these arguments."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+    script.main()
+
+
+def output_of(*words, timeout: int = 600, **options) -> str:
+    """What Python prints when it is started with these words, which must not fail."""
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
 def modules_after(statement: str) -> set[str]:
     """Top-level modules that a fresh interpreter has loaded after `statement`."""
     code = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
-    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    return set(output_of("-c", code).split())

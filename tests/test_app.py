@@ -11,7 +11,7 @@ import urllib.request
 import pytest
 from factories import tiny_clip, tiny_processor
 from PIL import Image
-from scripts import ROOT, load_script
+from scripts import ROOT, load_script, run_main
 
 from hf_dpclip import PrivacyPlan, PrivacyStatement
 from hf_dpclip.advice import advice
@@ -161,9 +161,8 @@ def test_the_statement_is_shown_and_an_edited_or_missing_one_is_exposed(checkpoi
 
 
 def test_a_model_that_is_not_there_stops_the_start(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["app.py", "--model", "no/such-model"])
     with pytest.raises(SystemExit, match="no/such-model is neither a folder with a model nor on the Hub"):
-        APP.main()
+        run_main(monkeypatch, APP, "--model", "no/such-model")
 
 
 # ---- In a browser ----

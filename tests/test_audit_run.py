@@ -9,7 +9,7 @@ import torch
 from checks import Given, flat_weights, vectors
 from datasets import disable_progress_bars
 from factories import arguments
-from scripts import ROOT, load_script
+from scripts import ROOT, load_script, run_main
 from sklearn.metrics import roc_auc_score, roc_curve
 from transformers import AutoModel, AutoProcessor
 
@@ -201,8 +201,7 @@ def test_the_command_audits_another_model(capsys):
 def test_the_example_draws_and_prints_both_runs(tmp_path, monkeypatch, capsys):
     script = load_script(ROOT / "examples" / "audit.py")
     few = ["--num_canaries", "130", "--num_members", "140", "--max_steps", "1"]
-    monkeypatch.setattr("sys.argv", ["audit.py", *few, "--output", str(tmp_path / "audit.png")])
-    script.main()
+    run_main(monkeypatch, script, *few, "--output", tmp_path / "audit.png")
     output = capsys.readouterr().out
     assert "| before training | - |" in output
     assert "| without privacy | inf |" in output and "| ε = 8 |" in output

@@ -15,7 +15,7 @@ from factories import ANSWERS, arguments, pairs, pictures, raw_pairs, tiny_clip,
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image as PILImage
 from plans import SIZES, plan
-from scripts import ROOT, load_script
+from scripts import ROOT, load_script, run_main
 from torch import nn
 from transformers import BertConfig, BertModel, CLIPVisionModel
 from wrong_calls import check_explained, processed, trainer
@@ -381,9 +381,8 @@ TRAINING = [
 
 
 def run_example(monkeypatch, folder, *options):
-    monkeypatch.setattr(sys, "argv", [TRAIN.__file__, *options, "--output_dir", str(folder), "--use_cpu"])
     with pytest.raises(SystemExit) as caught:
-        TRAIN.main()
+        run_main(monkeypatch, TRAIN, *options, "--output_dir", folder, "--use_cpu")
     return str(caught.value)
 
 

@@ -1,10 +1,8 @@
 """Two processes under the real launchers: one mechanism, not two."""
 
 import json
-import subprocess
 import sys
 from math import ceil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,29 +17,24 @@ from checks import (
     one_update,
 )
 from factories import tiny_clip
+from scripts import ACCELERATE, DISTRIBUTED, TORCHRUN, output_of
 
 
-sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+sys.path.insert(0, str(DISTRIBUTED))
 
 from two_processes import averaged_update
 
 from hf_dpclip.privacy import LEDGER_NAME, Ledger
 
 
-SCRIPT = Path(__file__).parent / "distributed" / "two_processes.py"
-LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--nproc_per_node", "2"],
-    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
-}
+LAUNCHERS = {"torchrun": TORCHRUN, "accelerate": ACCELERATE}
 
 
 @pytest.fixture(scope="module", params=LAUNCHERS, ids=str)
 def run(request, tmp_path_factory):
     """What each process wrote down."""
     folder = tmp_path_factory.mktemp(request.param)
-    command = [sys.executable, "-m", *LAUNCHERS[request.param], str(SCRIPT), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    output_of(*LAUNCHERS[request.param], DISTRIBUTED / "two_processes.py", folder)
     return {
         "results": [dict(np.load(folder / f"process-{process}.npz")) for process in range(2)],
         "ledger": Ledger(folder / LEDGER_NAME).runs(),

@@ -1,17 +1,14 @@
 """A hyperparameter search on two processes under the real launcher: the same trials, plans and ledger, and no hang."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import ACCELERATE, DISTRIBUTED, output_of
 
 from hf_dpclip.privacy import LEDGER_NAME, Ledger
 
 
-SCRIPT = Path(__file__).parent / "distributed" / "searching.py"
 TRIALS = 8
 
 pytestmark = pytest.mark.slow
@@ -21,10 +18,7 @@ pytestmark = pytest.mark.slow
 def folder(tmp_path_factory):
     """Where each process wrote down what it saw."""
     folder = tmp_path_factory.mktemp("search")
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command = [sys.executable, *launcher, str(SCRIPT), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    output_of(*ACCELERATE, DISTRIBUTED / "searching.py", folder)
     return folder
 
 

@@ -21,7 +21,7 @@ import yaml
 from hub_server import client_of, running_hub
 from pages import PAGES, Block, Command, all_blocks, blocks, headings, inline_commands, setup_arguments
 from run_page import COMMAND_LINE, furnish, furnish_with_scripts, names, run_page, run_python
-from scripts import ROOT, load_script
+from scripts import ROOT, SHORT, load_script, output_of, run_main
 from transformers import ClapModel, ClapProcessor, CLIPModel
 
 import hf_dpclip
@@ -36,7 +36,6 @@ RUN_PAGE = ROOT / "tests" / "run_page.py"
 LANGUAGES = {"python", "bash", "output", "text", "yaml", "json", "diff", ""}
 
 # What makes a command short; scripts that are not named here are asked for their help.
-SHORT = ["--max_steps", "2", "--max_eval_samples", "60", "--use_cpu"]
 QUICK = {
     "examples/train.py": [*SHORT, "--per_device_train_batch_size", "32"],
     "examples/train_vqa.py": [*SHORT, "--max_train_samples", "500", "--per_device_train_batch_size", "5"],
@@ -99,9 +98,7 @@ def test_snippets_run_and_print_what_the_page_shows(page, workplace):
 
 def test_what_is_published_is_on_the_hub(tmp_path):
     with running_hub() as hub:
-        command, environment = [sys.executable, str(RUN_PAGE), PUBLISHING], client_of(hub, tmp_path / "home")
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-4000:]
+        output_of(RUN_PAGE, PUBLISHING, cwd=tmp_path, env=client_of(hub, tmp_path / "home"))
         assert hub.repositories["model", "me/private-clip"].private
         assert {"model.safetensors", "privacy.json", "README.md"} <= hub.model("me/private-clip", "v1.0").keys()
 
@@ -159,8 +156,8 @@ def test_scripts_have_the_options_that_commands_give_them(page, scripts):
 
 @pytest.mark.parametrize("command", ALONE, ids=str)
 def test_trainings_run(command, workplace, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [command.script, *command.arguments, *QUICK[command.script]])
-    load_script((workplace / command.script).resolve()).main()
+    script = load_script((workplace / command.script).resolve())
+    run_main(monkeypatch, script, *command.arguments, *QUICK[command.script])
     statements = [PrivacyStatement.load(path.parent) for path in workplace.rglob("privacy.json")]
     assert statements and all(statement.steps == 2 for statement in statements)
     # The script of transformers has no word about privacy at its end.

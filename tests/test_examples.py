@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,32 +10,23 @@ import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from factories import raw_pairs, tiny_clip, tiny_processor, with_adapters
 from PIL import Image as PILImage
-from scripts import ROOT, load_script
+from scripts import ROOT, SHORT, load_script, output_of, run_main
 from transformers import CLIPModel, CLIPProcessor, pipeline
 
 from hf_dpclip import CLIPForVisualQuestionAnswering, DPCLIPTrainer, PrivacyStatement
 from hf_dpclip.cli.card import check
 
 
-QUICK = ["--max_steps", "2", "--max_eval_samples", "60", "--use_cpu"]
 TRAIN = load_script(ROOT / "examples" / "train.py")
 # It takes functions from the first one.
 TRAIN_VQA = load_script(ROOT / "examples" / "train_vqa.py")
-
-
-def run_train(monkeypatch, *arguments, script=TRAIN):
-    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
-    script.main()
 
 
 @pytest.fixture(scope="module")
 def default_run(tmp_path_factory):
     """The embedded default, cut short: its output and its folder."""
     folder = tmp_path_factory.mktemp("default")
-    command = [sys.executable, str(ROOT / "examples" / "train.py"), "--output_dir", str(folder), *QUICK]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout, folder
+    return output_of(ROOT / "examples" / "train.py", "--output_dir", folder, *SHORT), folder
 
 
 def test_default_reports_accuracy_before_and_after_and_without_privacy(default_run):
@@ -91,7 +80,9 @@ def test_weights_are_saved_before_anything_that_could_fail(captioned_csv, tmp_pa
     monkeypatch.setattr(DPCLIPTrainer, "evaluate", once)
     columns = ["--image_column", "file", "--caption_column", "report"]
     with pytest.raises(SystemExit, match="Stale file handle"):
-        run_train(monkeypatch, "--dataset_name", captioned_csv, *columns, *SMALL, "--output_dir", tmp_path / "out")
+        run_main(
+            monkeypatch, TRAIN, "--dataset_name", captioned_csv, *columns, *SMALL, "--output_dir", tmp_path / "out"
+        )
     assert CLIPModel.from_pretrained(tmp_path / "out").num_parameters() > 0
 
 
@@ -102,7 +93,9 @@ def test_an_interruption_says_how_to_go_on(captioned_csv, tmp_path, monkeypatch)
     monkeypatch.setattr(DPCLIPTrainer, "train", interrupted)
     columns = ["--image_column", "file", "--caption_column", "report"]
     with pytest.raises(SystemExit, match=r"interrupted\. What was spent stands in the ledger"):
-        run_train(monkeypatch, "--dataset_name", captioned_csv, *columns, *SMALL, "--output_dir", tmp_path / "out")
+        run_main(
+            monkeypatch, TRAIN, "--dataset_name", captioned_csv, *columns, *SMALL, "--output_dir", tmp_path / "out"
+        )
 
 
 def digit(seed=0):
@@ -120,12 +113,12 @@ def captioned_csv(tmp_path):
     return tmp_path / "pairs.csv"
 
 
-SMALL = [*QUICK, "--per_device_train_batch_size", "8", "--microbatch_size", "4"]
+SMALL = [*SHORT, "--per_device_train_batch_size", "8", "--microbatch_size", "4"]
 
 
 def test_captioned_pairs_in_a_csv_file(captioned_csv, tmp_path, monkeypatch, capsys):
     columns = ["--image_column", "file", "--caption_column", "report"]
-    run_train(monkeypatch, "--dataset_name", captioned_csv, *columns, *SMALL, "--output_dir", tmp_path / "out")
+    run_main(monkeypatch, TRAIN, "--dataset_name", captioned_csv, *columns, *SMALL, "--output_dir", tmp_path / "out")
     assert "contrastive loss on held-out pairs" in capsys.readouterr().out
     assert CLIPModel.from_pretrained(tmp_path / "out").num_parameters() > 0
 
@@ -134,8 +127,10 @@ def test_a_file_of_public_captions_as_negatives(captioned_csv, tmp_path, monkeyp
     public = tmp_path / "public.csv"
     public.write_text("\n".join(["report", *(f"public text {index}" for index in range(5))]))
     columns = ["--image_column", "file", "--caption_column", "report", "--public_negatives", public]
-    every_pair = [*QUICK, "--per_device_train_batch_size", "8", "--microbatch_size", "1"]
-    run_train(monkeypatch, "--dataset_name", captioned_csv, *columns, *every_pair, "--output_dir", tmp_path / "out")
+    every_pair = [*SHORT, "--per_device_train_batch_size", "8", "--microbatch_size", "1"]
+    run_main(
+        monkeypatch, TRAIN, "--dataset_name", captioned_csv, *columns, *every_pair, "--output_dir", tmp_path / "out"
+    )
     assert "ε = " in capsys.readouterr().out
 
 
@@ -146,7 +141,7 @@ def test_labelled_images_on_disk_in_full_fine_tuning(tmp_path, monkeypatch, caps
     dataset.save_to_disk(tmp_path / "data")
     columns = ["--image_column", "picture", "--label_column", "kind", "--prompt_template", "the digit {}"]
     settings = [*SMALL, "--lora_rank", "0", "--output_dir", tmp_path / "out"]
-    run_train(monkeypatch, "--dataset_name", tmp_path / "data", *columns, *settings)
+    run_main(monkeypatch, TRAIN, "--dataset_name", tmp_path / "data", *columns, *settings)
     output = capsys.readouterr().out
     assert "zero-shot accuracy" in output and "without privacy" not in output
     assert (tmp_path / "out" / "privacy.json").is_file()
@@ -156,7 +151,7 @@ def test_an_interrupted_run_goes_on_by_the_name_of_its_folder_or_without(caption
     columns = ["--dataset_name", captioned_csv, "--image_column", "file", "--caption_column", "report"]
     sizes = ["--per_device_train_batch_size", "8", "--microbatch_size", "4", "--num_train_epochs", "2"]
     settings = [*columns, *sizes, "--use_cpu", "--output_dir", tmp_path / "out"]
-    run_train(monkeypatch, *settings)
+    run_main(monkeypatch, TRAIN, *settings)
     # Without being asked for, one per epoch.
     checkpoints = sorted((tmp_path / "out" / "adapter").glob("checkpoint-*"))
     assert len(checkpoints) == 2
@@ -165,13 +160,13 @@ def test_an_interrupted_run_goes_on_by_the_name_of_its_folder_or_without(caption
     assert "runs are recorded here" not in capsys.readouterr().out
     for name in ("True", f"{tmp_path / 'out'}/", tmp_path / "out" / "adapter", checkpoints[0]):
         capsys.readouterr()
-        run_train(monkeypatch, *settings, "--resume_from_checkpoint", name)
+        run_main(monkeypatch, TRAIN, *settings, "--resume_from_checkpoint", name)
         output = capsys.readouterr().out
         assert f"of which taken = {first}\n" in output and f"after {last} steps" in output
         shutil.rmtree(checkpoints[1])
     # Resumed runs are one run; a second one from the start is another.
     assert "runs are recorded here" not in output
-    run_train(monkeypatch, *settings, "--max_steps", "1")
+    run_main(monkeypatch, TRAIN, *settings, "--max_steps", "1")
     ledger = re.escape(str(tmp_path / "out" / "adapter" / "_privacy_ledger.jsonl"))
     assert re.search(rf"2 runs are recorded here; .*`hf-dpclip ledger {ledger}`", capsys.readouterr().out)
 
@@ -225,7 +220,7 @@ def test_a_few_records_are_taken_from_the_whole_file():
 )
 def test_mistakes_get_one_line_that_says_how_to_mend_them(tmp_path, monkeypatch, mistake, message):
     with pytest.raises(SystemExit, match=re.escape(message)):
-        run_train(monkeypatch, *mistake.split(), "--output_dir", tmp_path / "out")
+        run_main(monkeypatch, TRAIN, *mistake.split(), "--output_dir", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -239,29 +234,25 @@ def test_mistakes_get_one_line_that_says_how_to_mend_them(tmp_path, monkeypatch,
 )
 def test_wrong_columns_are_named(captioned_csv, monkeypatch, columns, message):
     with pytest.raises(SystemExit, match=re.escape(message)):
-        run_train(monkeypatch, "--dataset_name", captioned_csv, *columns.split())
+        run_main(monkeypatch, TRAIN, "--dataset_name", captioned_csv, *columns.split())
 
 
 def test_adapters_are_no_model_to_start_from(tmp_path, monkeypatch):
     with_adapters(tiny_clip()).save_pretrained(tmp_path / "adapter")
     tiny_processor().save_pretrained(tmp_path / "adapter")
     with pytest.raises(SystemExit, match="adapter holds adapters only: name the model that they were merged into"):
-        run_train(monkeypatch, "--model_name_or_path", tmp_path / "adapter", "--output_dir", tmp_path / "out")
+        run_main(monkeypatch, TRAIN, "--model_name_or_path", tmp_path / "adapter", "--output_dir", tmp_path / "out")
 
 
 @pytest.mark.parametrize(("after", "worse"), [(0.4, True), (0.5, False), (0.6, False)])
 def test_a_model_that_became_worse_is_called_so(tmp_path, monkeypatch, capsys, after, worse):
     found = iter([0.5, after])
     monkeypatch.setattr(TRAIN, "zero_shot_accuracy", lambda *_: next(found))
-    run_train(monkeypatch, *QUICK, "--compare_non_private", "False", "--output_dir", tmp_path / "out")
+    run_main(monkeypatch, TRAIN, *SHORT, "--compare_non_private", "False", "--output_dir", tmp_path / "out")
     assert ("The model is worse than before" in capsys.readouterr().out) == worse
 
 
 # ---- Visual question answering ----
-
-
-def run_train_vqa(monkeypatch, *arguments):
-    run_train(monkeypatch, *arguments, script=TRAIN_VQA)
 
 
 @pytest.fixture
@@ -275,8 +266,8 @@ QUESTION_COLUMNS = ["--image_column", "scan", "--question_column", "asked", "--a
 
 
 def test_default_questions_are_answered_with_the_baselines_beside(tmp_path, monkeypatch, capsys):
-    few = ["--max_train_samples", "500", "--per_device_train_batch_size", "5", *QUICK]
-    run_train_vqa(monkeypatch, *few, "--output_dir", tmp_path / "out")
+    few = ["--max_train_samples", "500", "--per_device_train_batch_size", "5", *SHORT]
+    run_main(monkeypatch, TRAIN_VQA, *few, "--output_dir", tmp_path / "out")
     output = capsys.readouterr().out
     for row in ("CLIP, private", "CLIP, without privacy", "question only, without privacy", "most frequent answer"):
         assert re.search(rf"{row} +\d+\.\d%", output)
@@ -288,9 +279,9 @@ def test_default_questions_are_answered_with_the_baselines_beside(tmp_path, monk
 
 
 def test_own_questions_with_adapters(questions_csv, tmp_path, monkeypatch, capsys):
-    settings = ["--answers", "yes,no", "--trained", "adapters", "--per_device_train_batch_size", "4", *QUICK]
+    settings = ["--answers", "yes,no", "--trained", "adapters", "--per_device_train_batch_size", "4", *SHORT]
     data = ["--dataset_name", questions_csv, *QUESTION_COLUMNS]
-    run_train_vqa(monkeypatch, *data, *settings, "--output_dir", tmp_path / "out")
+    run_main(monkeypatch, TRAIN_VQA, *data, *settings, "--output_dir", tmp_path / "out")
     output = capsys.readouterr().out
     assert "Privacy of each record: ε = " in output and "question only" not in output
     assert CLIPForVisualQuestionAnswering.from_pretrained(tmp_path / "out").config.id2label == {0: "yes", 1: "no"}
@@ -312,4 +303,4 @@ def test_own_questions_with_adapters(questions_csv, tmp_path, monkeypatch, capsy
 def test_mistakes_with_questions_get_one_line(questions_csv, tmp_path, monkeypatch, mistake, message):
     data = ["--dataset_name", questions_csv, *QUESTION_COLUMNS, "--per_device_train_batch_size", "4"]
     with pytest.raises(SystemExit, match=re.escape(message)):
-        run_train_vqa(monkeypatch, *data, *mistake.split(), "--output_dir", tmp_path / "out", "--use_cpu")
+        run_main(monkeypatch, TRAIN_VQA, *data, *mistake.split(), "--output_dir", tmp_path / "out", "--use_cpu")

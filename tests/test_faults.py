@@ -15,6 +15,7 @@ from datasets import Dataset, Image
 from disk import room_for
 from factories import IMAGE_SIZE, SAVING, pairs, tiny_processor
 from PIL import Image as PILImage
+from scripts import DISTRIBUTED
 from transformers import TrainerCallback
 
 from hf_dpclip import PrivacyStatement
@@ -164,7 +165,7 @@ def bereaved(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    script = Path(__file__).parent / "distributed" / "dying.py"
+    script = DISTRIBUTED / "dying.py"
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(

@@ -1,14 +1,9 @@
 """kill -9 at random moments of training, saving and resuming: nothing is lost, and no release goes uncounted."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-
-SCRIPT = Path(__file__).parent / "distributed" / "killed.py"
+from scripts import DISTRIBUTED, output_of
 
 
 @pytest.fixture(
@@ -17,10 +12,8 @@ SCRIPT = Path(__file__).parent / "distributed" / "killed.py"
 def killed(request, tmp_path_factory):
     """What the attempts left behind, by their own account and by an independent one."""
     folder = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, str(SCRIPT), str(folder), str(request.param), "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-4000:]
-    facts = json.loads(done.stdout.splitlines()[-1])
+    output = output_of(DISTRIBUTED / "killed.py", folder, request.param, 0, timeout=1800)
+    facts = json.loads(output.splitlines()[-1])
     print({name: value for name, value in facts.items() if name != "finals"}, f"{len(facts['finals'])} runs")
     return {**facts, "wanted": request.param}
 

@@ -1,21 +1,15 @@
 """That private training learns something, on real images."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-
-ROOT = Path(__file__).parents[1]
+from scripts import ROOT, output_of
 
 
 @pytest.mark.slow
 def test_the_embedded_default_learns_real_digits(tmp_path):
     """The README's first command in full: well above its start, and within the ε it promises."""
-    command = [sys.executable, str(ROOT / "examples" / "train.py"), "--output_dir", str(tmp_path), "--use_cpu"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=1200).stdout
+    output = output_of(ROOT / "examples" / "train.py", "--output_dir", tmp_path, "--use_cpu", timeout=1200)
     before, after, without_privacy = (
         float(re.search(rf"{name} +([\d.]+)%", output)[1]) for name in ("before", "after", "without privacy")
     )

@@ -21,6 +21,7 @@ from disk import room_for
 from dp_accounting import pld
 from factories import SAVING, pairs
 from plans import plan
+from scripts import DISTRIBUTED
 from transformers import TrainerCallback
 
 from hf_dpclip import PrivacyPlan, PrivacyStatement
@@ -232,7 +233,7 @@ def test_a_ledger_that_was_removed_stops_the_run(ledger):
 def crowded(tmp_path_factory):
     """A ledger that two processes wrote to at once until they were killed, and what each of them said."""
     folder = tmp_path_factory.mktemp("crowded")
-    script = Path(__file__).parent / "distributed" / "spending.py"
+    script = DISTRIBUTED / "spending.py"
     processes = [
         subprocess.Popen([sys.executable, str(script), str(folder), name], stdout=subprocess.PIPE, text=True)
         for name in "ab"

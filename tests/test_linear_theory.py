@@ -2,13 +2,11 @@
 
 import math
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from scripts import ROOT, load_script
+from scripts import ROOT, load_script, output_of
 
 from hf_dpclip.privacy.mechanism import clip_factors
 
@@ -155,10 +153,8 @@ def test_a_slope_of_zero_has_no_sign(slope, written):
 
 def test_quick_run_prints_slopes_and_draws_them(tmp_path):
     script, figure = ROOT / "examples" / "linear_theory.py", tmp_path / "theory.png"
-    command = [sys.executable, str(script), "--quick", "--seeds", "2", "--output", str(figure)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    predicted, fitted = re.search(r"microbatches of 32, ε = 1 \| pairs n \| (\S+) \| (\S+)", done.stdout).groups()
+    output = output_of(script, "--quick", "--seeds", 2, "--output", figure)
+    predicted, fitted = re.search(r"microbatches of 32, ε = 1 \| pairs n \| (\S+) \| (\S+)", output).groups()
     assert float(predicted) == pytest.approx(-1)
     assert float(fitted) == pytest.approx(-1, abs=0.15)
     assert figure.read_bytes().startswith(b"\x89PNG")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from migrating import SCRIPT, write_inputs, write_private_script
-from scripts import ROOT, load_script
+from scripts import ROOT, load_script, output_of, run_main
 from transformers import AutoModel
 
 from hf_dpclip import PrivacyStatement
@@ -29,10 +29,7 @@ def inputs(tmp_path_factory):
 
 
 def run(launcher, script, output_dir, *arguments):
-    command = [sys.executable, *launcher, str(script), *arguments, *TRAINING, "--output_dir", str(output_dir)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return output_of(*launcher, script, *arguments, *TRAINING, "--output_dir", output_dir)
 
 
 def accelerate(config, *options):
@@ -40,8 +37,7 @@ def accelerate(config, *options):
 
 
 def test_the_script_runs_with_the_ordinary_trainer(inputs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", [SCRIPT.name, *inputs, *TRAINING, "--output_dir", str(tmp_path)])
-    load_script(SCRIPT).main()
+    run_main(monkeypatch, load_script(SCRIPT), *inputs, *TRAINING, "--output_dir", tmp_path)
     assert "train_loss" in capsys.readouterr().out and not (tmp_path / "privacy.json").exists()
 
 

@@ -4,15 +4,10 @@ import json
 import sys
 
 import pytest
-from scripts import ROOT, load_script
+from scripts import ROOT, load_script, run_main
 
 
 PAPER_TABLE = load_script(ROOT / "examples" / "paper_table.py")
-
-
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["paper_table.py", *map(str, arguments)])
-    PAPER_TABLE.main()
 
 
 @pytest.fixture
@@ -30,7 +25,7 @@ def hundred_digits(monkeypatch):
 def test_every_arm_has_its_row(monkeypatch, tmp_path):
     rows = tmp_path / "results" / "rows.json"
     options = ["--rows", rows, "--max_steps", "1", "--epsilons", "2", "4", "--tuning", "lora"]
-    run(monkeypatch, *options)
+    run_main(monkeypatch, PAPER_TABLE, *options)
     measured = json.loads(rows.read_text())
     assert [(row["arm"], row["epsilon"], row["num_microbatches"]) for row in measured] == [
         ("zero_shot", None, None),
@@ -44,7 +39,7 @@ def test_every_arm_has_its_row(monkeypatch, tmp_path):
     ]
     assert all(0 <= row["accuracy"] <= 1 for row in measured)
     assert measured[2]["delta"] == pytest.approx(100**-1.1)
-    run(monkeypatch, *options)
+    run_main(monkeypatch, PAPER_TABLE, *options)
     assert json.loads(rows.read_text()) == measured
 
 
@@ -68,14 +63,14 @@ def test_numbers_of_microbatches_are_rows_of_their_own(monkeypatch, tmp_path):
     rows = tmp_path / "rows.json"
     options = ["--rows", rows, "--max_steps", "1", "--arms", "microbatch", "--tuning", "lora", "--epsilons", "2"]
     for counts in (["2"], ["2", "16"], []):
-        run(monkeypatch, *options, *(["--num_microbatches", *counts] if counts else []))
+        run_main(monkeypatch, PAPER_TABLE, *options, *(["--num_microbatches", *counts] if counts else []))
     assert [row["num_microbatches"] for row in json.loads(rows.read_text())] == [2, 16, 4]
 
 
 @pytest.mark.parametrize("count", [100, 512, 0])
 def test_microbatches_of_less_than_two_pairs_are_refused(monkeypatch, capsys, count):
     with pytest.raises(SystemExit):
-        run(monkeypatch, "--num_microbatches", count)
+        run_main(monkeypatch, PAPER_TABLE, "--num_microbatches", count)
     assert f"invalid choice: {count} (choose from 2, 4, 8" in capsys.readouterr().err
 
 
@@ -85,7 +80,7 @@ def test_images_that_are_too_many_to_keep_are_encoded_when_they_are_needed(monke
     rows = tmp_path / "rows.json"
     arms = ["non_private", "public_negatives"]
     options = ["--max_steps", "1", "--tuning", "lora", "--epsilons", "2", "--learning_rate", "1e-3"]
-    run(monkeypatch, "--rows", rows, *options, "--arms", *arms)
+    run_main(monkeypatch, PAPER_TABLE, "--rows", rows, *options, "--arms", *arms)
     measured = json.loads(rows.read_text())
     assert [row["arm"] for row in measured] == arms
     assert all("--learning_rate 0.001" in row["command"] for row in measured)
@@ -93,11 +88,11 @@ def test_images_that_are_too_many_to_keep_are_encoded_when_they_are_needed(monke
 
 def test_trials_do_not_end_up_among_the_results(monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        run(monkeypatch, "--max_steps", "1")
+        run_main(monkeypatch, PAPER_TABLE, "--max_steps", "1")
     assert "--rows outputs/rows.json" in capsys.readouterr().err
 
 
 def test_an_unknown_dataset_is_refused_with_the_known_ones(monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        run(monkeypatch, "--datasets", "cifar")
+        run_main(monkeypatch, PAPER_TABLE, "--datasets", "cifar")
     assert "mnist-5k" in capsys.readouterr().err

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -13,16 +11,16 @@ import torch
 from hub_server import client_of, running_hub
 from hub_state import metadata_errors
 from safetensors.torch import load_file
+from scripts import DISTRIBUTED, TORCHRUN, output_of
 from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
 
 from hf_dpclip import PrivacyStatement
 from hf_dpclip.privacy_section import contradictions
 
 
-SCRIPT = Path(__file__).parent / "distributed" / "publish.py"
-LAUNCHERS = {"1": [], "2": ["-m", "torch.distributed.run", "--nproc_per_node", "2"]}
-STRATEGIES = ["end", "every_save", "checkpoint", "all_checkpoints"]
-TRAINED = ["full-1", "lora-1", "vqa", *STRATEGIES, "adapters", "secret"]
+LAUNCHERS = {"1": [], "2": TORCHRUN}
+TRAINED = ["full-1", "lora-1", "vqa", *(strategy.value for strategy in HubStrategy), "adapters", "secret"]
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +37,7 @@ def published(hub, tmp_path_factory):
     def publish(processes: str) -> Path:
         if processes not in folders:
             folders[processes] = folder = tmp_path_factory.mktemp(f"processes-{processes}")
-            command = [sys.executable, *LAUNCHERS[processes], str(SCRIPT), str(folder)]
-            environment = client_of(hub, folder / "home")
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-            assert done.returncode == 0, done.stderr[-4000:]
+            output_of(*LAUNCHERS[processes], DISTRIBUTED / "publish.py", folder, env=client_of(hub, folder / "home"))
         return folders[processes]
 
     return publish

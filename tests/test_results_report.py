@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from matplotlib import pyplot as plt
-from scripts import ROOT, load_script
+from scripts import ROOT, load_script, run_main
 
 
 PAPER_TABLE = load_script(ROOT / "examples" / "paper_table.py")
@@ -123,14 +123,9 @@ def made_up_documentation(tmp_path, monkeypatch):
     return document
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["results_report.py", *map(str, arguments)])
-    REPORT.main()
-
-
 def test_the_tables_are_written_between_the_markers(made_up_documentation, monkeypatch, results):
     for _ in range(2):
-        run(monkeypatch)
+        run_main(monkeypatch, REPORT)
         text = made_up_documentation.read_text()
         assert text.startswith("before\n") and text.endswith("\nafter\n")
         assert text.count(REPORT.tables(results)) == 1 and "old" not in text
@@ -140,7 +135,7 @@ def test_the_tables_are_written_between_the_markers(made_up_documentation, monke
 def test_rows_of_another_file_leave_the_documentation_alone(made_up_documentation, monkeypatch, tmp_path, capsys):
     PAPER_TABLE.add_row(tmp_path / "other.json", row("per_batch", 0.5, 3.0, 1))
     before = made_up_documentation.read_text()
-    run(monkeypatch, "--rows", tmp_path / "other.json")
+    run_main(monkeypatch, REPORT, "--rows", tmp_path / "other.json")
     assert "| per batch | all parameters | 1 | 50.0 % (1) |" in capsys.readouterr().out
     assert made_up_documentation.read_text() == before
     assert (tmp_path / "privacy_utility.png").exists()
@@ -148,10 +143,10 @@ def test_rows_of_another_file_leave_the_documentation_alone(made_up_documentatio
 
 def test_there_is_a_panel_for_what_was_measured_only(tmp_path, monkeypatch, capsys):
     PAPER_TABLE.add_row(tmp_path / "rows.json", row("non_private", 0.8))
-    run(monkeypatch, "--rows", tmp_path / "rows.json")
+    run_main(monkeypatch, REPORT, "--rows", tmp_path / "rows.json")
     assert "Figure" not in capsys.readouterr().out
     PAPER_TABLE.add_row(tmp_path / "rows.json", row("public_negatives", 0.72, 3.0, 512))
-    run(monkeypatch, "--rows", tmp_path / "rows.json")
+    run_main(monkeypatch, REPORT, "--rows", tmp_path / "rows.json")
     assert [path.name for path in tmp_path.glob("*.png")] == ["privacy_utility.png"]
     rows = [*MADE_UP, row("public_negatives", 0.7, 3.0, 512, dataset="digits")]
     panels = drawn(REPORT.draw_accuracy_by_microbatches, REPORT.Results(rows), tmp_path, monkeypatch)
@@ -160,10 +155,10 @@ def test_there_is_a_panel_for_what_was_measured_only(tmp_path, monkeypatch, caps
 
 def test_no_rows_and_no_markers_are_said_to_be_missing(made_up_documentation, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=r"absent.json has no rows: measure some"):
-        run(monkeypatch, "--rows", tmp_path / "absent.json")
+        run_main(monkeypatch, REPORT, "--rows", tmp_path / "absent.json")
     made_up_documentation.write_text("nothing")
     with pytest.raises(ValueError, match="has no lines <!-- begin measured -->"):
-        run(monkeypatch)
+        run_main(monkeypatch, REPORT)
 
 
 # ---- The documentation ----

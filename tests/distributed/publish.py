@@ -19,6 +19,7 @@ from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import CLIPModel
+from transformers.trainer_utils import HubStrategy
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -31,7 +32,7 @@ from hf_dpclip.cli import main as command_line
 from hf_dpclip.data import load_pairs
 
 
-STRATEGIES = ["end", "every_save", "checkpoint", "all_checkpoints"]
+STRATEGIES = [strategy.value for strategy in HubStrategy]
 
 
 def train(folder: Path, name: str, model, dataset=pairs, **overrides) -> DPCLIPTrainer:
