@@ -11,10 +11,18 @@ from hf_dpclip.seeding import seeded
 
 # What float32 leaves of a gradient that is zero, relative to the gradient of all parameters together.
 ROUNDING = 1e-7
+# Of a trainer whose updates are the same each time.
+REPRODUCIBLE = {"non_private": True, "noise_seed": 3, "max_grad_norm": 0.5}
+# Each microbatch in two forward passes.
+IN_CHUNKS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "microbatch_size": 8}
 
 
 def lora_clip(**settings):
     return with_adapters(tiny_clip(), **settings)
+
+
+def as_contrastive(model, static_shapes=False):
+    return ContrastiveModel(model, contrastive_base(model), dict, static_shapes)
 
 
 def microbatch(size, length=6, seed=0, mask=False):
@@ -51,8 +59,7 @@ def one_by_one(model, batches, **options):
 
 
 def all_at_once(model, batches, static_shapes=False):
-    contrastive = ContrastiveModel(model, contrastive_base(model), dict, static_shapes)
-    return microbatch_gradients(contrastive, batches, torch.Tensor.backward)
+    return microbatch_gradients(as_contrastive(model, static_shapes), batches, torch.Tensor.backward)
 
 
 def norms_of(gradients):

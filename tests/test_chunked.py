@@ -4,10 +4,19 @@ import pytest
 import torch
 from checks import check_bounded, one_update
 from factories import arguments, pairs, tiny_clip
-from gradient_checks import assert_close, gradient, lora_clip, microbatch, pieces
+from gradient_checks import (
+    IN_CHUNKS,
+    REPRODUCIBLE,
+    as_contrastive,
+    assert_close,
+    gradient,
+    lora_clip,
+    microbatch,
+    pieces,
+)
 
 from hf_dpclip import DPCLIPTrainer
-from hf_dpclip.gradients import ContrastiveModel, accumulate_chunked_gradient, contrastive_base
+from hf_dpclip.gradients import accumulate_chunked_gradient
 
 
 @pytest.mark.parametrize("make", [tiny_clip, lora_clip])
@@ -19,7 +28,7 @@ def test_the_gradient_of_the_pieces_is_that_of_the_whole(make, size, static_shap
     expected_loss = model(**inputs, return_loss=True).loss
     expected_loss.backward()
     expected = gradient(model)
-    contrastive = ContrastiveModel(model, contrastive_base(model), dict, static_shapes)
+    contrastive = as_contrastive(model, static_shapes)
     loss = accumulate_chunked_gradient(contrastive, pieces(inputs, size), torch.Tensor.backward)
     assert torch.allclose(loss, expected_loss, rtol=1e-5)
     assert_close(gradient(model), expected)
@@ -31,7 +40,7 @@ def test_dropout_is_the_same_in_both_passes(size):
     model = lora_clip(lora_dropout=0.4).train()
     _, inputs = microbatch(6)
     chunks = pieces(inputs, size)
-    contrastive = ContrastiveModel(model, contrastive_base(model), dict)
+    contrastive = as_contrastive(model)
     embeddings = [embeddings_drawn_with(seed, contrastive, chunk) for seed, chunk in chunks]
     images, texts = (torch.cat(each) for each in zip(*embeddings))
     contrastive.loss(images, texts, contrastive.scalars, contrastive.captions(inputs)).backward()
@@ -50,7 +59,7 @@ def test_of_a_few_chunks_the_last_is_computed_once_and_the_others_twice(rows, si
     model = tiny_clip()
     passes = []
     model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
-    contrastive = ContrastiveModel(model, contrastive_base(model), dict)
+    contrastive = as_contrastive(model)
     accumulate_chunked_gradient(contrastive, pieces(microbatch(rows)[1], size), torch.Tensor.backward)
     assert len(passes) == expected
     assert sum(passes) == (expected + 1) // 2
@@ -63,19 +72,16 @@ def test_the_temperature_alone_can_be_trained(size):
     _, inputs = microbatch(13)
     model(**inputs, return_loss=True).loss.backward()
     expected = gradient(model)
-    contrastive = ContrastiveModel(model, contrastive_base(model), dict)
+    contrastive = as_contrastive(model)
     accumulate_chunked_gradient(contrastive, pieces(inputs, size), torch.Tensor.backward)
     assert_close(gradient(model), expected)
 
 
 def test_nothing_drawn():
     model = tiny_clip()
-    contrastive = ContrastiveModel(model, contrastive_base(model), dict)
+    contrastive = as_contrastive(model)
     assert accumulate_chunked_gradient(contrastive, [], torch.Tensor.backward) == 0
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-REPRODUCIBLE = {"non_private": True, "noise_seed": 3, "max_grad_norm": 0.5}
 
 
 @pytest.mark.parametrize("microbatch_size", [8, 16])
@@ -95,19 +101,15 @@ def test_a_trainer_in_chunks_computes_what_one_without_computes(tmp_path, microb
 
 
 def test_chunks_are_read_by_workers_too(tmp_path):
-    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "microbatch_size": 8}
-    alone, _ = one_update(tmp_path, **settings, **REPRODUCIBLE)
-    with_workers, _ = one_update(tmp_path, dataloader_num_workers=1, **settings, **REPRODUCIBLE)
+    alone, _ = one_update(tmp_path, **IN_CHUNKS, **REPRODUCIBLE)
+    with_workers, _ = one_update(tmp_path, dataloader_num_workers=1, **IN_CHUNKS, **REPRODUCIBLE)
     assert_close(with_workers, alone)
 
 
 @pytest.mark.parametrize(
     ("options", "refusal"),
     [
-        (
-            {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "microbatch_size": 8},
-            "put together again for CLIPModel",
-        ),
+        (IN_CHUNKS, "put together again for CLIPModel"),
         ({"static_shapes": True}, "static_shapes=True needs CLIPModel"),
     ],
     ids=["chunks", "static_shapes"],

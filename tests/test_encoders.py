@@ -20,7 +20,7 @@ from factories import (
     tiny_siglip2,
     with_adapters,
 )
-from gradient_checks import assert_close, assert_same, gradient, pieces
+from gradient_checks import as_contrastive, assert_close, assert_same, gradient, pieces
 from peft import PeftModel, get_peft_model
 from scripts import ROOT
 from torch import nn
@@ -28,7 +28,7 @@ from transformers import CONFIG_MAPPING, RobertaConfig, VisionTextDualEncoderMod
 
 from hf_dpclip import PrivacyStatement, freeze_batch_norm, lora_config
 from hf_dpclip.forward_pass import AllAtOnce, choose_forward_pass
-from hf_dpclip.gradients import ContrastiveModel, accumulate_chunked_gradient, alike, contrastive_base, obstacle
+from hf_dpclip.gradients import accumulate_chunked_gradient, alike, obstacle
 
 
 def frozen_clap():
@@ -189,7 +189,7 @@ def test_other_text_towers_of_dual_encoders(text_config):
     model = tiny_dual_encoder(text_config, max_position_embeddings=32)
     batches = [batch("CLIPModel", n, n, length) for n, length in ((2, 7), (3, 4), (4, 6))]
     assert obstacle(model) is None
-    contrastive = ContrastiveModel(model, contrastive_base(model), dict)
+    contrastive = as_contrastive(model)
     (together,), others = alike(contrastive, batches)
     assert [seed for seed, _ in together] == [seed for seed, _ in batches] and others == []
     assert_same(model, batches)
@@ -205,7 +205,7 @@ def test_the_size_of_the_largest_hidden_state(name):
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda module, args, output: widest.append(output.numel() // 3))
     model(**inputs)
-    contrastive = ContrastiveModel(model, contrastive_base(model), dict)
+    contrastive = as_contrastive(model)
     assert contrastive.hidden_state_size(inputs) <= max(widest) <= contrastive.hidden_state_size(inputs) * 5 / 4
 
 
@@ -216,7 +216,7 @@ def test_chunks_are_the_models_own_loss_on_the_whole(name, trained):
     _, inputs = batch(name, 7)
     model(**inputs, return_loss=True).loss.backward()
     expected = gradient(model)
-    contrastive = ContrastiveModel(model, contrastive_base(model), dict)
+    contrastive = as_contrastive(model)
     accumulate_chunked_gradient(contrastive, pieces(inputs, 3), torch.Tensor.backward)
     assert_close(gradient(model), expected)
 
@@ -293,7 +293,7 @@ def test_what_fills_a_text_up_depends_on_the_tower_that_reads_it(make_tower):
     batches = [batch("CLIPModel", 2, seed, length) for seed, length in ((1, 5), (2, 7), (3, 5))]
     for _, inputs in batches:
         inputs["input_ids"][0, -1] = 5
-    contrastive = ContrastiveModel(model, contrastive_base(model), dict)
+    contrastive = as_contrastive(model)
     assert alike(contrastive, batches) == ([[batches[0], batches[2]], [batches[1]]], [])
 
 

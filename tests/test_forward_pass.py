@@ -7,26 +7,32 @@ import pytest
 import torch
 from checks import one_update
 from factories import arguments, pairs, tiny_clip, tiny_siglip
-from gradient_checks import Doubled, Mixing, assert_close, lora_clip, microbatch
+from gradient_checks import (
+    IN_CHUNKS,
+    REPRODUCIBLE,
+    Doubled,
+    Mixing,
+    as_contrastive,
+    assert_close,
+    lora_clip,
+    microbatch,
+)
 from torch import nn
 
 from hf_dpclip import DPCLIPTrainer
 from hf_dpclip.forward_pass import AllAtOnce, ChunkByChunk, OneByOne, static_by_default
-from hf_dpclip.gradients import ContrastiveModel, contrastive_base, microbatch_gradients, obstacle
+from hf_dpclip.gradients import microbatch_gradients, obstacle
 
 
-REPRODUCIBLE = {"non_private": True, "noise_seed": 3, "max_grad_norm": 0.5, "per_device_train_batch_size": 16}
-MANY = {**REPRODUCIBLE, "microbatch_size": 4}
+MANY = {**REPRODUCIBLE, "per_device_train_batch_size": 16, "microbatch_size": 4}
 
 
 def way(trainer):
     return type(trainer._forward_pass)
 
 
-def one_by_one(tmp_path, monkeypatch, **settings):
-    with monkeypatch.context() as patch:
-        patch.setattr("hf_dpclip.forward_pass.obstacle", lambda model: "told so")
-        update, trainer = one_update(tmp_path, **settings)
+def update_one_by_one(tmp_path, **settings):
+    update, trainer = one_update(tmp_path, vectorized=False, **settings)
     assert way(trainer) is OneByOne
     return update
 
@@ -42,9 +48,9 @@ def one_by_one(tmp_path, monkeypatch, **settings):
     ],
     ids=str,
 )
-def test_all_at_once_is_one_by_one(tmp_path, monkeypatch, make, overrides):
+def test_all_at_once_is_one_by_one(tmp_path, make, overrides):
     settings = {**MANY, **overrides}
-    expected = one_by_one(tmp_path, monkeypatch, model=make(), **settings)
+    expected = update_one_by_one(tmp_path, model=make(), **settings)
     update, trainer = one_update(tmp_path, model=make(), **settings)
     assert way(trainer) is AllAtOnce
     assert trainer._forward_pass.possible
@@ -70,8 +76,8 @@ def test_several_passes_are_one_pass(tmp_path, monkeypatch, make, joined):
     assert_close(update, expected)
 
 
-def test_dropout_all_at_once_is_dropout_one_by_one(tmp_path, monkeypatch):
-    expected = one_by_one(tmp_path, monkeypatch, model=lora_clip(lora_dropout=0.4), **MANY)
+def test_dropout_all_at_once_is_dropout_one_by_one(tmp_path):
+    expected = update_one_by_one(tmp_path, model=lora_clip(lora_dropout=0.4), **MANY)
     update, trainer = one_update(tmp_path, model=lora_clip(lora_dropout=0.4), **MANY)
     assert trainer._forward_pass.possible
     assert_close(update, expected)
@@ -79,7 +85,7 @@ def test_dropout_all_at_once_is_dropout_one_by_one(tmp_path, monkeypatch):
 
 def test_a_model_that_was_compiled_in_place_goes_one_by_one(tmp_path, monkeypatch):
     """Its layers are not seen, and the gradients of some would be missed."""
-    expected = one_by_one(tmp_path, monkeypatch, **MANY)
+    expected = update_one_by_one(tmp_path, **MANY)
     said, model = [], tiny_clip()
     monkeypatch.setattr("hf_dpclip.forward_pass.logger.warning_once", said.append)
     model.vision_model.compile(backend="eager")
@@ -105,16 +111,16 @@ def test_dropout_in_filled_up_batches_goes_one_by_one(tmp_path, monkeypatch):
     assert "dropout" in said[0] and "static_shapes=True" in said[0]
 
 
-def test_static_shapes_one_by_one_are_the_same_too(tmp_path, monkeypatch):
-    expected = one_by_one(tmp_path, monkeypatch, **MANY)
-    assert_close(one_by_one(tmp_path, monkeypatch, static_shapes=True, **MANY), expected)
+def test_static_shapes_one_by_one_are_the_same_too(tmp_path):
+    expected = update_one_by_one(tmp_path, **MANY)
+    assert_close(update_one_by_one(tmp_path, static_shapes=True, **MANY), expected)
 
 
 @pytest.mark.parametrize("value", [None, True, ["a", "b"], torch.tensor(1.0), torch.arange(7).repeat(2, 1)], ids=str)
 def test_inputs_that_cannot_be_filled_up_are_left_as_they_are(value):
     _, inputs = microbatch(2)
     model = tiny_clip()
-    contrastive = ContrastiveModel(model, contrastive_base(model), dict, static_shapes=True)
+    contrastive = as_contrastive(model, static_shapes=True)
     assert len(contrastive.prepared(inputs)["input_ids"]) == 8
     assert contrastive.prepared({**inputs, "position_ids": value}) == {**inputs, "position_ids": value}
 
@@ -124,8 +130,7 @@ def test_one_microbatch_takes_the_plain_way(tmp_path):
 
 
 def test_large_microbatches_take_chunks(tmp_path):
-    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "microbatch_size": 8}
-    assert way(one_update(tmp_path, **settings)[1]) is ChunkByChunk
+    assert way(one_update(tmp_path, **IN_CHUNKS)[1]) is ChunkByChunk
 
 
 def test_an_unknown_layer_takes_the_plain_way_and_is_named_once(tmp_path, monkeypatch):
@@ -146,7 +151,7 @@ def test_a_model_that_turns_out_to_be_unknown_goes_on_one_by_one(tmp_path, monke
         return model
 
     said = []
-    expected = one_by_one(tmp_path, monkeypatch, model=unusual(), **MANY)
+    expected = update_one_by_one(tmp_path, model=unusual(), **MANY)
     monkeypatch.setattr("hf_dpclip.forward_pass.logger.warning_once", said.append)
     update, trainer = one_update(tmp_path, model=unusual(), **MANY)
     assert not trainer._forward_pass.possible
@@ -196,7 +201,7 @@ def test_shapes_are_static_by_default_where_a_new_one_is_expensive(make, changes
     model, setting = make(), {**HOPPER, **changes}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: setting["capability"])
     accelerator = SimpleNamespace(device=torch.device(setting["device"]), mixed_precision=setting["mixed_precision"])
-    contrastive = ContrastiveModel(model, contrastive_base(model), dict)
+    contrastive = as_contrastive(model)
     assert static_by_default(contrastive, accelerator) is expected
 
 
@@ -209,9 +214,8 @@ def test_what_is_asked_for_goes_before_the_default(asked, filled, tmp_path, monk
 
 def test_small_microbatches_one_by_one_are_not_filled_up_unasked(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_dpclip.forward_pass.static_by_default", lambda model, accelerator: True)
-    monkeypatch.setattr("hf_dpclip.forward_pass.obstacle", lambda model: "told so")
     for asked, filled in ((None, False), (True, True)):
-        _, trainer = one_update(tmp_path, static_shapes=asked, **MANY)
+        _, trainer = one_update(tmp_path, vectorized=False, static_shapes=asked, **MANY)
         assert trainer._contrastive_model.static_shapes is filled
 
 

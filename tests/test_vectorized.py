@@ -10,6 +10,7 @@ from gradient_checks import (
     ROUNDING,
     Mixing,
     all_at_once,
+    as_contrastive,
     assert_same,
     lora_clip,
     microbatch,
@@ -27,7 +28,6 @@ from hf_dpclip.gradients import (
     ContrastiveModel,
     NotVectorizable,
     alike,
-    contrastive_base,
     factored,
     obstacle,
     products,
@@ -38,7 +38,7 @@ from hf_dpclip.gradients.layout import Layout
 
 def groups_of(model, batches):
     """Each by the seeds of its microbatches, all of which can be vectorized."""
-    groups, others = alike(ContrastiveModel(model, contrastive_base(model), dict), batches)
+    groups, others = alike(as_contrastive(model), batches)
     assert others == []
     assert sorted(seed for group in groups for seed, _ in group) == sorted(seed for seed, _ in batches)
     return {tuple(seed for seed, _ in group): group for group in groups}
@@ -461,7 +461,7 @@ def test_inputs_that_are_not_rows_are_left_to_the_plain_way(change):
     odd, *known = microbatches([2, 3, 3])
     odd = odd[0], {name: value for name, value in (odd[1] | change).items() if value is not None}
     model = tiny_clip()
-    found = alike(ContrastiveModel(model, contrastive_base(model), dict), [known[0], odd, known[1]])
+    found = alike(as_contrastive(model), [known[0], odd, known[1]])
     assert found == ([known], [odd])
 
 
