@@ -8,10 +8,13 @@ from datasets import Dataset, Image
 from peft import PeftModel, get_peft_model
 from PIL import Image as PILImage
 from torch import nn
+from torch.utils.data import default_collate
 from transformers import (
     AltCLIPConfig,
     AltCLIPModel,
     BertConfig,
+    BlipConfig,
+    BlipForQuestionAnswering,
     ChineseCLIPConfig,
     ChineseCLIPModel,
     ClapConfig,
@@ -123,6 +126,11 @@ def tiny_clap() -> ClapModel:
     return ClapModel(ClapConfig(text_config=LAYER | TEXT | WITHOUT_DROPOUT, audio_config=audio, projection_dim=8))
 
 
+def tiny_blip() -> BlipForQuestionAnswering:
+    text = LAYER | TEXT | {"encoder_hidden_size": 16, "projection_dim": 8, "sep_token_id": EOS}
+    return BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=LAYER | IMAGE, projection_dim=8))
+
+
 def tiny_clip_vqa(seed: int = 0) -> CLIPForVisualQuestionAnswering:
     """[`tiny_clip`] with a head for three answers."""
     return CLIPForVisualQuestionAnswering.from_clip(tiny_clip(seed), ANSWERS, head_hidden_size=8)
@@ -203,6 +211,11 @@ def _torch_dataset(**columns: torch.Tensor) -> Dataset:
     return Dataset.from_dict({name: column.numpy() for name, column in columns.items()}).with_format("torch")
 
 
+def collate_with_loss(records: list[dict]) -> dict:
+    """As the contrastive example of transformers does, which asks the model for its loss."""
+    return {**default_collate(records), "return_loss": True}
+
+
 def pictures(n: int, mode: str = "RGB") -> list[PILImage.Image]:
     """`n` different images of noise."""
     pixels = np.random.default_rng(0).integers(256, size=(n, 10, 12, 3), dtype=np.uint8)
@@ -212,7 +225,12 @@ def pictures(n: int, mode: str = "RGB") -> list[PILImage.Image]:
 def raw_pairs(n: int = 3, image: str = "image", text: str = "text") -> Dataset:
     """`n` different images with captions, not yet encoded."""
     captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(n)]
-    return Dataset.from_dict({image: pictures(n), text: captions}).cast_column(image, Image())
+    return with_texts(captions).rename_columns({"image": image, "text": text})
+
+
+def with_texts(texts: list) -> Dataset:
+    """Different images, one for each of the texts."""
+    return Dataset.from_dict({"image": pictures(len(texts)), "text": texts}).cast_column("image", Image())
 
 
 def other_raw_pairs(n: int) -> Dataset:

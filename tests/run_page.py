@@ -12,12 +12,11 @@ from unittest import mock
 import numpy as np
 import torch
 from datasets import Dataset
-from factories import IMAGE_SIZE, arguments, clap_processor, tiny_clap, tiny_clip, tiny_processor
+from factories import IMAGE_SIZE, arguments, clap_processor, tiny_blip, tiny_clap, tiny_clip, tiny_processor
 from migrating import write_inputs, write_private_script
 from pages import PAGES, Block, blocks
 from PIL import Image
 from scripts import ROOT
-from transformers import BlipConfig, BlipForQuestionAnswering
 
 import hf_dpclip
 from hf_dpclip import DPTrainingArguments, ImageTextCollator
@@ -85,12 +84,7 @@ def save_models(folder: Path) -> None:
     clip, blip = folder / "openai" / "clip-vit-base-patch32", folder / "Salesforce" / "blip-vqa-base"
     tiny_clip().save_pretrained(clip)
     tiny_processor().save_pretrained(clip)
-    layer = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    special = {"vocab_size": 50, "bos_token_id": 48, "eos_token_id": 49, "pad_token_id": 0, "sep_token_id": 49}
-    text = {**layer, **special, "encoder_hidden_size": 16, "projection_dim": 8}
-    vision = {**layer, "image_size": IMAGE_SIZE, "patch_size": 4}
-    config = BlipConfig(text_config=text, vision_config=vision, projection_dim=8)
-    BlipForQuestionAnswering(config).save_pretrained(blip)
+    tiny_blip().save_pretrained(blip)
     tiny_processor().save_pretrained(blip)
     clap = folder / "laion" / "clap-htsat-unfused"
     tiny_clap().save_pretrained(clap)

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from checks import flat_weights
-from factories import SAVING, StopAfter, pairs, tiny_clip
+from factories import SAVING, StopAfter, collate_with_loss, pairs, tiny_clip
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import CLIPModel, Trainer, TrainerCallback, TrainingArguments
@@ -255,14 +255,10 @@ def test_averages_of_other_parameters_are_refused(interrupted):
         WeightAveraging().load(interrupted, model)
 
 
-def collate(records):
-    return {**{name: torch.stack([record[name] for record in records]) for name in records[0]}, "return_loss": True}
-
-
 def test_the_plain_trainer_averages_but_does_not_resume(tmp_path):
     def trainer(*callbacks):
         args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, **MOVING, **SAVING)
-        return Trainer(tiny_clip(), args, collate, pairs(64), callbacks=[*callbacks, WeightAveraging()])
+        return Trainer(tiny_clip(), args, collate_with_loss, pairs(64), callbacks=[*callbacks, WeightAveraging()])
 
     watching = Watching()
     stopped = trainer(watching, StopAfter(2))

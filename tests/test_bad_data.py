@@ -18,6 +18,7 @@ from factories import (
     tiny_clip,
     tiny_clip_vqa,
     tiny_processor,
+    with_texts,
 )
 from PIL import Image as PILImage
 from torch.utils.data import Subset
@@ -27,10 +28,6 @@ from wrong_calls import check_explained, processed, table, trainer
 from hf_dpclip import DPCLIPTrainer, ImageTextCollator, VisualQuestionCollator
 from hf_dpclip.data import class_prompts, load_pairs
 from hf_dpclip.digests import array_digests
-
-
-def with_texts(texts: list) -> Dataset:
-    return Dataset.from_dict({"image": pictures(len(texts)), "text": texts})
 
 
 def with_images(images: list) -> Dataset:

@@ -4,8 +4,7 @@ import logging
 
 import pytest
 from checks import warnings_of
-from datasets import Dataset
-from factories import other_raw_pairs, pairs, raw_pairs, tiny_clip, tiny_processor, with_adapters
+from factories import other_raw_pairs, pairs, raw_pairs, tiny_clip, tiny_processor, with_adapters, with_texts
 from plans import plan
 from torch import nn
 from transformers import CLIPModel
@@ -55,14 +54,10 @@ def test_the_trainer_says_it(saved, make_trainer, caplog):
 # ---- Captions ----
 
 
-def captioned(*texts: str) -> Dataset:
-    return raw_pairs(len(texts)).remove_columns("text").add_column("text", list(texts))
-
-
-@pytest.mark.parametrize("public", [["a", "b", "c"], captioned("a", "b", "c")], ids=["texts", "records"])
+@pytest.mark.parametrize("public", [["a", "b", "c"], with_texts(["a", "b", "c"])], ids=["texts", "records"])
 def test_public_captions_that_one_private_record_has_are_counted(public, caplog):
     collator = ImageTextCollator(tiny_processor())
-    message = warnings_of(caplog, warn_of_private_captions, captioned("a", "b", "c", "c"), collator, public)
+    message = warnings_of(caplog, warn_of_private_captions, with_texts(["a", "b", "c", "c"]), collator, public)
     assert "2 of the 3 public_negatives are the caption of one private record each" in message
 
 
@@ -76,10 +71,10 @@ def test_captions_that_all_records_of_one_unit_share_are_named(caplog):
 @pytest.mark.parametrize(
     ("private", "collator", "public"),
     [
-        (captioned("a", "a", "b", "b"), ImageTextCollator(tiny_processor()), ["a", "b", "c"]),
-        (captioned("a", "b"), ImageTextCollator(tiny_processor()), other_raw_pairs(3).remove_columns("text")),
-        (captioned("a", "b"), ImageTextCollator(tiny_processor()), None),
-        (captioned("a", "b"), list, ["a"]),
+        (with_texts(["a", "a", "b", "b"]), ImageTextCollator(tiny_processor()), ["a", "b", "c"]),
+        (with_texts(["a", "b"]), ImageTextCollator(tiny_processor()), other_raw_pairs(3).remove_columns("text")),
+        (with_texts(["a", "b"]), ImageTextCollator(tiny_processor()), None),
+        (with_texts(["a", "b"]), list, ["a"]),
         (pairs(4), ImageTextCollator(tiny_processor()), ["a"]),
     ],
     ids=["class prompts", "images", "none", "another collator", "encoded"],
@@ -90,7 +85,7 @@ def test_no_other_captions_are(private, collator, public, caplog):
 
 def test_the_trainer_counts_them_too(make_trainer, caplog):
     options = {"data_collator": ImageTextCollator(tiny_processor()), "public_negatives": ["a", "u"]}
-    dataset = captioned("a", *["u"] * 15)
+    dataset = with_texts(["a", *["u"] * 15])
     with caplog.at_level(logging.WARNING):
         make_trainer(train_dataset=dataset, trainer_options=options, microbatch_size=1)
     assert "1 of the 2 public_negatives" in caplog.text

@@ -7,6 +7,7 @@ import torch
 from checks import flat_weights
 from factories import (
     clap_processor,
+    collate_with_loss,
     pairs,
     patch_pairs,
     sound_pairs,
@@ -24,6 +25,7 @@ from gradient_checks import as_contrastive, assert_close, assert_same, gradient,
 from peft import PeftModel, get_peft_model
 from scripts import ROOT
 from torch import nn
+from torch.utils.data import default_collate
 from transformers import CONFIG_MAPPING, RobertaConfig, VisionTextDualEncoderModel, XLMRobertaConfig
 
 from hf_dpclip import PrivacyStatement, freeze_batch_norm, lora_config
@@ -224,7 +226,7 @@ def test_chunks_are_the_models_own_loss_on_the_whole(name, trained):
 @EACH_KNOWN_ENCODER
 def test_single_pairs_with_public_negatives(make_trainer, name):
     public = data(name, 5, seed=7)
-    options = {"public_negatives": public, "data_collator": stacked}
+    options = {"public_negatives": public, "data_collator": default_collate}
     trainer = make_trainer(make(name), data(name), options, microbatch_size=1)
     trainer.train()
     assert chosen_at_once(trainer) == (name in AT_ONCE["all parameters"])
@@ -237,13 +239,8 @@ def test_single_pairs_with_public_negatives(make_trainer, name):
     assert torch.allclose(known.texts, texts, atol=1e-6)
 
 
-def stacked(records):
-    return {name: torch.stack([record[name] for record in records]) for name in records[0]}
-
-
 def test_a_collator_may_ask_for_the_loss(make_trainer):
-    """As that of the contrastive example of transformers does."""
-    options = {"data_collator": lambda records: {**stacked(records), "return_loss": True}}
+    options = {"data_collator": collate_with_loss}
     for settings in ({"microbatch_size": 4}, {"microbatch_size": 4, "static_shapes": True}):
         trainer = make_trainer(tiny_clip(), data("CLIPModel"), options, **settings)
         trainer.train()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from checks import Given, check_bounded, vectors
 from datasets import DatasetDict
-from factories import SAVING, arguments, pairs, raw_pairs, tiny_clip, tiny_processor
+from factories import SAVING, arguments, pairs, tiny_clip, tiny_processor, with_texts
 from gradient_checks import lora_clip
 from plans import one_step_plan
 from torch import nn
@@ -421,7 +421,7 @@ def draws_by_length(records):
 
 
 def generator_after_construction(tmp_path, caption):
-    records = raw_pairs(16).remove_columns("text").add_column("text", [caption, *["a cat"] * 15])
+    records = with_texts([caption, *["a cat"] * 15])
     torch.manual_seed(0)
     DPCLIPTrainer(
         tiny_clip(),

@@ -5,8 +5,16 @@ import logging
 import shutil
 
 import pytest
-import torch
-from factories import SAVING, StopAfter, other_raw_pairs, pairs, raw_pairs, tiny_clip, tiny_processor
+from factories import (
+    SAVING,
+    StopAfter,
+    collate_with_loss,
+    other_raw_pairs,
+    pairs,
+    raw_pairs,
+    tiny_clip,
+    tiny_processor,
+)
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -107,16 +115,12 @@ def test_a_resumed_run_goes_on_to_the_end_of_its_epoch(make_trainer, tmp_path, s
         tmp_path / "plain", per_device_train_batch_size=8, use_cpu=True, report_to="none", **epochs
     )
     args.disable_tqdm, args.save_strategy = True, "no"
-    Trainer(tiny_clip(), args, with_loss, pairs(64), callbacks=[whole]).train()
+    Trainer(tiny_clip(), args, collate_with_loss, pairs(64), callbacks=[whole]).train()
     make_trainer(trainer_options={"callbacks": [first, StopAfter(stop_after)]}, **SAVING, **epochs).train()
     make_trainer(trainer_options={"callbacks": [second]}, **epochs).train(resume_from_checkpoint=True)
     assert whole.epochs == [(8, 1.0), (16, 2.0)]
     assert first.steps + second.steps == whole.steps
     assert second.epochs == [end for end in whole.epochs if end[0] > stop_after]
-
-
-def with_loss(records):
-    return {name: torch.stack([record[name] for record in records]) for name in records[0]} | {"return_loss": True}
 
 
 # ---- Metrics ----

@@ -7,13 +7,10 @@ import torch
 from checks import flat_weights, one_update
 from datasets import Dataset
 from factories import (
-    EOS,
-    IMAGE,
-    LAYER,
     SAVING,
-    TEXT,
     answered_questions,
     pairs,
+    tiny_blip,
     tiny_clip,
     tiny_clip_vqa,
     tiny_dual_encoder,
@@ -21,21 +18,11 @@ from factories import (
 )
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import (
-    BlipConfig,
-    BlipForQuestionAnswering,
-    CLIPModel,
-    TrainerCallback,
-)
+from transformers import CLIPModel, TrainerCallback
 
 from hf_dpclip import DPTrainingArguments, PrivacyStatement, lora_config
 from hf_dpclip.metrics import VQAAccuracy
 from hf_dpclip.models import base_model
-
-
-def tiny_blip() -> BlipForQuestionAnswering:
-    text = {**LAYER, **TEXT, "encoder_hidden_size": 16, "projection_dim": 8, "sep_token_id": EOS}
-    return BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config={**LAYER, **IMAGE}, projection_dim=8))
 
 
 def questions(n: int = 64, seed: int = 0) -> Dataset:
