@@ -48,6 +48,20 @@ def one_update(tmp_path, model=None, dataset=None, trainer_class=DPCLIPTrainer, 
     return before - flat_weights(model), trainer
 
 
+def sum_of_clipped(tmp_path, monkeypatch, model, dataset, microbatches, **overrides) -> torch.Tensor:
+    """The sum that one step without noise releases, where it is known who is drawn and with which label."""
+    drawn = [np.array(microbatch, dtype=np.int64) for microbatch in microbatches]
+    monkeypatch.setattr("hf_dpclip.trainer.PoissonSampler.draw", lambda self: drawn)
+    monkeypatch.setattr("hf_dpclip.trainer.PoissonSampler.draw_seeds", lambda self, count: list(range(count)))
+    update, trainer = one_update(tmp_path, model, dataset, non_private=True, **overrides)
+    return update * trainer.plan.num_microbatches
+
+
+def logged_values(trainer, name: str) -> list[float]:
+    """All values of that name in the log history."""
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
 def flat_weights(model) -> torch.Tensor:
     """A copy of all trainable parameters, as one vector."""
     return torch.cat([p.detach().cpu().double().flatten() for p in model.parameters() if p.requires_grad])

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checks import Given, check_bounded, vectors
+from checks import Given, check_bounded, sum_of_clipped, vectors
 from datasets import DatasetDict
 from factories import SAVING, arguments, pairs, tiny_clip, tiny_processor, with_texts
 from gradient_checks import lora_clip
@@ -29,24 +29,15 @@ class Dropping(Given):
         return super().forward(nn.functional.dropout(vector, 0.5))
 
 
-def sum_of_clipped(tmp_path, monkeypatch, microbatches):
-    """The sum that one noiseless step releases on given microbatches with given seeds."""
-    monkeypatch.setattr(
-        "hf_dpclip.trainer.PoissonSampler.draw", lambda self: [torch.tensor(m).numpy() for m in microbatches]
-    )
-    monkeypatch.setattr("hf_dpclip.trainer.PoissonSampler.draw_seeds", lambda self, count: list(range(count)))
+def neighbours(tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     records = vectors(*torch.randn(40, 6, generator=generator).tolist())
-    args = arguments(tmp_path, non_private=True, optim="sgd", learning_rate=1.0, max_steps=1, microbatch_size=1)
-    model = Dropping(6)
-    DPCLIPTrainer(model, args, train_dataset=records).train()
-    return model.weight.detach() * args.num_microbatches
-
-
-def neighbours(tmp_path, monkeypatch):
     others = [[2 * j, 2 * j + 1] for j in range(1, 16)]
-    with_it = sum_of_clipped(tmp_path, monkeypatch, [[0, 1, 39], *others])
-    return with_it - sum_of_clipped(tmp_path, monkeypatch, [[0, 1], *others])
+    with_it, without = (
+        sum_of_clipped(tmp_path, monkeypatch, Dropping(6), records, [first, *others], microbatch_size=1)
+        for first in ([0, 1, 39], [0, 1])
+    )
+    return with_it - without
 
 
 def test_dropout_does_not_carry_a_record_into_later_microbatches(tmp_path, monkeypatch):
@@ -139,35 +130,31 @@ class Change(TrainerCallback):
             self.change(args)
 
 
-def trainer(tmp_path, callback=None, **overrides):
-    model, args = tiny_clip(), arguments(tmp_path, **{"max_steps": 6, **overrides})
-    return DPCLIPTrainer(model, args, train_dataset=pairs(64), callbacks=[callback] if callback else None)
-
-
-def test_accumulating_more_forward_passes_midway_is_refused(tmp_path):
-    run = trainer(tmp_path, Change(lambda args: setattr(args, "gradient_accumulation_steps", 2)))
+def test_accumulating_more_forward_passes_midway_is_refused(make_trainer):
+    change = Change(lambda args: setattr(args, "gradient_accumulation_steps", 2))
+    run = make_trainer(trainer_options={"callbacks": [change]}, max_steps=6)
     with pytest.raises(RuntimeError, match="forward passes instead of 1"):
         run.train()
 
 
 @pytest.mark.parametrize("name, value", [("noise_seed", 3), ("log_private_statistics", True)])
-def test_arguments_that_are_changed_later_mark_the_run_for_good(tmp_path, name, value):
-    run = trainer(tmp_path)
+def test_arguments_that_are_changed_later_mark_the_run_for_good(make_trainer, name, value):
+    run = make_trainer()
     setattr(run.args, name, value)
     run.train()
     setattr(run.args, name, type(value)() if value is True else None)
     assert [reason for reason in run.privacy_statement().not_private_because if name in reason]
 
 
-def test_another_training_dataset_is_refused(tmp_path):
-    run = trainer(tmp_path)
+def test_another_training_dataset_is_refused(make_trainer):
+    run = make_trainer()
     run.train_dataset = pairs(64, seed=1)
     with pytest.raises(ValueError, match="made for another train_dataset"):
         run.train()
 
 
-def test_evaluating_on_the_private_records_is_refused(tmp_path):
-    run = trainer(tmp_path)
+def test_evaluating_on_the_private_records_is_refused(make_trainer):
+    run = make_trainer()
     with pytest.raises(ValueError, match="private training dataset"):
         run.evaluate(run.train_dataset)
 
@@ -189,9 +176,9 @@ def test_private_records_that_are_set_for_evaluation_later_are_refused(tmp_path,
             evaluate()
 
 
-def test_more_steps_than_planned_are_refused(tmp_path):
+def test_more_steps_than_planned_are_refused(make_trainer):
     """The ledger allowed those that were planned."""
-    run = trainer(tmp_path, max_steps=2)
+    run = make_trainer(max_steps=2)
     run.args.max_steps = 3
     with pytest.raises(ValueError, match=r"3 steps are asked for, and 2 were planned .* call trainer\.begin_run"):
         run.train()
@@ -208,15 +195,15 @@ def test_several_splits_are_no_training_dataset(tmp_path):
 # ---- What sees the gradient or the data before the noise ----
 
 
-def test_optimizers_in_the_backward_pass_are_refused(tmp_path):
-    run = trainer(tmp_path)
+def test_optimizers_in_the_backward_pass_are_refused(make_trainer):
+    run = make_trainer()
     next(run.model.parameters()).register_post_accumulate_grad_hook(lambda parameter: None)
     with pytest.raises(ValueError, match="a hook on a parameter"):
         run.train()
 
 
-def test_watching_gradients_is_refused(tmp_path):
-    run = trainer(tmp_path)
+def test_watching_gradients_is_refused(make_trainer):
+    run = make_trainer()
     next(run.model.parameters()).register_hook(lambda gradient: None)
     with pytest.raises(ValueError, match="WANDB_WATCH"):
         run.train()
@@ -233,8 +220,8 @@ class Watching(TrainerCallback):
             parameter.register_hook(self.seen.append)
 
 
-def test_watching_gradients_from_a_later_callback_is_refused_before_one_is_seen(tmp_path):
-    run, watching = trainer(tmp_path), Watching()
+def test_watching_gradients_from_a_later_callback_is_refused_before_one_is_seen(make_trainer):
+    run, watching = make_trainer(), Watching()
     run.add_callback(watching)
     with pytest.raises(ValueError, match="WANDB_WATCH"):
         run.train()
@@ -532,8 +519,8 @@ def test_trained_parameters_that_the_forward_pass_writes_to_are_refused(tmp_path
     assert run.state.global_step == 0
 
 
-def test_embeddings_that_are_renormalised_are_refused(tmp_path):
-    run = trainer(tmp_path)
+def test_embeddings_that_are_renormalised_are_refused(make_trainer):
+    run = make_trainer()
     run.model.text_model.embeddings.token_embedding.max_norm = 1.0
     with pytest.raises(ValueError, match=r"token_embedding has max_norm=1.0"):
         run.train()
@@ -570,9 +557,9 @@ def test_printing_activations_is_refused(tmp_path):
         arguments(tmp_path, debug="underflow_overflow")
 
 
-def test_resuming_before_the_last_checkpoint_says_what_is_not_counted(tmp_path, caplog):
+def test_resuming_before_the_last_checkpoint_says_what_is_not_counted(make_trainer, tmp_path, caplog):
     saving = {"max_steps": 3, **SAVING}
-    trainer(tmp_path, **saving).train()
+    make_trainer(**saving).train()
     with caplog.at_level("WARNING"):
-        trainer(tmp_path, **saving).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        make_trainer(**saving).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert "checkpoint-2, checkpoint-3 beside" in caplog.text

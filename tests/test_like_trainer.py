@@ -5,6 +5,7 @@ import logging
 import shutil
 
 import pytest
+from checks import logged_values
 from factories import (
     SAVING,
     StopAfter,
@@ -83,7 +84,7 @@ def test_a_loss_that_is_put_on_the_trainer_is_the_one_that_is_minimised(make_tra
     trainer = make_trainer(log_private_statistics=True, logging_steps=1)
     trainer.compute_loss = constant_loss
     trainer.train()
-    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == [3.0, 3.0]
+    assert logged_values(trainer, "loss") == [3.0, 3.0]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_the_loss_that_is_logged_is_the_mean_of_the_microbatches(make_trainer, s
     trainer.compute_loss = constant_loss
     output = trainer.train()
     assert output.training_loss == 3.0
-    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == [3.0, 3.0]
+    assert logged_values(trainer, "loss") == [3.0, 3.0]
 
 
 # ---- Epochs ----

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checks import logged_values
 from factories import ANSWERS, answered_questions, pairs, tiny_clip, tiny_clip_vqa, tiny_processor
 from huggingface_hub import ModelCard
 from peft import get_peft_model
@@ -109,7 +110,7 @@ def test_the_card_holds_no_statistic_of_the_private_records(trained, settings):
     trainer = trained(evaluated=True, **settings)
     card = card_of(trainer)
     assert not re.search("training loss *[|:]|No log|grad_norm", card, re.IGNORECASE)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = logged_values(trainer, "loss")
     assert len(losses) == (2 if settings else 0)
     assert not any(f"{loss:.{digits}g}" in card for loss in losses for digits in (4, 5))
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from checks import flat_weights, one_update
+from checks import flat_weights, logged_values, one_update
 from datasets import Dataset
 from factories import (
     SAVING,
@@ -329,7 +329,7 @@ def test_optimizers_step_on_the_noisy_gradient(make_trainer, optim):
 def test_schedulers_follow_the_planned_steps(make_trainer, scheduler, rates):
     trainer = make_trainer(lr_scheduler_type=scheduler, max_steps=4, logging_steps=1, learning_rate=1.0, optim="sgd")
     trainer.train()
-    logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    logged = logged_values(trainer, "learning_rate")
     assert logged == pytest.approx(rates)
 
 

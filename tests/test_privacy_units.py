@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from checks import Given, check_binomial, check_bounded, flat_weights
+from checks import Given, check_binomial, check_bounded, sum_of_clipped
 from datasets import Dataset
 from factories import arguments
 from plans import one_step_plan
@@ -25,23 +25,16 @@ def records_of_ids(with_canary: bool = True) -> Dataset:
     return Dataset.from_dict({"vector": vectors, "user": ids}).with_format("torch")
 
 
-def sum_of_clipped(folder, monkeypatch, dataset, microbatches, **overrides) -> torch.Tensor:
-    """The sum that one step without noise releases, where it is known who is drawn and with which label."""
-    drawn = [np.array(microbatch, dtype=np.int64) for microbatch in microbatches]
-    monkeypatch.setattr("hf_dpclip.trainer.PoissonSampler.draw", lambda self: drawn)
-    monkeypatch.setattr("hf_dpclip.trainer.PoissonSampler.draw_seeds", lambda self, count: list(range(count)))
-    settings = {"non_private": True, "optim": "sgd", "learning_rate": 1.0, "max_steps": 1}
-    model, args = Given(), arguments(folder, **{**settings, "privacy_unit_column": "user", **overrides})
-    trainer = DPCLIPTrainer(model, args, train_dataset=dataset)
-    trainer.train()
-    return -flat_weights(model) * trainer.plan.num_microbatches
+def sum_over_ids(folder, monkeypatch, dataset, microbatches, **overrides) -> torch.Tensor:
+    settings = {"privacy_unit_column": "user", **overrides}
+    return sum_of_clipped(folder, monkeypatch, Given(), dataset, microbatches, **settings)
 
 
 def difference(folder, monkeypatch, microbatches, **overrides) -> torch.Tensor:
     """What the canary, drawn as the microbatches say, changes in the sum."""
     without = [[unit for unit in microbatch if unit != CANARY] for microbatch in microbatches]
-    with_it = sum_of_clipped(folder, monkeypatch, records_of_ids(), microbatches, **overrides)
-    return with_it - sum_of_clipped(folder, monkeypatch, records_of_ids(False), without, **overrides)
+    with_it = sum_over_ids(folder, monkeypatch, records_of_ids(), microbatches, **overrides)
+    return with_it - sum_over_ids(folder, monkeypatch, records_of_ids(False), without, **overrides)
 
 
 CAPS = [{}, {"max_records_per_unit": 1}, {"max_records_per_unit": 7}]
@@ -67,8 +60,8 @@ def test_records_as_units_would_let_one_id_move_more(tmp_path, monkeypatch):
     first_canary_record = 2 * CANARY
     with_it = [[0, first_canary_record], [1, first_canary_record + 1], [2, first_canary_record + 2]]
     settings = {"microbatch_size": 2, "privacy_unit_column": None}
-    moved = sum_of_clipped(tmp_path, monkeypatch, records_of_ids(), with_it, **settings)
-    moved -= sum_of_clipped(tmp_path, monkeypatch, records_of_ids(False), [[0], [1], [2]], **settings)
+    moved = sum_over_ids(tmp_path, monkeypatch, records_of_ids(), with_it, **settings)
+    moved -= sum_over_ids(tmp_path, monkeypatch, records_of_ids(False), [[0], [1], [2]], **settings)
     with pytest.raises(AssertionError, match="norm"):
         check_bounded(moved, 2.0)
 

@@ -1,10 +1,12 @@
 """Public negatives: constants of the mechanism, with which one private pair is enough for a microbatch."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import check_bounded, flat_weights, one_update
+from checks import check_bounded, one_update
 from datasets import Dataset, concatenate_datasets
 from factories import IMAGE_SIZE, arguments, pairs, tiny_clip, tiny_processor
 from gradient_checks import as_contrastive
@@ -15,7 +17,12 @@ from hf_dpclip.public_negatives import PublicNegatives, encode_public_negatives,
 
 
 CAPTIONS = ["a cat", "a dog", "a cow", "an owl"]
-EVERYONE = {"per_device_train_batch_size": 8, "microbatch_size": 1, "non_private": True}
+EVERYONE = {
+    "per_device_train_batch_size": 8,
+    "microbatch_size": 1,
+    "non_private": True,
+    "remove_unused_columns": False,
+}
 
 
 def raw_pairs(n: int, seed: int = 0) -> Dataset:
@@ -26,24 +33,22 @@ def raw_pairs(n: int, seed: int = 0) -> Dataset:
     return Dataset.from_dict({"image": images, "text": [CAPTIONS[i % len(CAPTIONS)] for i in range(n)]})
 
 
+def contrasting_with(public_negatives):
+    """What makes trainers with these."""
+    return partial(DPCLIPTrainer, processing_class=tiny_processor(), public_negatives=public_negatives)
+
+
 def trainer_of(tmp_path, train_dataset, public_negatives, model=None, **overrides):
-    return DPCLIPTrainer(
-        tiny_clip() if model is None else model,
-        arguments(tmp_path, **{**EVERYONE, "remove_unused_columns": False, **overrides}),
-        train_dataset=train_dataset,
-        processing_class=tiny_processor(),
-        public_negatives=public_negatives,
-    )
+    model = tiny_clip() if model is None else model
+    args = arguments(tmp_path, **{**EVERYONE, **overrides})
+    return contrasting_with(public_negatives)(model, args, train_dataset=train_dataset)
 
 
 def update(tmp_path, train_dataset, public_negatives, **overrides) -> torch.Tensor:
-    """What one SGD step of learning rate 1 subtracts from the weights, times K: the sum of clipped gradients."""
-    model = tiny_clip()
-    settings = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_steps": 1}
-    trainer = trainer_of(tmp_path, train_dataset, public_negatives, model, **{**settings, **overrides})
-    before = flat_weights(model)
-    trainer.train()
-    return trainer.plan.num_microbatches * (before - flat_weights(model))
+    """The sum of clipped gradients."""
+    settings = {"trainer_class": contrasting_with(public_negatives), **EVERYONE, **overrides}
+    released, trainer = one_update(tmp_path, dataset=train_dataset, **settings)
+    return trainer.plan.num_microbatches * released
 
 
 def encoded(negatives: PublicNegatives, model) -> tuple:
@@ -205,13 +210,9 @@ def test_captions_need_a_tokenizer():
 
 def test_the_noise_is_that_of_one_pair(tmp_path):
     """σC, not 2σC, and every pair counts: the mean update of many identical runs is not what is looked at here."""
-    model = tiny_clip()
     released, trainer = one_update(
         tmp_path,
-        model,
-        trainer_class=lambda model, args, train_dataset: DPCLIPTrainer(
-            model, args, train_dataset=train_dataset, processing_class=tiny_processor(), public_negatives=CAPTIONS
-        ),
+        trainer_class=contrasting_with(CAPTIONS),
         microbatch_size=1,
         noise_multiplier=3.0,
         max_grad_norm=1e-3,

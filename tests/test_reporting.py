@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from checks import logged_values
 from factories import SAVING, pairs, tiny_clip
 from peft import get_peft_model
 from transformers import TrainerCallback
@@ -216,7 +217,7 @@ def test_the_output_of_training_holds_no_loss(run):
 def test_the_count_of_floating_point_operations_does_not_reveal_batch_sizes(run, tmp_path):
     trainer, output, _ = run()
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text(encoding="utf-8"))
-    logged = [entry["total_flos"] for entry in trainer.state.log_history if "total_flos" in entry]
+    logged = logged_values(trainer, "total_flos")
     assert logged
     assert {*logged, state["total_flos"], trainer.state.total_flos} == {0}
     assert "total_flos" not in output.metrics
@@ -273,7 +274,7 @@ def test_the_progress_bar_says_not_private(make_trainer, capsys, settings):
 
 def test_private_statistics_are_logged_on_request(run):
     trainer, output, _ = run(log_private_statistics=True)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = logged_values(trainer, "loss")
     assert len(losses) == 2
     assert all(loss > 0 for loss in losses)
     assert output.training_loss == pytest.approx(sum(losses) / 2, abs=1e-3)
