@@ -62,7 +62,7 @@ def test_public_captions_that_one_private_record_has_are_counted(public, caplog)
 
 
 def test_captions_that_all_records_of_one_unit_share_are_named(caplog):
-    private = captioned("a", "a", "b", "b").add_column("patient", [1, 1, 2, 3])
+    private = with_texts(["a", "a", "b", "b"]).add_column("patient", [1, 1, 2, 3])
     collator = ImageTextCollator(tiny_processor())
     message = warnings_of(caplog, warn_of_private_captions, private, collator, ["a", "b"], "patient")
     assert "1 of the 2 public_negatives are the caption of one private patient each" in message
