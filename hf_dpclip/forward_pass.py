@@ -108,12 +108,17 @@ class AllAtOnce:
     def __call__(self, forward_batch: list[Microbatch]) -> list[Tensor]:
         """As [`OneByOne`]. Raises `RuntimeError` if the model allows it no longer."""
         groups, others = ([], forward_batch) if self.possible is False else alike(self.model, forward_batch)
-        losses = [loss for group in groups for loss in self._of_group(group)]
+        try:
+            losses = [loss for group in groups for loss in self._of_group(group)]
+        except NotVectorizable as reason:
+            # It was the first group of all: nothing was added yet. As they were drawn: for texts that were filled up
+            # other random numbers would be drawn than in later passes, and who is in this one depends on all sizes.
+            notice(str(reason))
+            self.possible = False
+            return self.one_by_one(forward_batch)
         return losses + self.one_by_one(others)
 
     def _of_group(self, microbatches: list[Microbatch]) -> list[Tensor]:
-        if self.possible is False:
-            return self.one_by_one(microbatches)
         try:
             losses, gradients = microbatch_gradients(self.model, microbatches, self.one_by_one.backward)
         except NotVectorizable as reason:
@@ -122,9 +127,7 @@ class AllAtOnce:
                     f"microbatches could be computed all at once so far, and no longer: {reason}. What the model does "
                     "must not depend on the records, or on the step: let its forward pass be the same in all of them."
                 ) from reason
-            notice(str(reason))
-            self.possible = False
-            return self.one_by_one(microbatches)
+            raise
         self.possible = True
         self.one_by_one.mechanism.add(gradients.norms, gradients.weighted_sum)
         return list(losses)

@@ -95,6 +95,13 @@ def test_a_model_that_was_compiled_in_place_goes_one_by_one(tmp_path, monkeypatc
     assert_close(update, expected)
 
 
+def test_autocast_is_no_obstacle(tmp_path):
+    """Though it comes as a forward of the model's own."""
+    _, trainer = one_update(tmp_path, bf16=True, **MANY)
+    assert way(trainer) is AllAtOnce
+    assert trainer._forward_pass.possible and "forward" in vars(trainer.model)
+
+
 @pytest.mark.parametrize("part", ["", "vision_model", "text_model.encoder.layers.0"], ids=["whole", "tower", "layer"])
 def test_compiled_models_are_an_obstacle(part):
     model = nn.ModuleDict({"model": tiny_clip()})
@@ -156,6 +163,20 @@ def test_a_model_that_turns_out_to_be_unknown_goes_on_one_by_one(tmp_path, monke
     update, trainer = one_update(tmp_path, model=unusual(), **MANY)
     assert not trainer._forward_pass.possible
     assert "activation_fn.weight" in said[0]
+    assert_close(update, expected)
+
+
+def test_a_model_that_draws_goes_on_with_microbatches_as_they_were_drawn(tmp_path):
+    """Those of the pass that was tried have texts that were filled up, and what is drawn depends on their length."""
+
+    def drawing():
+        model = tiny_clip()
+        model.text_model.encoder.layers[0].self_attn.dropout = 0.5
+        return model
+
+    expected = update_one_by_one(tmp_path, model=drawing(), **MANY)
+    update, trainer = one_update(tmp_path, model=drawing(), **MANY)
+    assert trainer._forward_pass.possible is False
     assert_close(update, expected)
 
 

@@ -329,6 +329,23 @@ def patched(model):
     layer.forward = lambda *args, **kwargs: forward(*args, **kwargs).roll(1, dims=0)
 
 
+def wrapped(model):
+    """The outermost module's, as Accelerate does for autocast."""
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+
+
+def with_other_features(model):
+    features = model.get_image_features
+
+    def centred(*args, **kwargs):
+        outputs = features(*args, **kwargs)
+        outputs.pooler_output = outputs.pooler_output - outputs.pooler_output.mean(dim=0)
+        return outputs
+
+    model.get_image_features = centred
+
+
 def softened(model):
     model.vision_model.encoder.layers[0].mlp.activation_fn = nn.Softmax(dim=0)
 
@@ -350,7 +367,9 @@ def with_other_attention(model):
 CHANGES = [
     (with_other_attention, "attention is 'contrasting'"),
     (hooked, "hook"),
-    (patched, "forward of its own"),
+    (patched, "method of its own"),
+    (wrapped, "the model has a hook, or a method of its own"),
+    (with_other_features, "the model has a hook, or a method of its own"),
     (softened, "Softmax"),
     (time_first, "MultiheadAttention"),
 ]

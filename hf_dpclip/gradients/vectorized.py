@@ -159,9 +159,8 @@ def obstacle(model: nn.Module) -> str | None:
             return f"its attention is {unknown!r}, which is not known to treat every row of a batch by itself"
         if not _is_row_wise(module):
             return f"{name} is a {type(module).__name__}, which is not known to treat every row of a batch by itself"
-        # Accelerate replaces the outermost module's, for autocast.
-        if _has_hooks(module) or (name and "forward" in vars(module)):
-            return f"{name or 'the model'} has a hook, or a forward of its own, which may mix the rows of a batch"
+        if _has_hooks(module) or _is_patched(module):
+            return f"{name or 'the model'} has a hook, or a method of its own, which may mix the rows of a batch"
     return None
 
 
@@ -172,6 +171,15 @@ def _is_row_wise(module: nn.Module) -> bool:
     # Along the rows, or along all but known dimensions, a softmax would mix them.
     is_activation = kind.__module__ == activation.__name__ and vars(module).get("dim", -1) in (-1, 1, 2)
     return kind in ROW_WISE or kind in CONTAINERS or is_activation or kind.__module__ in ROW_WISE_FILES
+
+
+def _is_patched(module: nn.Module) -> bool:
+    """Whether methods of its class were replaced for this module alone, other than by Accelerate, which replaces
+    `forward` of the outermost for autocast and keeps what was there."""
+    replaced = {name for name in vars(module) if callable(getattr(type(module), name, None))}
+    kept = vars(module).get("_original_forward")
+    by_accelerate = getattr(kept, "__func__", None) is type(module).forward
+    return bool(replaced - {"forward"} if by_accelerate else replaced)
 
 
 def _has_hooks(module: nn.Module) -> bool:
