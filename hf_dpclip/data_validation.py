@@ -16,6 +16,7 @@ from .dataloader import MicrobatchDataset
 from .digests import column_digests, file_columns
 from .gradients import contrastive_base
 from .models import CLIPForVisualQuestionAnswering
+from .places import Places
 from .public_negatives import shared_rows
 from .records import first_record, has_random_access, holds_texts
 from .shared_images import LOOKED_AT
@@ -129,6 +130,18 @@ def check_pairs_are_read(model: nn.Module, collator: Callable, batch: dict[str, 
         _check_image_size(batch["pixel_values"], base.config.vision_config)
 
 
+def check_no_copies(train_dataset: Any) -> None:
+    """Raises `ValueError` if a dataset lists a record several times, as one that was oversampled does."""
+    places = Places().of(train_dataset)
+    copies = len(places) - len(np.unique(places))
+    if copies:
+        raise ValueError(
+            f"train_dataset lists records that it has already (oversampled, or repeated), {copies} times, and each "
+            "would be protected as if it were another: list each once and raise num_train_epochs, or set "
+            "privacy_unit_column to a column that is equal for all copies."
+        )
+
+
 def check_evaluation_data(
     train_dataset: Any,
     evaluated: Any,
@@ -159,25 +172,28 @@ def check_evaluation_data(
 
 
 def _is_part_of(evaluated: Any, private: Any) -> bool:
-    """Whether all of the first records for evaluation are among the private ones: a copy, or a selection. Of records
-    that both take from one dataset, whether there is one."""
+    """Whether one of the records for evaluation is a private one, or all of the first are copies of some."""
+    if not (has_random_access(evaluated) and has_random_access(private)):
+        return False
     (shown, rows), (base, private_rows) = _unwrapped(evaluated), _unwrapped(private)
-    if not (len(rows) and len(private_rows)):
-        return False
-    if shown is base:
-        known = private_rows if isinstance(private_rows, range) else {*private_rows}
-        return any(row in known for row in rows)
-    if isinstance(shown, list) and isinstance(base, list):
-        objects = {id(base[row]) for row in private_rows}
-        return all(id(shown[row]) in objects for row in rows[:COMPARED])
     if not (isinstance(shown, datasets.Dataset) and isinstance(base, datasets.Dataset)):
+        return _share_records(evaluated, private)
+    common = [name for name in shown.column_names if name in base.column_names]
+    if not common:
         return False
-    return _is_part_of_table(shown.select(rows[:COMPARED]), base.select(private_rows))
+    return _share_records(evaluated, private, common) or _is_part_of_table(
+        shown.select(rows[:COMPARED]), base.select(private_rows)
+    )
+
+
+def _share_records(first: Any, second: Any, columns: list[str] | None = None) -> bool:
+    places = Places(columns)
+    return bool(np.isin(places.of(first), places.of(second)).any())
 
 
 def _unwrapped(dataset: Any) -> tuple[Any, Sequence[int]]:
-    """What subsets of subsets were taken from, and which rows of it; none of a dataset without random access."""
-    rows: Sequence[int] = range(len(dataset) if has_random_access(dataset) else 0)
+    """What subsets of subsets were taken from, and which rows of it."""
+    rows: Sequence[int] = range(len(dataset))
     while isinstance(dataset, Subset):
         rows = [int(dataset.indices[row]) for row in rows]
         dataset = dataset.dataset

@@ -5,7 +5,8 @@ Each states ε and holds no statistic of the private data (`docs/privacy.md`, "W
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class PublishingTrainer(EvaluatingTrainer):
     plan: PrivacyPlan | None
     # A `str` where there is a repository. The `Trainer` sets it to `None` first, which is then all that it may be.
     hub_model_id: Any
+    _reads_records = False
 
     @property
     def output_dir(self) -> str:
@@ -58,12 +60,26 @@ class PublishingTrainer(EvaluatingTrainer):
         """As in the `Trainer`, with ε and without statistics of the private data."""
         if self.args.log_private_statistics:
             self.keep_reasons()
+        elif self._reads_records:
+            raise RuntimeError(
+                f"{', '.join(logs)} would be logged while gradients of private records are computed, without noise: "
+                "do not call log in compute_loss, or set log_private_statistics=True on public data."
+            )
         # Not in place: they are the metrics that a hyperparameter search adds up.
         shown = self._without_private_statistics(logs) | self._privacy_figures()
         super().log(shown, *args, **kwargs)
         if isinstance(logs, dict) and "epoch" in shown:
             # Where the Trainer puts it, for those to whom the metrics are returned.
             logs["epoch"] = shown["epoch"]
+
+    @contextmanager
+    def reading_records(self) -> Iterator[None]:
+        """While gradients of private records are computed, nothing is logged: it would be of these."""
+        self._reads_records = True
+        try:
+            yield
+        finally:
+            self._reads_records = False
 
     def _without_private_statistics(self, logs: Mapping[str, float]) -> dict[str, float]:
         hidden = () if self.args.log_private_statistics else PRIVATE_STATISTICS

@@ -137,6 +137,8 @@ class DPCLIPTrainer(SearchingTrainer):
         data_validation.check_records(self.data_collator, self.eval_dataset, "eval_dataset")
         batch = data_validation.first_batch(self._microbatch_dataset())
         data_validation.check_pairs_are_read(base_model(self.model), self.data_collator, batch)
+        if args.privacy_unit_column is None:
+            data_validation.check_no_copies(self.train_dataset)
         units = PrivacyUnits(self.train_dataset, args.privacy_unit_column, args.max_records_per_unit)
         return make_plan(args, len(units)), units
 
@@ -222,7 +224,8 @@ class DPCLIPTrainer(SearchingTrainer):
         self.optimizer.train()
         if self._guard.count_forward_pass() == 1 and self.public_negatives is not None:
             self.public_negatives.begin_step(self._contrastive_model)
-        losses = self._forward_pass(inputs)
+        with self.reading_records():
+            losses = self._forward_pass(inputs)
         empty_after = self.args.torch_empty_cache_steps
         if empty_after is not None and self.state.global_step % empty_after == 0:
             clear_device_cache()

@@ -72,6 +72,10 @@ def long_texts(folder, length=10**30, model=None):
     return trainer(folder, raw_pairs(8), model, processor=processor)
 
 
+def without_images(count: int) -> list[dict]:
+    return [{"image": None, "text": "a"} for _ in range(count)]
+
+
 def deep_images():
     """The sixth of eight records, which are some of ten."""
     grey = [PILImage.fromarray(np.full((8, 8), 30_000 if row == 7 else 30, dtype=np.uint16)) for row in range(10)]
@@ -127,7 +131,7 @@ DATA = {
         "leave records without an image out",
     ),
     "no image later in a list": (
-        lambda f: processed(f, [*raw_pairs(4), *[{"image": None, "text": "a"}] * 4], train=True, max_steps=30),
+        lambda f: processed(f, [*raw_pairs(4), *without_images(4)], train=True, max_steps=30),
         "column 'image' holds nothing (None)",
         "leave records without an image out",
     ),

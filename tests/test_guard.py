@@ -369,6 +369,29 @@ def test_trainers_that_hold_what_remembers_the_data_are_refused(tmp_path, kind):
     assert run.state.global_step == 0
 
 
+class LoggingLoss(DPCLIPTrainer):
+    """As is usual for a loss of several parts."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.log({"distance": loss.item()})
+        return loss
+
+
+def test_logging_the_loss_of_private_records_is_refused(tmp_path):
+    args = arguments(tmp_path, max_steps=2)
+    run = LoggingLoss(Given(), args, train_dataset=vectors(*[[1.0] * 4] * 8))
+    with pytest.raises(RuntimeError, match=r"distance would be logged .* without noise"):
+        run.train()
+    assert not any("distance" in entry for entry in run.state.log_history)
+    # Neither between steps nor of public data.
+    run.log({"temperature": 1.0})
+    public = arguments(tmp_path, max_steps=2, log_private_statistics=True)
+    run = LoggingLoss(Given(), public, train_dataset=vectors(*[[1.0] * 4] * 8))
+    run.train()
+    assert any("distance" in entry for entry in run.state.log_history)
+
+
 class Averaging(TrainerCallback):
     """Updates between steps what the trainer holds."""
 

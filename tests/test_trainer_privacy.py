@@ -45,7 +45,7 @@ def test_the_update_carries_noise_of_the_planned_law(tmp_path, overrides, num_mi
 
 def test_noise_is_relative_to_c_when_every_example_is_clipped(tmp_path):
     update, trainer = one_update(
-        tmp_path, Given(5000), vectors([0.0] * 5000) * 16, noise_multiplier=LOUD, microbatch_size=1
+        tmp_path, Given(5000), vectors(*[[0.0] * 5000] * 16), noise_multiplier=LOUD, microbatch_size=1
     )
     check_noise_law(update * trainer.plan.expected_batch_size, LOUD)
 
