@@ -116,11 +116,13 @@ def test_noise_below_the_sensitivity_is_worth_what_the_spec_says():
     assert actual > 5
 
 
-@pytest.mark.parametrize("delta", [1e-6, 1e-9, 1e-11, 1e-13])
-def test_totals_are_not_below_the_exact_epsilon_however_small_delta(delta):
+@pytest.mark.parametrize("steps", [10_000, 100_000, 1_000_000])
+@pytest.mark.parametrize("delta", [1e-6, 1e-7, 1e-8, 1e-9, 1e-11, 1e-13])
+def test_totals_are_not_below_the_exact_epsilon_however_small_delta(steps, delta):
     """Without sampling, T steps are one Gaussian with μ = √T / σ, whose δ is known exactly. A distribution of privacy
-    losses alone would promise 25.0 at δ = 1e-13, where 26.0 is true."""
-    steps, noise_multiplier = 100_000, 105.0
+    losses alone would promise 25.0 at δ = 1e-13 and 100,000 steps, where 26.0 is true, and a δ of 1e-9 for a million
+    steps, where 1.04e-9 is."""
+    noise_multiplier = 0.3 * math.sqrt(steps)
     total, mu = composed_epsilon({(1.0, noise_multiplier): steps}, delta), math.sqrt(steps) / noise_multiplier
     exact = math.exp(log_ndtr(mu / 2 - total / mu)) - math.exp(total + log_ndtr(-mu / 2 - total / mu))
     assert exact <= delta
@@ -134,3 +136,10 @@ def test_a_plan_for_so_small_a_delta_needs_rdp():
     ):
         PrivacyPlan(**fields)
     assert PrivacyPlan(**fields, accountant="rdp").epsilon() > 0
+
+
+def test_and_for_a_larger_one_if_there_are_many_steps():
+    fields = {"num_examples": 100, "expected_batch_size": 10, "num_microbatches": 1, "noise_multiplier": 100.0}
+    assert PrivacyPlan(**fields, num_steps=100_000, target_delta=1e-8).epsilon() > 0
+    with pytest.raises(ValueError, match=r"rdp for a target_delta below 1e-07 with 1000000 steps"):
+        PrivacyPlan(**fields, num_steps=1_000_000, target_delta=1e-8)

@@ -196,9 +196,11 @@ class PrivacyPlan:
         target = self.target_epsilon is None or is_positive(self.target_epsilon)
         yield "target_epsilon", target, "a positive, finite number, e.g. 3.0"
         yield "accountant", self.accountant in accounting.ACCOUNTANTS, " or ".join(accounting.ACCOUNTANTS)
-        tiny = self.accountant == "pld" and self.target_delta < accounting.SMALLEST_PLD_DELTA
-        expected = f"rdp for a target_delta below {accounting.SMALLEST_PLD_DELTA:g}, where rounding falsifies pld"
-        yield "accountant", not tiny, expected
+        smallest = accounting.smallest_pld_delta(self.num_steps)
+        expected = (
+            f"rdp for a target_delta below {smallest:g} with {self.num_steps} steps, where rounding falsifies pld"
+        )
+        yield "accountant", self.accountant != "pld" or self.target_delta >= smallest, expected
         expected = "more, e.g. 1.0: so little noise protects no record (non_private=True trains without any)"
         yield "noise_multiplier", self._computable(), expected
         yield "clipping", self.clipping in CLIPPINGS, " or ".join(CLIPPINGS)
