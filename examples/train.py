@@ -36,6 +36,7 @@ from hf_dpclip.evaluation import zero_shot_accuracy
 from hf_dpclip.models import base_model
 from hf_dpclip.presets import PRESETS
 from hf_dpclip.privacy import STATEMENT_NAME
+from hf_dpclip.privacy_section import CARD_NAME
 from hf_dpclip.records import check_complete
 from hf_dpclip.resuming import check_resumable, last_complete_checkpoint
 from hf_dpclip.spending import ledger_of
@@ -191,7 +192,7 @@ def parse_arguments(argv: list[str], example_arguments: type, defaults: dict, em
     parser.set_defaults(**defaults)
     *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
-        raise ValueError(f"{' '.join(unknown)}: no such option; --help lists all of them.")
+        raise ValueError(f"{' '.join(unknown)}: no such option; --help lists all of them. Lists take commas: a,b.")
     return tuple(parsed)
 
 
@@ -389,6 +390,9 @@ def save(trainer: DPCLIPTrainer) -> Path:
         return folder
     if trainer.is_world_process_zero():
         merged = copy.deepcopy(trainer.model).merge_and_unload()
+        for stale in (STATEMENT_NAME, CARD_NAME):
+            # What an earlier run said of its weights must not stand beside these, whenever this is interrupted.
+            Path(folder.parent, stale).unlink(missing_ok=True)
         merged.save_pretrained(folder.parent)
         trainer.processing_class.save_pretrained(folder.parent)
         shutil.copy(folder / STATEMENT_NAME, folder.parent)

@@ -20,6 +20,8 @@ from .seeding import seeded
 OWN_COLLATORS = (ImageTextCollator, VisualQuestionCollator, AudioTextCollator)
 # Texts such as "None" and "N/A" are texts.
 ONLY_NOTHING_IS_MISSING = {"keep_default_na": False, "na_values": [""]}
+# What pandas makes of the first fields of rows that have more than there are columns.
+SURPLUS = "__index_level_0__"
 # By the end of a file's name: the builder of `datasets`, and its settings.
 FILE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
@@ -140,7 +142,7 @@ def load_pairs(name: str, image_column: str | None = "image") -> DatasetDict:
         splits = load_from_hub(name)
     columns = next(iter(splits.values())).column_names
     if image_column is not None and image_column not in columns:
-        other = len(columns) == 1 and any(separator in columns[0] for separator in (";", "\t"))
+        other = any(separator in columns[0] for separator in (";", "\t"))
         hint = " (Between columns there must be commas, or tabs in a file whose name ends in .tsv.)" if other else ""
         raise ValueError(f"{name} has no image column {image_column!r}, only {columns}: name one of these.{hint}")
     if _holds_bytes(next(iter(splits.values())), image_column):
@@ -216,6 +218,11 @@ def _load_file(path: Path, image_column: str | None) -> DatasetDict:
         raise ValueError(f"{path} is in no known format: convert it to one of {', '.join(FILE_FORMATS)}.")
     kind, settings = FILE_FORMATS[path.suffix.lower()]
     dataset = _load(kind, str(path), data_files=str(path), **settings)["train"]
+    if kind == "csv" and SURPLUS in dataset.column_names:
+        raise ValueError(
+            f"the rows of {path} have more fields than there are names of columns above them, as where a text has a "
+            'comma: put such texts in double quotes, "like, this", and commas, no semicolons, between columns.'
+        )
     names_images = isinstance(dataset.features.get(image_column), Value) and not _holds_bytes(dataset, image_column)
     if names_images:
         paths = _beside(path, dataset[image_column][:])
@@ -251,6 +258,6 @@ def _load(kind: str, place: str, **settings: str) -> DatasetDict:
     except (DatasetsError, OSError, ValueError) as error:
         reason = error.__cause__ or error
         raise ValueError(
-            f"{place} cannot be read as {kind} ({reason}): check the file or folder, which must have records, and "
-            "text in UTF-8."
+            f"{place} cannot be read as {kind} ({reason}): check the file or folder, which must have records, text in "
+            "UTF-8 and, in a table, commas between columns and double quotes around texts that have some."
         ) from error

@@ -51,11 +51,17 @@ class PrivacyUnits:
 
 def _records_by_value(dataset: Dataset, column: str) -> Sequence[np.ndarray]:
     """The records that share a value of `column`, one array per value."""
-    names = dataset.column_names if isinstance(dataset, datasets.Dataset) else []
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError(
+            f"privacy_unit_column={column!r} needs a datasets.Dataset, whose columns are known without reading all "
+            f"records, and not a {type(dataset).__name__}: make one, or leave privacy_unit_column unset to protect "
+            "single records."
+        )
+    names = dataset.column_names
     if column not in names:
         raise ValueError(
-            f"privacy_unit_column={column!r} is not a column of the training dataset (it has {names or 'none'}): "
-            "name one of its columns, or leave privacy_unit_column unset to protect single records."
+            f"privacy_unit_column={column!r} is not a column of the training dataset (it has {names}): name one of "
+            "these, or leave privacy_unit_column unset to protect single records."
         )
     values = dataset.with_format(None)[column][:]
     missing = [row for row, value in enumerate(values) if isinstance(value, str) and value.strip().lower() in NO_IDS]

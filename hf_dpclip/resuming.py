@@ -1,19 +1,22 @@
 """Which checkpoint a run may continue from."""
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from peft import PeftModel
+from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from .checkpoints import check_undamaged, fault
-from .privacy import PrivacyPlan, PrivacyStatement
+from .privacy import STATEMENT_NAME, PrivacyPlan, PrivacyStatement
 
 
 logger = logging.get_logger(__name__)
@@ -22,7 +25,7 @@ logger = logging.get_logger(__name__)
 def last_complete_checkpoint(output_dir: str | Path) -> str:
     """The newest checkpoint in `output_dir` that was written to its end. One that was cut short is passed over.
 
-    Raises `ValueError` if there is none.
+    Raises `ValueError` if there is none, or one of a later run that did not get as far.
     """
     complete = whole_checkpoints_in(output_dir)
     if not complete:
@@ -30,7 +33,14 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
             f"no complete checkpoint in {output_dir} ({len(_checkpoints_in(output_dir))} unfinished): check "
             "output_dir, or start anew with resume_from_checkpoint=None."
         )
-    return str(complete[-1])
+    newest = complete[-1]
+    later = [path for path in complete if _written(path) > _written(newest) and _run_of(path) != _run_of(newest)]
+    if later:
+        raise ValueError(
+            f"{newest} is of one run, and {later[-1].name}, which was written after it, of another: name the one that "
+            f"is to go on, as in resume_from_checkpoint={str(later[-1])!r}."
+        )
+    return str(newest)
 
 
 def whole_checkpoints_in(folder: str | Path) -> list[Path]:
@@ -103,6 +113,12 @@ def fitting(checkpoint: str | Path | None) -> Iterator[None]:
         ) from error
 
 
+def check_adapters(checkpoint: str | Path, model: nn.Module) -> None:
+    """Raises `ValueError` if adapters would be looked for in a checkpoint that has none, and stay as they are."""
+    if isinstance(model, PeftModel) and not any(Path(checkpoint).rglob("adapter_config.json")):
+        raise ValueError("it has no adapters")
+
+
 def check_settings(optimizer: Optimizer, expected: list[set[str]]) -> None:
     """Raises `ValueError` if the settings that an optimizer loaded lack some of its own: those of another kind."""
     missing = [name for group, names in zip(optimizer.param_groups, expected) for name in names - group.keys()]
@@ -139,6 +155,18 @@ def _warn_of_lost_steps(checkpoint: Path) -> None:
 def _checkpoints_in(folder: str | Path) -> list[Path]:
     """The checkpoint folders, finished or not, in the order of their steps."""
     return sorted((path for path in Path(folder).glob("checkpoint-*") if _step(path) >= 0), key=_step)
+
+
+def _written(checkpoint: Path) -> int:
+    return Path(checkpoint, TRAINER_STATE_NAME).stat().st_mtime_ns
+
+
+def _run_of(checkpoint: Path) -> str | None:
+    """The id of its run, which is read without the accountant."""
+    try:
+        return json.loads(Path(checkpoint, STATEMENT_NAME).read_text(encoding="utf-8")).get("run")
+    except (OSError, ValueError):
+        return None
 
 
 def _step(checkpoint: Path) -> int:

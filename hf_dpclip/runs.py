@@ -20,6 +20,7 @@ from .privacy import PrivacyPlan, PrivacySpent, PrivacyStatement
 from .privacy.composition import NamedRuns, merged
 from .publishing import PublishingTrainer
 from .resuming import (
+    check_adapters,
     check_resumable,
     differences,
     fitting,
@@ -184,6 +185,7 @@ class RunningTrainer(PublishingTrainer):
 
     def _load_from_checkpoint(self, checkpoint: str, *args, **kwargs) -> None:
         with fitting(checkpoint):
+            check_adapters(checkpoint, self.model)
             super()._load_from_checkpoint(checkpoint, *args, **kwargs)
 
     @property

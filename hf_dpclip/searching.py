@@ -55,6 +55,7 @@ class SearchingTrainer(RunningTrainer):
         """
         backend = HPSearchBackend(backend or HPSearchBackend.OPTUNA)
         validation.check_search(backend, kwargs, self.args.world_size)
+        validation.check_trials_are_evaluated(self)
         if self.args.world_size > 1:
             kwargs["pruner"] = _never()
         # Other backends are told of a space in words of their own.

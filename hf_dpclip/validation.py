@@ -226,6 +226,17 @@ def check_search(backend: HPSearchBackend, settings: dict[str, Any], num_process
         )
 
 
+def check_trials_are_evaluated(trainer: Trainer) -> None:
+    """Raises `ValueError` if the first trial of a search would end without anything to be told by."""
+    methods = {"evaluate": Trainer.evaluate, "get_eval_dataloader": EvaluatingTrainer.get_eval_dataloader}
+    others = any(getattr(getattr(trainer, name), "__func__", None) is not own for name, own in methods.items())
+    if trainer.eval_dataset is None and not others:
+        raise ValueError(
+            "a hyperparameter search compares trials by their evaluation, and each of them spends ε before: pass an "
+            "eval_dataset of records that are not private."
+        )
+
+
 def check_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
     """Raises `ValueError` if the optimizer would step on parameters whose gradient does not pass the mechanism."""
     known = {id(parameter) for parameter in parameters}

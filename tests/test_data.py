@@ -241,6 +241,23 @@ def test_images_named_by_a_file_are_found_beside_it(tmp_path, suffix):
     assert np.array_equal(np.asarray(dataset[1]["image"]), np.asarray(pictures(3)[1]))
 
 
+@pytest.mark.parametrize(
+    "rows, hint",
+    [
+        (["text,image", "Broken, displaced,0.png", "Broken, again,1.png"], 'in double quotes, "like, this"'),
+        (["text;image", "Broken, displaced;0.png"], "commas, no semicolons, between columns"),
+        (["text;image", "Broken;0.png"], "Between columns there must be commas"),
+        (["text;image", "Broken;0.png", "Broken, displaced;1.png"], "commas between columns and double quotes around"),
+    ],
+    ids=["commas in texts", "semicolons and commas", "semicolons", "semicolons and a comma"],
+)
+def test_commas_that_part_texts_are_explained(tmp_path, rows, hint):
+    path = tmp_path / "pairs.csv"
+    path.write_text("\n".join(rows) + "\n")
+    with pytest.raises(ValueError, match=hint):
+        load_pairs(str(path))
+
+
 def test_a_parquet_file_holds_its_images_itself(tmp_path):
     raw_pairs().to_parquet(tmp_path / "pairs.parquet")
     dataset = load_pairs(str(tmp_path / "pairs.parquet"))["train"]

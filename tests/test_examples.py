@@ -3,12 +3,13 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
-from factories import raw_pairs, tiny_clip, tiny_processor, with_adapters
+from factories import arguments, raw_pairs, tiny_clip, tiny_processor, with_adapters
 from PIL import Image as PILImage
 from scripts import ROOT, SHORT, load_script, output_of, run_main
 from transformers import CLIPModel, CLIPProcessor, pipeline
@@ -60,6 +61,27 @@ def test_default_output_says_what_was_spent(default_run):
     statement = json.loads((folder / "privacy.json").read_text())
     assert statement["private"] and statement["steps"] == 2
     assert 0.99 * 8 <= statement["epsilon"] <= 8
+
+
+def test_what_another_run_said_is_gone_before_merged_weights_are_written(tmp_path, monkeypatch):
+    """If the second were killed there, its weights would stand beside the ε of the first."""
+    private = raw_pairs(64)
+    args = arguments(tmp_path / "adapter", max_steps=1)
+    model = with_adapters(tiny_clip())
+    trainer = DPCLIPTrainer(model, args, train_dataset=private, processing_class=tiny_processor())
+    trainer.train()
+    (tmp_path / "README.md").touch()
+    TRAIN.save(trainer)
+    assert PrivacyStatement.load(tmp_path).steps == 1
+    assert not (tmp_path / "README.md").exists()
+    monkeypatch.setattr(TRAIN.shutil, "copy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        TRAIN.save(trainer)
+    assert Path(tmp_path, "model.safetensors").exists() and not Path(tmp_path, "privacy.json").exists()
+
+
+def interrupted(*args):
+    raise KeyboardInterrupt
 
 
 def test_the_card_beside_the_adapters_states_the_guarantee(default_run):

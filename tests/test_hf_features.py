@@ -98,6 +98,13 @@ def search(trainer, space=learning_rates, n_trials=3, **kwargs):
     return trainer.hyperparameter_search(space, n_trials=n_trials, direction="minimize", **kwargs)
 
 
+def test_trials_that_nothing_would_tell_apart_are_refused_before_the_first(make_trainer):
+    trainer = make_trainer(trainer_options={"model_init": lambda: tiny_clip()})
+    with pytest.raises(ValueError, match="pass an eval_dataset"):
+        search(trainer)
+    assert trainer.privacy_spent().steps == 0
+
+
 def test_every_trial_spends_and_says_so(make_searcher, capsys):
     trainer = make_searcher(save_strategy="steps", save_steps=2)
     best = search(trainer)

@@ -80,6 +80,26 @@ def test_a_resumed_run_continues_the_count(make_trainer, interrupted, which):
     assert [logged[step] for step in (3, 4)] == [trainer.plan.epsilon(step) for step in (3, 4)]
 
 
+def test_which_of_two_runs_is_to_go_on_is_asked(make_trainer, tmp_path):
+    """The end of a run from before has the higher number, and the other is the one that was killed."""
+    make_trainer(max_steps=4, save_strategy="steps", save_steps=3).train()
+    make_trainer(trainer_options={"callbacks": [StopAfter(2)]}, max_steps=4, **SAVING).train()
+    resumed = make_trainer(max_steps=4, **SAVING)
+    with pytest.raises(ValueError, match=r"checkpoint-4 is of one run, and checkpoint-2, .* of another: name the one"):
+        resumed.train(resume_from_checkpoint=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.privacy_spent().steps == 4
+    make_trainer(max_steps=4, **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_adapters_are_not_resumed_from_a_whole_model(make_trainer, tmp_path):
+    """They would stay as they are, beside the ε of the run."""
+    make_trainer(max_steps=2, **SAVING).train()
+    adapters = make_trainer(get_peft_model(tiny_clip(), lora_config(tiny_clip())), max_steps=2, **SAVING)
+    with pytest.raises(ValueError, match=r"checkpoint-2 does not fit the model .*\(it has no adapters\)"):
+        adapters.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_a_resumed_run_saves_the_count_of_both_parts(make_trainer, interrupted):
     make_trainer(max_steps=4, **SAVING).train(resume_from_checkpoint=True)
     assert {n: PrivacyStatement.load(interrupted / f"checkpoint-{n}").steps for n in (2, 3, 4)} == {2: 2, 3: 3, 4: 4}

@@ -139,7 +139,7 @@ def test_an_unknown_privacy_unit_column_is_refused(assert_refused):
 
 
 def test_a_privacy_unit_column_of_a_dataset_without_columns_is_refused(assert_refused):
-    assert_refused("it has none", train_dataset=list(pairs(64)), privacy_unit_column="user")
+    assert_refused("needs a datasets.Dataset.* not a list", train_dataset=list(pairs(64)), privacy_unit_column="user")
 
 
 @pytest.mark.parametrize("named", [False, True])
