@@ -201,7 +201,7 @@ def prepare(arguments: ExampleArguments, args: DPTrainingArguments) -> Job:
     set_seed(args.seed)
     processor = load_processor(arguments.model_name_or_path)
     train_dataset, eval_dataset, prompts = load_data(arguments, args.privacy_unit_column)
-    choose_folders(args, bool(arguments.lora_rank))
+    choose_folders(args, arguments.model_name_or_path, bool(arguments.lora_rank))
     trainer = DPCLIPTrainer(
         load_model(arguments),
         args,
@@ -220,9 +220,14 @@ def prepare(arguments: ExampleArguments, args: DPTrainingArguments) -> Job:
     return Job(arguments, trainer, accuracy if prompts else None)
 
 
-def choose_folders(args: DPTrainingArguments, has_adapters: bool) -> None:
+def choose_folders(args: DPTrainingArguments, start: str, has_adapters: bool) -> None:
     """Adapters live in a folder of their own; the merged model goes to the folder above."""
     named, folder = args.resume_from_checkpoint, args.output_dir
+    if has_adapters and Path(start).resolve() == Path(folder).resolve():
+        raise ValueError(
+            f"--output_dir {folder} is where training starts from: the merged model would replace the one that the "
+            "adapters belong to. Name another folder."
+        )
     if has_adapters:
         args.output_dir = str(Path(folder, "adapter"))
     if named in ("True", "true") or (named and Path(named) in (Path(folder), Path(args.output_dir))):

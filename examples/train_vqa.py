@@ -128,7 +128,7 @@ def prepare(arguments: ExampleArguments, args: DPTrainingArguments) -> DPCLIPTra
     set_seed(args.seed)
     processor = load_processor(arguments.model_name_or_path)
     train_dataset, eval_dataset, answers = load_data(arguments, args.privacy_unit_column)
-    choose_folders(args, arguments.trained == "adapters")
+    choose_folders(args, arguments.model_name_or_path, arguments.trained == "adapters")
     model = load_model(arguments, answers)
     columns = arguments.image_column, arguments.question_column, arguments.answer_column
     names = dict(zip(("image_column", "text_column", "answer_column"), columns))

@@ -94,6 +94,11 @@ def hold_out(dataset: Dataset, column: str, share: float = 0.1) -> DatasetDict:
         raise ValueError(
             f"the dataset has several splits ({', '.join(dataset)}): pass one of them, as splits['train']."
         )
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"the dataset is a {type(dataset).__name__}: make a datasets.Dataset, of whose columns one says where a "
+            "record goes."
+        )
     if not 0 < share < 1:
         raise ValueError(f"share={share!r} is not possible: it must be between 0 and 1, e.g. 0.1.")
     if not isinstance(dataset.features.get(column), Image | Value | ClassLabel):

@@ -227,6 +227,11 @@ def test_nothing_to_train_on_is_an_error():
         hold_out(records, "patient")
 
 
+def test_records_without_columns_cannot_be_held_out():
+    with pytest.raises(ValueError, match=r"the dataset is a list: make a datasets\.Dataset"):
+        hold_out([*raw_pairs()], "image")
+
+
 @pytest.mark.parametrize("suffix", ["csv", "json", "jsonl"])
 def test_images_named_by_a_file_are_found_beside_it(tmp_path, suffix):
     (tmp_path / "images").mkdir()

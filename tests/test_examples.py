@@ -259,6 +259,13 @@ def test_wrong_columns_are_named(captioned_csv, monkeypatch, columns, message):
         run_main(monkeypatch, TRAIN, "--dataset_name", captioned_csv, *columns.split())
 
 
+def test_the_model_that_adapters_belong_to_is_not_replaced(tmp_path, monkeypatch):
+    tiny_clip().save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="is where training starts from"):
+        run_main(monkeypatch, TRAIN, "--model_name_or_path", tmp_path, "--output_dir", f"{tmp_path}/", *SHORT)
+
+
 def test_adapters_are_no_model_to_start_from(tmp_path, monkeypatch):
     with_adapters(tiny_clip()).save_pretrained(tmp_path / "adapter")
     tiny_processor().save_pretrained(tmp_path / "adapter")
