@@ -66,8 +66,11 @@ def warn_of_private_captions(
     column = collator.text_column
     if not holds_texts(private, column) or (isinstance(public, Dataset) and not holds_texts(public, column)):
         return
-    units = range(len(private)) if unit_column is None else private.with_format(None)[unit_column][:]
-    times = Counter(caption for _, caption in set(zip(units, _texts(private, column))))
+    texts = _texts(private, column)
+    if unit_column is not None:
+        # Each caption of a unit once.
+        texts = [caption for _, caption in {*zip(private.with_format(None)[unit_column][:], texts)}]
+    times = Counter(texts)
     captions = _texts(public, column) if isinstance(public, Dataset) else public
     rare = sum(times[caption] == 1 for caption in captions)
     if rare:

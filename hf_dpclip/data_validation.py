@@ -29,7 +29,17 @@ COMPARED = 64
 ENCODED = ("pixel_values", "input_features")
 LOOKED_AT_ENCODED = 2_000
 # Text models that count their positions from behind that of the padding token.
-POSITIONS_BEHIND_PADDING = ("altclip_text_model", "roberta", "xlm-roberta")
+POSITIONS_BEHIND_PADDING = (
+    "altclip_text_model",
+    "camembert",
+    "data2vec-text",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
 
 
 def check_dataset(dataset: Dataset, name: str = "train_dataset") -> None:
@@ -132,13 +142,13 @@ def check_pairs_are_read(model: nn.Module, collator: Callable, batch: dict[str, 
 
 def check_no_copies(train_dataset: Any) -> None:
     """Raises `ValueError` if a dataset lists a record several times, as one that was oversampled does."""
-    places = Places().of(train_dataset)
-    copies = len(places) - len(np.unique(places))
+    places = np.sort(Places().of(train_dataset))
+    copies = np.count_nonzero(places[1:] == places[:-1])
     if copies:
         raise ValueError(
             f"train_dataset lists records that it has already (oversampled, or repeated), {copies} times, and each "
-            "would be protected as if it were another: list each once and raise num_train_epochs, or set "
-            "privacy_unit_column to a column that is equal for all copies."
+            "would be protected as if it were another: list each once and raise num_train_epochs, or, in a "
+            "datasets.Dataset, set privacy_unit_column to a column that is equal for all copies."
         )
 
 
@@ -178,7 +188,9 @@ def _is_part_of(evaluated: Any, private: Any) -> bool:
     (shown, rows), (base, private_rows) = _unwrapped(evaluated), _unwrapped(private)
     if not (isinstance(shown, datasets.Dataset) and isinstance(base, datasets.Dataset)):
         return _share_records(evaluated, private)
-    common = [name for name in shown.column_names if name in base.column_names]
+    # Columns without a value are all in one place.
+    empty = datasets.Value("null")
+    common = [name for name, kind in shown.features.items() if name in base.column_names and kind != empty]
     if not common:
         return False
     return _share_records(evaluated, private, common) or _is_part_of_table(
@@ -188,7 +200,8 @@ def _is_part_of(evaluated: Any, private: Any) -> bool:
 
 def _share_records(first: Any, second: Any, columns: list[str] | None = None) -> bool:
     places = Places(columns)
-    return bool(np.isin(places.of(first), places.of(second)).any())
+    # In this order: there are fewer records for evaluation.
+    return bool(np.isin(places.of(second), places.of(first)).any())
 
 
 def _unwrapped(dataset: Any) -> tuple[Any, Sequence[int]]:

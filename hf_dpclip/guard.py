@@ -85,49 +85,64 @@ class StepGuard:
         same = known == then_known and _versions(self.held.parameters()) == then_versions
         if not (same and _are_unchanged(buffers, then_buffers)):
             raise RuntimeError(
-                "a module that the trainer holds changed in the forward or backward pass, so it keeps what it sees of "
-                "private data outside the mechanism: use one without running statistics, queues or codebooks, and "
-                "move it to its device before training."
+                "a module that the trainer holds, or its loss uses, changed in the forward or backward pass, so it "
+                "keeps what it sees of private data outside the mechanism: use one without running statistics, queues "
+                "or codebooks, and move it to its device before training."
             )
 
 
 def modules_in_use(trainer: Trainer) -> tuple[nn.ModuleList, nn.ModuleList]:
-    """The model and the loss, where it is a module, a method of one, or uses some; and other modules that the trainer
-    holds, or its own `compute_loss` uses."""
-    own = _modules_within([trainer.model, trainer.compute_loss_func])
+    """The model and the loss, where it is a module, a method of one, or holds some; and other modules that the trainer
+    holds, or that the loss or a `compute_loss` of its own reaches."""
+    loss: Any = trainer.compute_loss_func
+    given: list[Any] = []
+    if isinstance(loss, functools.partial):
+        loss, given = loss.func, [*loss.args, *loss.keywords.values()]
+    loss = getattr(loss, "__self__", loss)
+    own = {id(each): each for each in (trainer.model, loss, *given, *_attributes(loss)) if _is_module(each)}
     others = [value for name, value in vars(trainer).items() if name not in NOT_HELD]
-    held = _modules_within([*others, type(trainer).compute_loss])
-    return nn.ModuleList(own.values()), nn.ModuleList(module for key, module in held.items() if key not in own)
+    reached = _modules_within([*others, trainer.compute_loss_func, type(trainer).compute_loss])
+    return nn.ModuleList(own.values()), nn.ModuleList(each for key, each in reached.items() if key not in own)
 
 
 def _modules_within(values: Iterable[Any], levels: int = LEVELS) -> dict[int, nn.Module]:
     """The modules among the values and in what they are made of, by their `id`."""
     found: dict[int, nn.Module] = {}
     for value in values:
-        if isinstance(value, nn.Module):
+        if _is_module(value):
             found[id(value)] = value
         elif levels > 0:
             found |= _modules_within(_parts(value), levels - 1)
     return found
 
 
+def _is_module(value: Any) -> bool:
+    """By its type: asked for its class, a proxy may fail."""
+    return issubclass(type(value), nn.Module)
+
+
 def _parts(value: Any) -> Iterable[Any]:
     """What a container holds, and what something that can be called works with."""
-    if isinstance(value, list | tuple | set):
+    kind = type(value)
+    if issubclass(kind, list | tuple | set):
         return value
-    if isinstance(value, dict):
-        return value.values()
-    if isinstance(value, functools.partial):
+    if issubclass(kind, dict):
+        return dict.values(value)
+    if issubclass(kind, functools.partial):
         return value.func, *value.args, *value.keywords.values()
-    if isinstance(value, types.MethodType):
+    if kind is types.MethodType:
         return value.__func__, value.__self__, *_attributes(value.__self__)
-    if isinstance(value, types.FunctionType):
+    if kind is types.FunctionType:
         return _variables(value)
-    return _attributes(value) if callable(value) and not isinstance(value, type) else ()
+    return _attributes(value) if callable(value) and not issubclass(kind, type) else ()
 
 
 def _attributes(value: Any) -> Iterable[Any]:
-    return getattr(value, "__dict__", {}).values()
+    """Without asking a `__getattr__` of its own."""
+    try:
+        return object.__getattribute__(value, "__dict__").values()
+    except AttributeError:
+        return ()
 
 
 def _variables(function: types.FunctionType) -> Iterable[Any]:

@@ -31,14 +31,18 @@ class Places:
     def of(self, dataset: Any) -> np.ndarray:
         """`[records]`, uint64, for a map-style dataset."""
         if isinstance(dataset, Subset):
-            return self.of(dataset.dataset)[[int(number) for number in dataset.indices]]
+            rows = [int(number) for number in dataset.indices]
+            if isinstance(dataset.dataset, Subset | ConcatDataset | datasets.Dataset | list | tuple):
+                return self.of(dataset.dataset)[rows]
+            # Which need neither a length nor rows that are counted from 0.
+            return np.array(rows, dtype=np.int64).astype(np.uint64) + self._start(id(dataset.dataset))
         if isinstance(dataset, ConcatDataset):
             return np.concatenate([self.of(part) for part in dataset.datasets])
         if isinstance(dataset, datasets.Dataset):
             return self._of_table(dataset)
         if isinstance(dataset, list | tuple):
             return np.array([id(record) for record in dataset], dtype=np.uint64)
-        return self._rows(dataset, len(dataset))
+        return self._rows(id(dataset), len(dataset))
 
     def _of_table(self, dataset: datasets.Dataset) -> np.ndarray:
         places = np.zeros(dataset.data.num_rows, dtype=np.uint64)
@@ -53,6 +57,7 @@ class Places:
         return self._rows(addresses, len(chunk), chunk.offset)
 
     def _rows(self, owner: Any, count: int, first: int = 0) -> np.ndarray:
-        key = owner if isinstance(owner, tuple) else id(owner)
-        number = self._known.setdefault(key, len(self._known))
-        return np.arange(first, first + count, dtype=np.uint64) + np.uint64(number * ROWS)
+        return np.arange(first, first + count, dtype=np.uint64) + self._start(owner)
+
+    def _start(self, owner: Any) -> np.uint64:
+        return np.uint64(self._known.setdefault(owner, len(self._known)) * ROWS)

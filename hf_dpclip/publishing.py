@@ -60,10 +60,11 @@ class PublishingTrainer(EvaluatingTrainer):
         """As in the `Trainer`, with ε and without statistics of the private data."""
         if self.args.log_private_statistics:
             self.keep_reasons()
-        elif self._reads_records:
+        elif self._reads_records and not self.args.non_private:
             raise RuntimeError(
-                f"{', '.join(logs)} would be logged while gradients of private records are computed, without noise: "
-                "do not call log in compute_loss, or set log_private_statistics=True on public data."
+                f"{', '.join(map(str, logs))} would be logged while gradients of private records are computed, "
+                "without noise: do not call log in compute_loss, or set log_private_statistics=True on public data. "
+                "What depends on the weights alone can be logged in on_step_end of a callback."
             )
         # Not in place: they are the metrics that a hyperparameter search adds up.
         shown = self._without_private_statistics(logs) | self._privacy_figures()

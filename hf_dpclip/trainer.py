@@ -137,7 +137,7 @@ class DPCLIPTrainer(SearchingTrainer):
         data_validation.check_records(self.data_collator, self.eval_dataset, "eval_dataset")
         batch = data_validation.first_batch(self._microbatch_dataset())
         data_validation.check_pairs_are_read(base_model(self.model), self.data_collator, batch)
-        if args.privacy_unit_column is None:
+        if args.privacy_unit_column is None and not (args.non_private or args.log_private_statistics):
             data_validation.check_no_copies(self.train_dataset)
         units = PrivacyUnits(self.train_dataset, args.privacy_unit_column, args.max_records_per_unit)
         return make_plan(args, len(units)), units

@@ -323,11 +323,14 @@ HOLDERS = {
 }
 
 
+CHANGED = r"a buffer of the model or of the loss changed|a module that the trainer holds, or its loss uses, changed"
+
+
 @pytest.mark.parametrize("function", HOLDERS.values(), ids=HOLDERS)
 def test_losses_that_hold_what_remembers_the_data_are_refused(tmp_path, function):
     args, records = arguments(tmp_path, max_steps=5), vectors(*[[1.0] * 4] * 8)
     run = DPCLIPTrainer(ShowsRecords(), args, train_dataset=records, compute_loss_func=function)
-    with pytest.raises(RuntimeError, match="a buffer of the model or of the loss changed"):
+    with pytest.raises(RuntimeError, match=CHANGED):
         run.train()
 
 
@@ -364,7 +367,7 @@ class WithVariable(DPCLIPTrainer):
 @pytest.mark.parametrize("kind", [WithCriterion, WithCriteria, WithVariable])
 def test_trainers_that_hold_what_remembers_the_data_are_refused(tmp_path, kind):
     run = kind(ShowsRecords(), arguments(tmp_path, max_steps=5), train_dataset=vectors(*[[1.0] * 4] * 8))
-    with pytest.raises(RuntimeError, match="a module that the trainer holds changed"):
+    with pytest.raises(RuntimeError, match="a module that the trainer holds, or its loss uses, changed"):
         run.train()
     assert run.state.global_step == 0
 
@@ -411,6 +414,43 @@ def test_a_loss_whose_variable_was_deleted_is_no_obstacle(tmp_path):
 
     args, records = arguments(tmp_path, max_steps=2), vectors(*[[1.0] * 4] * 8)
     run = DPCLIPTrainer(ShowsRecords(), args, train_dataset=records, compute_loss_func=loss)
+    run.train()
+    assert run.state.global_step == 2
+
+
+def test_what_a_loss_closes_over_may_change_between_steps(make_trainer):
+    """As the teacher of a distillation does, which is an average of the model."""
+    model = ShowsRecords()
+    average = AveragedModel(model)
+    run = make_trainer(
+        model, vectors(*[[1.0] * 4] * 8), {"compute_loss_func": closing_over(lambda o: o["loss"] + 0 * total(average))}
+    )
+    run.add_callback(Averaging(average))
+    run.train()
+    assert average.n_averaged == 2
+
+
+def total(module):
+    return sum(parameter.sum() for parameter in module.parameters()).detach()
+
+
+class Unlike:
+    """Fails when it is asked for anything, as proxies of what is gone do."""
+
+    def __getattr__(self, name):
+        raise KeyError(name)
+
+    __class__ = property(lambda self: 1 / 0)
+
+    def __call__(self):
+        return 0
+
+
+def test_what_cannot_be_looked_into_is_no_obstacle(make_trainer):
+    gone = Unlike()
+    run = make_trainer(
+        ShowsRecords(), vectors(*[[1.0] * 4] * 8), {"compute_loss_func": closing_over(lambda o: o["loss"] + gone())}
+    )
     run.train()
     assert run.state.global_step == 2
 

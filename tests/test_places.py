@@ -17,6 +17,13 @@ EQUAL = Dataset.from_dict({"number": [*range(20)], "text": ["a"] * 20, "nothing"
 RECORDS = [{"number": number} for number in range(20)]
 
 
+class WithoutLength:
+    """A dataset of torch, whose records have names."""
+
+    def __getitem__(self, name):
+        return {"number": name}
+
+
 def num_copies(dataset) -> int:
     places = Places().of(dataset)
     assert len(places) == len(dataset)
@@ -57,6 +64,8 @@ def test_records_that_are_listed_again_are_counted(dataset, expected):
         RECORDS,
         [dict(record) for record in RECORDS * 2],
         Subset(TABLE, [1, 0]),
+        Subset(WithoutLength(), [107, 3, 5]),
+        concatenate_datasets([TABLE.add_column("caption", ["a"] * 20), TABLE.add_column("caption", ["b"] * 20)]),
         ConcatDataset([TABLE, EQUAL]),
     ],
     ids=lambda value: type(value).__name__,
@@ -80,6 +89,13 @@ OVERSAMPLED = {
     "list": lambda: [*pairs(16)] * 2,
     "subset": lambda: Subset(pairs(16), [*range(16)] * 2),
 }
+
+
+@pytest.mark.parametrize(
+    "public", [{"non_private": True}, {"log_private_statistics": True}], ids=lambda each: next(iter(each))
+)
+def test_where_nothing_is_promised_they_are_not(make_trainer, public):
+    assert make_trainer(train_dataset=pairs(16).repeat(2), **public).plan.num_examples == 32
 
 
 @pytest.mark.parametrize("make", OVERSAMPLED.values(), ids=OVERSAMPLED)

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from factories import EOS, IMAGE_SIZE, tiny_clip
 from gradient_checks import (
     ROUNDING,
@@ -381,6 +382,31 @@ def test_what_may_mix_rows_is_an_obstacle(change, named):
     assert obstacle(model) is None
     change(model)
     assert named in obstacle(model)
+
+
+def ordered_otherwise(model):
+    model.state_dict = lambda *args, **kwargs: {}
+
+
+def with_its_own_forward(model):
+    """As what removes a hook leaves it."""
+    model.forward = model.forward
+
+
+@pytest.mark.parametrize("change", [ordered_otherwise, with_its_own_forward])
+def test_what_computes_nothing_else_is_no_obstacle(change):
+    model = tiny_clip()
+    change(model)
+    assert obstacle(model) is None
+
+
+def test_a_forward_over_that_of_accelerate_is_an_obstacle():
+    model = tiny_clip()
+    model._original_forward = model.forward
+    model.forward = convert_outputs_to_fp32(model.forward)
+    assert obstacle(model) is None
+    wrapped(model)
+    assert "the model has a hook, or a method of its own" in obstacle(model)
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])

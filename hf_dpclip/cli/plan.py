@@ -35,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     clipped.add_argument(
         "--num-microbatches",
         type=int,
-        default=1,
         metavar="K",
         help="gradients clipped per step (default: 1, the whole batch; B: every unit by itself)",
     )
@@ -72,7 +71,7 @@ def _make_plan(arguments: argparse.Namespace):
     fields = {
         "num_examples": arguments.num_examples,
         "expected_batch_size": arguments.expected_batch_size,
-        "num_microbatches": arguments.num_microbatches,
+        "num_microbatches": 1 if arguments.num_microbatches is None else arguments.num_microbatches,
         "num_steps": arguments.num_steps,
         "target_delta": arguments.target_delta,
         "max_grad_norm": arguments.max_grad_norm,

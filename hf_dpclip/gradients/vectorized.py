@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import is_compiled_module
+from accelerate.utils import convert_outputs_to_fp32, is_compiled_module
 from torch import Tensor, nn
 from torch.nn.modules import activation
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..seeding import seeded
 from .factored import Dense, Joined, Outer, Sparse, multiplied_out
@@ -174,12 +174,20 @@ def _is_row_wise(module: nn.Module) -> bool:
 
 
 def _is_patched(module: nn.Module) -> bool:
-    """Whether methods of its class were replaced for this module alone, other than by Accelerate, which replaces
-    `forward` of the outermost for autocast and keeps what was there."""
-    replaced = {name for name in vars(module) if callable(getattr(type(module), name, None))}
-    kept = vars(module).get("_original_forward")
-    by_accelerate = getattr(kept, "__func__", None) is type(module).forward
-    return bool(replaced - {"forward"} if by_accelerate else replaced)
+    """Whether a method that may take part in a forward pass was replaced for this module alone, other than by
+    Accelerate, which does so with `forward` of the outermost for autocast."""
+    for name, value in vars(module).items():
+        of_class = getattr(type(module), name, None)
+        takes_part = callable(of_class) and (name == "forward" or not hasattr(PreTrainedModel, name))
+        function = getattr(value, "__func__", value)
+        if takes_part and function is not of_class and not _is_accelerates(module, function):
+            return True
+    return False
+
+
+def _is_accelerates(module: nn.Module, function: Any) -> bool:
+    kept = getattr(vars(module).get("_original_forward"), "__func__", None)
+    return kept is type(module).forward and getattr(function, "__module__", None) == convert_outputs_to_fp32.__module__
 
 
 def _has_hooks(module: nn.Module) -> bool:
