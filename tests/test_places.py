@@ -124,8 +124,9 @@ FEATURES = WHOLE.remove_columns("pixel_values")
         (split(1)["train"], split(2)["test"]),
         (split(1)["train"], concatenate_datasets([pairs(32, seed=1), split(1)["train"].select([3])])),
         (FEATURES.select(range(40)), FEATURES.select(range(39, 64))),
+        (WHOLE.remove_columns("id").select(range(40)), WHOLE.select(range(39, 64))),
     ],
-    ids=["another split", "one among others", "without images"],
+    ids=["another split", "one among others", "without images", "other columns"],
 )
 def test_evaluation_data_with_a_private_record_is_refused(private, evaluated):
     with pytest.raises(ValueError, match="among those of the private training dataset"):
