@@ -8,7 +8,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 
 # Rows of one chunk of a column, of which there may be no more; and an odd number that mixes the places of all columns,
-# in 64 bits: of a hundred million different records, two have one number with a probability of 3 in 10,000 at most.
+# in 64 bits: of a hundred million different records, two have one number with a probability of some 3 in 10,000.
 ROWS = 2**40
 MIXER = np.uint64(0x9E3779B97F4A7C15)
 

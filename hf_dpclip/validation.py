@@ -186,8 +186,7 @@ def check_loss_is_known(
 def check_best_metric(trainer: Trainer) -> None:
     """Raises `ValueError` if the best weights are to be told by a metric that evaluation is known not to give."""
     metric, evaluated = trainer.args.metric_for_best_model, trainer.eval_dataset
-    methods = {"evaluate": Trainer.evaluate, "evaluation_loop": EvaluatingTrainer.evaluation_loop}
-    others = any(getattr(getattr(trainer, name), "__func__", None) is not own for name, own in methods.items())
+    others = _is_overridden(trainer, Trainer.evaluate, EvaluatingTrainer.evaluation_loop)
     others = others or any(map(_may_add_metrics, trainer.callback_handler.callbacks))
     if trainer.args.eval_strategy == "no" or trainer.compute_metrics is not None or others:
         return
@@ -228,8 +227,7 @@ def check_search(backend: HPSearchBackend, settings: dict[str, Any], num_process
 
 def check_trials_are_evaluated(trainer: Trainer) -> None:
     """Raises `ValueError` if the first trial of a search would end without anything to be told by."""
-    methods = {"evaluate": Trainer.evaluate, "get_eval_dataloader": EvaluatingTrainer.get_eval_dataloader}
-    others = any(getattr(getattr(trainer, name), "__func__", None) is not own for name, own in methods.items())
+    others = _is_overridden(trainer, Trainer.evaluate, EvaluatingTrainer.get_eval_dataloader)
     if trainer.eval_dataset is None and not others:
         raise ValueError(
             "a hyperparameter search compares trials by their evaluation, and each of them spends ε before: pass an "
@@ -246,6 +244,11 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Parame
                 "the optimizer holds trainable parameters that are not the model's: their gradients would be neither "
                 "clipped nor noised. Make them part of the model, or remove them from the optimizer."
             )
+
+
+def _is_overridden(trainer: Trainer, *methods: Callable) -> bool:
+    """Whether the trainer has another one in the place of one of these methods."""
+    return any(getattr(getattr(trainer, own.__name__), "__func__", None) is not own for own in methods)
 
 
 def _may_add_metrics(callback: TrainerCallback) -> bool:
