@@ -41,10 +41,12 @@ def warn(trainer: "DPCLIPTrainer", public_negatives: list[str] | Dataset | None)
 
 def warn_of_private_start(model: nn.Module) -> None:
     """Warns of starting weights that another private run left in a folder, whose cost adds to that of this run."""
-    base = base_model(model)
-    folder = base.config._name_or_path if isinstance(base, PreTrainedModel) else ""
-    statement = readable_statement(Path(folder)) if folder else None
-    if statement is not None and statement.steps:
+    # Towers too, which may have been loaded one by one.
+    parts = (module for module in base_model(model).modules() if isinstance(module, PreTrainedModel))
+    for folder in dict.fromkeys(part.config._name_or_path for part in parts):
+        statement = readable_statement(Path(folder)) if folder else None
+        if statement is None or not statement.steps:
+            continue
         spent = statement.spent
         logger.warning(
             f"the model starts from {folder}, which spent ε = {spent.epsilon:.4g} at δ = {spent.delta:.3g} on private "

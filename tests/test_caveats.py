@@ -4,12 +4,21 @@ import logging
 
 import pytest
 from checks import warnings_of
-from factories import other_raw_pairs, pairs, raw_pairs, tiny_clip, tiny_processor, with_adapters, with_texts
+from factories import (
+    other_raw_pairs,
+    pairs,
+    raw_pairs,
+    tiny_clip,
+    tiny_dual_encoder,
+    tiny_processor,
+    with_adapters,
+    with_texts,
+)
 from plans import plan
 from torch import nn
-from transformers import CLIPModel
+from transformers import CLIPModel, VisionTextDualEncoderModel
 
-from hf_dpclip import DPCLIPTrainer, ImageTextCollator
+from hf_dpclip import CLIPForVisualQuestionAnswering, DPCLIPTrainer, ImageTextCollator
 from hf_dpclip.advice import weak_promises
 from hf_dpclip.caveats import warn_of_private_captions, warn_of_private_start
 
@@ -28,10 +37,17 @@ def saved(make_trainer, tmp_path):
 def test_weights_that_have_cost_something_are_named(saved, caplog):
     folder, spent = saved
     model = CLIPModel.from_pretrained(folder)
-    for start in (model, with_adapters(model)):
+    for start in (model, CLIPForVisualQuestionAnswering.from_clip(model, ["yes", "no"]), with_adapters(model)):
         message = warnings_of(caplog, warn_of_private_start, start)
         assert f"starts from {folder}, which spent ε = {spent.epsilon:.4g}" in message
         assert "both costs add up" in message and "ledger_path" in message
+
+
+def test_so_are_towers_that_were_loaded_one_by_one(saved, caplog):
+    folder, _ = saved
+    text_tower = tiny_dual_encoder().text_model
+    model = VisionTextDualEncoderModel.from_vision_text_pretrained(folder, text_model=text_tower)
+    assert warnings_of(caplog, warn_of_private_start, model).count("both costs add up") == 1
 
 
 @pytest.mark.parametrize("model", [tiny_clip(), nn.Linear(2, 2)], ids=["a new model", "no model of transformers"])
