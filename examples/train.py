@@ -35,7 +35,7 @@ from hf_dpclip.data import caption_by_label, class_prompts, hold_out, load_pairs
 from hf_dpclip.evaluation import zero_shot_accuracy
 from hf_dpclip.models import base_model
 from hf_dpclip.presets import PRESETS
-from hf_dpclip.privacy import STATEMENT_NAME
+from hf_dpclip.privacy import LEDGER_NAME, STATEMENT_NAME
 from hf_dpclip.privacy_section import CARD_NAME
 from hf_dpclip.records import check_complete
 from hf_dpclip.resuming import check_resumable, last_complete_checkpoint
@@ -230,6 +230,8 @@ def choose_folders(args: DPTrainingArguments, start: str, has_adapters: bool) ->
         )
     if has_adapters:
         args.output_dir = str(Path(folder, "adapter"))
+    # One for all runs that share the folder, with adapters or without.
+    args.ledger_path = args.ledger_path or str(Path(folder, LEDGER_NAME))
     if named in ("True", "true") or (named and Path(named) in (Path(folder), Path(args.output_dir))):
         args.resume_from_checkpoint = True
 
