@@ -29,6 +29,7 @@ from .planning import make_plan, planned_values, steps_per_epoch
 from .privacy import GaussianMechanism, PoissonSampler, PrivacyPlan, Randomness, SecureGaussianMechanism
 from .privacy_units import PrivacyUnits
 from .public_negatives import PublicNegatives, encode_public_negatives
+from .records import first_record
 from .reporting import EpochCallback, PrivacyCallback, privacy_progress
 from .searching import SearchingTrainer
 from .seeding import preserved_generators
@@ -287,5 +288,7 @@ class DPCLIPTrainer(SearchingTrainer):
 
 def _needs_processing(dataset: Any, processing_class: Any) -> bool:
     """Whether records are raw images, or sounds, and texts that a processor has yet to encode."""
-    encoded = {"pixel_values", "input_features"} & set(getattr(dataset, "column_names", ()))
-    return isinstance(processing_class, ProcessorMixin) and not encoded
+    if not isinstance(processing_class, ProcessorMixin):
+        return False
+    # Not its columns: a transform makes others of them, and a dataset of torch has none to ask for.
+    return dataset is None or not set(data_validation.ENCODED) & first_record(dataset).keys()

@@ -236,6 +236,11 @@ MODELS = {
         "text_tower=False leaves out the layers of CLIPModel",
         "in exclude_modules alone",
     ),
+    "adapters for a name": (
+        lambda f: lora_config("openai/clip-vit-base-patch32"),
+        "model is a str",
+        "CLIPModel.from_pretrained",
+    ),
     "no text tower to leave out": (
         lambda f: lora_config(tiny_clip().vision_model, text_tower=False),
         "text_tower=False leaves out the layers of CLIPVision",

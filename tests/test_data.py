@@ -9,7 +9,18 @@ import pytest
 import torch
 from checks import SIGMAS, flat_weights
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
-from factories import BOS, CAPTIONS, EOS, arguments, other_raw_pairs, pictures, raw_pairs, tiny_clip, tiny_processor
+from factories import (
+    BOS,
+    CAPTIONS,
+    EOS,
+    arguments,
+    other_raw_pairs,
+    pairs,
+    pictures,
+    raw_pairs,
+    tiny_clip,
+    tiny_processor,
+)
 from PIL import Image as PILImage
 
 from hf_dpclip import DPCLIPTrainer, ImageTextCollator
@@ -122,9 +133,21 @@ def test_columns_of_other_names_are_kept_for_the_collator_that_reads_them(make_t
     assert trainer.privacy_spent().steps == 2
 
 
-def test_encoded_pairs_are_not_processed_again(make_trainer):
-    trainer = make_trainer(trainer_options={"processing_class": tiny_processor()})
+def encode(records):
+    return dict(tiny_processor()(images=records["image"], text=records["text"], padding=True, return_tensors="pt"))
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [pairs(16), [*pairs(16)], raw_pairs(16).with_transform(encode)],
+    ids=["columns", "records", "made by a transform"],
+)
+def test_encoded_pairs_are_not_processed_again(dataset, make_trainer):
+    options = {"processing_class": tiny_processor()}
+    trainer = make_trainer(train_dataset=dataset, trainer_options=options, remove_unused_columns=False)
     assert not isinstance(trainer.data_collator, ImageTextCollator)
+    trainer.train()
+    assert trainer.privacy_spent().steps == 2
 
 
 def test_a_column_that_the_dataset_does_not_have_stops_training_before_its_first_step(make_trainer):

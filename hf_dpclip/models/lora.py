@@ -37,14 +37,18 @@ def lora_config(
             than it is worth.
         kwargs: further fields of [`peft.LoraConfig`].
 
-    Raises `ValueError` for a rank that is no whole number of at least 1, and if the model has none of these layers, or
-    no text tower to leave out.
+    Raises `ValueError` for what is no model, for a rank that is no whole number of at least 1, and if the model has
+    none of these layers, or no text tower to leave out.
 
     Example:
         ```python
         model = peft.get_peft_model(model, lora_config(model, r=8))
         ```
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is a {type(model).__name__}: load the model itself, as in CLIPModel.from_pretrained(name)."
+        )
     if not is_whole(r) or r < 1:
         raise ValueError(f"r={r!r} is not possible: the rank must be a whole number of at least 1, e.g. 8.")
     matching = {name: module for name, module in model.named_modules() if _ADAPTED.fullmatch(name)}

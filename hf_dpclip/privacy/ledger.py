@@ -224,7 +224,7 @@ def _over_budget(total: Total, budget: float, path: Path, unfinished: list[str],
         else "lower target_epsilon or the number of steps, or raise ledger_epsilon"
     )
     message = (
-        f"with this run, all {len(total.runs)} runs on dataset {total.dataset} in {path} {spent}, and "
+        f"the runs on dataset {total.dataset} in {path} ({len(total.runs)}, with this one) {spent}, and "
         f"ledger_epsilon={budget:g}: {remedy}."
     )
     if unfinished:
