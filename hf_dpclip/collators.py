@@ -12,7 +12,7 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import BatchEncoding, ClapProcessor, ProcessorMixin
 
 from .privacy.plan import is_whole
-from .records import check_complete, check_image, check_text, first_record
+from .records import check_complete, check_image, check_text, described, first_record
 
 
 @dataclass
@@ -187,9 +187,9 @@ class VisualQuestionCollator(ImageTextCollator):
         unknown = [row for row, answer in enumerate(answers) if answer not in self.label2id]
         if unknown:
             raise ValueError(
-                f"the answer of record {unknown[0]} ({len(unknown)} such records) is none of the {len(self.label2id)} "
-                "answers that the model can give: leave such records out, or make the model with "
-                "CLIPForVisualQuestionAnswering.from_clip(clip, answers=[...])."
+                f"the answer of {described(dataset, unknown[0])} ({len(unknown)} such records) is none of the "
+                f"{len(self.label2id)} answers that the model can give: leave such records out, or make the model "
+                "with CLIPForVisualQuestionAnswering.from_clip(clip, answers=[...])."
             )
 
     @property

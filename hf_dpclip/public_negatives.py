@@ -12,6 +12,7 @@ from .evaluation import in_evaluation_mode
 from .gradients import ContrastiveModel
 from .gradients.inputs import num_rows, pairs_only
 from .losses import PublicEmbeddings
+from .records import shortened
 
 
 # What belongs to an image; the rest of a batch belongs to its text.
@@ -96,7 +97,8 @@ def encode_public_negatives(
     """
     if isinstance(public, Sequence | Dataset) and len(public) == 0:
         raise ValueError("public_negatives is empty: give captions, images or pairs, or leave it out.")
-    if isinstance(public, Sequence) and not isinstance(public, str) and all(isinstance(each, str) for each in public):
+    if isinstance(public, Sequence) and not isinstance(public, str):
+        _check_captions(public)
         processor = collator.processor if isinstance(collator, ImageTextCollator) else processor
         if processor is None:
             raise ValueError("public_negatives are captions, which need processing_class=processor to be encoded.")
@@ -109,6 +111,15 @@ def encode_public_negatives(
         f"public_negatives is a {type(public).__name__}: give a list of captions, or a datasets.Dataset with the "
         "image column, the caption column or both."
     )
+
+
+def _check_captions(captions: Sequence[Any]) -> None:
+    for number, caption in enumerate(captions):
+        if not isinstance(caption, str) or not caption.strip():
+            raise ValueError(
+                f"public_negatives[{number}] is {shortened(repr(caption))}, which is no caption: give a list of "
+                "captions alone, or a datasets.Dataset with images."
+            )
 
 
 def shared_rows(private: Any, public: Any) -> int:

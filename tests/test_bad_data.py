@@ -54,10 +54,11 @@ def files(folder) -> list[str]:
     return paths
 
 
-def questions(answers: list, folder, label2id=None) -> DPCLIPTrainer:
+def questions(answers: list, folder, label2id=None, rows=slice(None)) -> DPCLIPTrainer:
     model = tiny_clip_vqa()
     label2id = label2id or model.config.label2id
     dataset = with_texts(["a"] * len(answers)).rename_column("text", "question").add_column("answer", answers)
+    dataset = dataset.select(range(len(answers))[rows])
     return trainer(folder, dataset, model, VisualQuestionCollator(tiny_processor(), label2id=label2id))
 
 
@@ -402,7 +403,12 @@ DATA = {
     ),
     "unknown answers": (
         lambda f: questions(["yes", "maybe", "no", "maybe"], f),
-        "the answer of record 1 (2 such records) is none of the 3 answers",
+        "the answer of record 1 of the dataset (2 such records) is none of the 3 answers",
+        "leave such records out",
+    ),
+    "unknown answers of selected records": (
+        lambda f: questions(["yes", "maybe", "no", "maybe"], f, rows=slice(1, None, 2)),
+        "the answer of record 0 of the dataset (row 1 of the table that it was selected from) (2 such records) is",
         "leave such records out",
     ),
     "lists of answers": (
@@ -449,6 +455,16 @@ DATA = {
         lambda f: processed(f, raw_pairs(8), options={"public_negatives": 5}),
         "public_negatives is a int",
         "give a list of captions",
+    ),
+    "public negatives without a caption": (
+        lambda f: processed(f, raw_pairs(8), options={"public_negatives": ["a cat", None]}),
+        "public_negatives[1] is None, which is no caption",
+        "give a list of captions alone",
+    ),
+    "a blank public negative": (
+        lambda f: processed(f, raw_pairs(8), options={"public_negatives": ["a cat", " "]}),
+        "public_negatives[1] is ' ', which is no caption",
+        "give a list of captions alone",
     ),
     "a prompt without a place": (
         lambda f: class_prompts(["cat"], "a photo"),

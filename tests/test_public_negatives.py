@@ -194,7 +194,7 @@ def test_a_column_of_captions_will_do():
     [
         ([], "is empty"),
         ("a cat", "is a str: give a list of captions"),
-        ([1, 2], "is a list: give a list of captions"),
+        ([1, 2], "is 1, which is no caption: give a list of captions"),
         (Dataset.from_dict({"words": ["a cat"]}), "neither 'image' nor 'text'"),
     ],
 )
