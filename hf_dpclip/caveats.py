@@ -37,6 +37,7 @@ def warn(trainer: "DPCLIPTrainer", public_negatives: list[str] | Dataset | None)
         trainer.train_dataset, trainer.data_collator, public_negatives, trainer.args.privacy_unit_column
     )
     warn_of_cut_texts(trainer.data_collator, trainer.train_dataset)
+    warn_of_evaluation_without_negatives(trainer)
 
 
 def warn_of_private_start(model: nn.Module) -> None:
@@ -106,6 +107,15 @@ def warn_of_cut_texts(collator: Callable, dataset: Any) -> None:
             f"{cut:,} of the first {len(texts):,} texts have more than the {limit} tokens that the model reads; the "
             "rest of them is cut off. Let what matters come first, or make several records of one, with a "
             "privacy_unit_column that says which belong together. (For your eyes only: this counts private records.)"
+        )
+
+
+def warn_of_evaluation_without_negatives(trainer: "DPCLIPTrainer") -> None:
+    """Warns if each pair of the evaluation data would be contrasted with none."""
+    if trainer.eval_dataset is not None and trainer.contrastive_base is not None and trainer.args.eval_batch_size == 1:
+        logger.warning(
+            "per_device_eval_batch_size=1 contrasts each pair with none, so that eval_loss says nothing of the model: "
+            "set it to 2 or more, and the same wherever losses are compared."
         )
 
 

@@ -5,10 +5,12 @@ import logging
 import pytest
 from checks import warnings_of
 from factories import (
+    answered_questions,
     other_raw_pairs,
     pairs,
     raw_pairs,
     tiny_clip,
+    tiny_clip_vqa,
     tiny_dual_encoder,
     tiny_processor,
     with_adapters,
@@ -65,6 +67,21 @@ def test_the_trainer_says_it(saved, make_trainer, caplog):
     with caplog.at_level(logging.WARNING):
         make_trainer(CLIPModel.from_pretrained(folder))
     assert "both costs add up" in caplog.text
+
+
+# ---- Evaluation ----
+
+
+@pytest.mark.parametrize(
+    ("size", "model", "records", "warned"),
+    [(1, tiny_clip, pairs, True), (2, tiny_clip, pairs, False), (1, tiny_clip_vqa, answered_questions, False)],
+)
+def test_an_evaluation_that_contrasts_pairs_with_none(size, model, records, warned, make_trainer, caplog):
+    """A contrastive loss of one pair is 0, whatever the model; answers have a loss of their own."""
+    options = {"eval_dataset": records(8, seed=1)}
+    with caplog.at_level(logging.WARNING):
+        make_trainer(model(), records(64), options, per_device_eval_batch_size=size)
+    assert ("eval_loss says nothing" in caplog.text) == warned
 
 
 # ---- Captions ----
