@@ -44,6 +44,15 @@ def test_no_unit_is_drawn_twice_in_one_step():
     assert len(set(units.tolist())) == len(units)
 
 
+@pytest.mark.parametrize("num_microbatches", [1, 3])
+def test_the_order_of_units_tells_nothing_of_the_others(num_microbatches):
+    """That of the draw would: numpy puts a high number in an early place only if there are still higher ones, so that
+    a loss which looks at the order could tell that there is one more unit, without its being drawn."""
+    poisson = sampler(num_microbatches=num_microbatches)
+    microbatches = [units for _ in range(100) for units in poisson.draw()]
+    assert all((np.diff(units) > 0).all() for units in microbatches)
+
+
 def test_units_are_microbatches_of_their_own_when_planned_so():
     microbatches = sampler(num_microbatches=12).draw()
     assert {len(microbatch) for microbatch in microbatches} == {1}

@@ -16,8 +16,8 @@ class PoissonSampler:
     Formal guarantees:
         Every unit joins a step independently of all others with probability q, and gets a uniform label in {1..K}
         independently of all others. Adding or removing one unit therefore changes neither the law of who else is drawn
-        nor their labels: exactly one microbatch differs. Cutting the batch by position instead would shift all later
-        microbatches, and sensitivity would grow with K.
+        nor their labels, and their order is that of the dataset: exactly one microbatch differs. Cutting the batch by
+        position instead would shift all later microbatches, and sensitivity would grow with K.
     """
 
     def __init__(self, plan: PrivacyPlan, generator: np.random.Generator):
@@ -25,7 +25,7 @@ class PoissonSampler:
         self.generator = generator
 
     def draw(self) -> list[np.ndarray]:
-        """The microbatches of one step: arrays of unit numbers in [0, n), some of them possibly empty.
+        """The microbatches of one step: ascending arrays of unit numbers in [0, n), some of them possibly empty.
 
         K arrays, or one array of length 1 per drawn unit where a microbatch is one unit by construction. Time and
         memory are O(batch) for any n.
@@ -46,4 +46,7 @@ class PoissonSampler:
     def _draw_units(self) -> np.ndarray:
         """n independent coin flips of probability q, as a Binomial(n, q) count and a uniform subset of that size."""
         count = self.generator.binomial(self.plan.num_examples, self.plan.sampling_probability)
-        return self.generator.choice(self.plan.num_examples, size=count, replace=False, shuffle=False)
+        units = self.generator.choice(self.plan.num_examples, size=count, replace=False, shuffle=False)
+        # The set is uniform, but the order in which numpy finds it depends on n: a loss that looks at the order of its
+        # records would tell of a unit that was not even drawn.
+        return np.sort(units)
