@@ -50,7 +50,7 @@ class DPTrainingArguments(TrainingArguments):
         vectorized (`bool`, *optional*, defaults to `True`): computes the microbatches of a forward batch in one pass
             where that is known to give the same. `False` computes each by itself, out of reach of the others even for
             rounding, and takes longer (`docs/privacy.md`, "What remains").
-        static_shapes (`bool`, *optional*): fills batches up to a few fixed sizes, for `torch_compile`, and because
+        static_shapes (`bool`, *optional*): pads batches to a few fixed sizes, for `torch_compile`, and because
             cuDNN plans attention anew for every size of a batch. The result does not change. Defaults to `True` for
             `CLIPModel` and `MetaClip2Model` without dropout in bfloat16 on a GPU of the kind H100 or B200, where
             PyTorch leaves attention to cuDNN, and else to `False`.
@@ -108,7 +108,7 @@ class DPTrainingArguments(TrainingArguments):
     static_shapes: bool | None = field(
         default=None,
         metadata={
-            "help": "Fill batches up to a few fixed sizes, for torch_compile and cuDNN. The result does not change.",
+            "help": "Pad batches to a few fixed sizes, for torch_compile and cuDNN. The result does not change.",
             "nargs": "?",
             "const": True,
         },

@@ -245,7 +245,7 @@ def default_collator(processor: ProcessorMixin) -> PairCollator:
 
 
 def text_settings(processor: Any) -> dict[str, Any]:
-    """How texts are filled up: to the longest, or, for models that are not told where texts end (SigLIP), to the one
+    """How texts are padded: to the longest, or, for models that are not told where texts end (SigLIP), to the one
     length that they were trained on."""
     padding = True if "attention_mask" in tokenizer_of(processor).model_input_names else "max_length"
     return {"padding": padding, "truncation": True}

@@ -111,8 +111,9 @@ class AllAtOnce:
         try:
             losses = [loss for group in groups for loss in self._of_group(group)]
         except NotVectorizable as reason:
-            # It was the first group of all: nothing was added yet. As they were drawn: for texts that were filled up
-            # other random numbers would be drawn than in later passes, and who is in this one depends on all sizes.
+            # This was the very first group, so nothing was added yet. The microbatches are passed on as they were
+            # drawn: dropout would draw other numbers for padded texts than in later passes, and which microbatches
+            # are in this pass depends on the sizes of all.
             notice(str(reason))
             self.possible = False
             return self.one_by_one(forward_batch)
@@ -175,8 +176,8 @@ class ChunkByChunk:
         """The rows of all processes, which have different numbers of them, and the number of the first own one."""
         count = torch.tensor([len(rows)], device=rows.device)
         counts = self.accelerator.gather(count).tolist()
-        filled = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
-        parts = self.accelerator.gather(filled).split(max(max(counts), 1))
+        padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
+        parts = self.accelerator.gather(padded).split(max(max(counts), 1))
         everyone = torch.cat([part[:count] for part, count in zip(parts, counts)])
         return everyone, sum(counts[: self.accelerator.process_index])
 
@@ -193,8 +194,8 @@ def make_contrastive_model(trainer: "DPCLIPTrainer", prepare_inputs: Callable) -
 
 
 def static_by_default(model: ContrastiveModel, accelerator: Accelerator) -> bool:
-    """Whether batches can be filled up and one of a new size costs more: cuDNN plans attention for each size, which
-    may take longer than a step, and every Poisson sample has another one."""
+    """Whether batches can be padded, and one of a new size costs more: cuDNN plans attention for each size, which may
+    take longer than a step, and nearly every Poisson sample has a new size."""
     if accelerator.device.type != "cuda" or torch.version.hip is not None:
         return False
     narrow = accelerator.mixed_precision == "bf16" or model.base.dtype == torch.bfloat16
@@ -228,7 +229,7 @@ def choose_forward_pass(
         return AllAtOnce(one_by_one, vectorizable)
     notice(reason)
     if contrastive is not None:
-        # Small microbatches have few sizes anyway, and would be filled up to several times theirs.
+        # Small microbatches have few sizes anyway, and would be padded to several times theirs.
         contrastive.static_shapes = bool(args.static_shapes)
     return one_by_one
 
@@ -253,7 +254,7 @@ def _obstacle(trainer: "DPCLIPTrainer", vectorizable: VectorizableModel | None) 
     if trainer.public_negatives is not None and trainer.args.public_negatives_gradient:
         return "public_negatives_gradient=True encodes the public negatives anew for each"
     if vectorizable.static_shapes and vectorizable.has_dropout:
-        return "what dropout draws for one would depend on how far static_shapes=True fills up all"
+        return "what dropout draws for one would depend on how far static_shapes=True pads all"
     return obstacle(_own_model(trainer))
 
 

@@ -10,7 +10,7 @@ from .collators import ImageTextCollator, encoded_texts
 from .digests import column_digests
 from .evaluation import in_evaluation_mode
 from .gradients import ContrastiveModel
-from .gradients.inputs import num_rows, pairs_only
+from .gradients.inputs import num_rows, without_return_loss
 from .losses import PublicEmbeddings
 from .records import shortened
 
@@ -32,7 +32,7 @@ class PublicNegatives:
     """
 
     def __init__(self, chunks: list[dict[str, Any]], with_gradient: bool = False, steps: int = 1):
-        self.chunks = [pairs_only(chunk) for chunk in chunks]
+        self.chunks = [without_return_loss(chunk) for chunk in chunks]
         self.with_gradient = with_gradient
         self.steps = steps
         self._steps_left = 0

@@ -1,4 +1,4 @@
-"""What is known of a model with CLIP's or SigLIP's loss: embeddings, temperature, how inputs may be filled up."""
+"""What is known of a model with CLIP's or SigLIP's loss: embeddings, temperature, how inputs may be padded."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from transformers import (
 
 from ..losses import PublicEmbeddings, contrastive_losses, sigmoid_losses
 from ..models import base_model
-from .inputs import can_be_filled_up, caption_keys, filled_up, num_rows, pairs_only, text_length
+from .inputs import can_be_padded, caption_keys, num_rows, pad_batch, text_length, without_return_loss
 from .vectorizable import VectorizableModel
 
 
@@ -41,8 +41,8 @@ class ContrastiveModel(VectorizableModel):
         model (`nn.Module`): the model as it is called: compiled, under autocast, with adapters.
         base (`PreTrainedModel`): the model inside, one of `WITH_CLIP_LOSS` or `WITH_SIGMOID_LOSS`.
         prepare_inputs (`Callable`): moves inputs to the device.
-        static_shapes (`bool`): whether batches are filled up to a few fixed sizes. The rows that fill them do not take
-            part in the loss.
+        static_shapes (`bool`): whether batches are padded to a few fixed sizes. The rows of padding take no part in
+            the loss.
         public_negatives ([`Negatives`], *optional*): what every microbatch is contrasted with beside its own pairs.
     """
 
@@ -76,12 +76,12 @@ class ContrastiveModel(VectorizableModel):
         return self.base
 
     def prepared(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The inputs on the device, filled up if shapes are static and it is known how."""
-        inputs = self.prepare_inputs(pairs_only(inputs))
-        if not (self.static_shapes and can_be_filled_up(inputs)):
+        """The inputs on the device, padded if shapes are static and it is known how."""
+        inputs = self.prepare_inputs(without_return_loss(inputs))
+        if not (self.static_shapes and can_be_padded(inputs)):
             return inputs
-        length = self.filled_length(text_length(inputs))
-        return filled_up(inputs, static_rows(num_rows(inputs)), length, self.pad_token_id)
+        length = self.padded_length(text_length(inputs))
+        return pad_batch(inputs, static_rows(num_rows(inputs)), length, self.pad_token_id)
 
     def encode(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Normalised image and text embeddings, `[rows, d]` each."""

@@ -74,8 +74,8 @@ class Joined:
     def __init__(self, gradients: dict[int, Dense]):
         rows = [each.gradients.reshape(len(each.gradients), -1) for each in gradients.values()]
         self._sizes = dict(zip(gradients, [each.shape[1] for each in rows]))
-        filler = rows[0].new_zeros(len(rows[0]), -sum(self._sizes.values()) % JOINED_ROW)
-        self._rows = Dense(torch.cat([*rows, filler], dim=1).unflatten(1, (-1, JOINED_ROW)))
+        padding = rows[0].new_zeros(len(rows[0]), -sum(self._sizes.values()) % JOINED_ROW)
+        self._rows = Dense(torch.cat([*rows, padding], dim=1).unflatten(1, (-1, JOINED_ROW)))
 
     def squared_norms(self) -> Tensor:
         """`[K]`, float64, over all these parameters together."""

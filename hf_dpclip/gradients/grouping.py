@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .inputs import concatenated, lengthened, num_rows, pairs_only, row_shapes, text_length
+from .inputs import concatenated, num_rows, pad_texts, row_shapes, text_length, without_return_loss
 from .vectorizable import VectorizableModel
 
 
@@ -27,7 +27,7 @@ def alike(model: VectorizableModel, microbatches: list[Microbatch]) -> tuple[lis
     by_shape: dict[frozenset, list[Microbatch]] = defaultdict(list)
     others: list[Microbatch] = []
     for microbatch in microbatches:
-        inputs = pairs_only(microbatch[1])
+        inputs = without_return_loss(microbatch[1])
         (by_shape[row_shapes(inputs)] if _is_known(model, inputs) else others).append(microbatch)
     fitting = [group for similar in by_shape.values() for group in _by_length(model, similar)]
     return [group for each in fitting for group in _in_cache(model, each)], others
@@ -40,34 +40,34 @@ def _is_known(model: VectorizableModel, inputs: dict[str, Any]) -> bool:
 
 
 def _by_length(model: VectorizableModel, microbatches: list[Microbatch]) -> list[list[Microbatch]]:
-    """Those of one length, with texts filled up where that changes nothing in what the model makes of them.
+    """Groups of one text length, with texts padded where that does not change what the model makes of them.
 
-    How far follows from the microbatch itself, and not from longer texts that were drawn beside it: other shapes are
-    rounded in other ways.
+    The padded length follows from the microbatch itself, not from longer texts that happened to be drawn beside it:
+    tensors of other shapes are rounded in other ways.
     """
     lengths = [text_length(inputs) for _, inputs in microbatches]
-    filled = [model.filled_length(length) for length in lengths]
-    if filled != lengths:
-        changed = _changed_by_filler(model, microbatches)
-        filled = [length if is_changed else more for length, more, is_changed in zip(lengths, filled, changed)]
+    padded = [model.padded_length(length) for length in lengths]
+    if padded != lengths:
+        changed = _changed_by_padding(model, microbatches)
+        padded = [length if is_changed else more for length, more, is_changed in zip(lengths, padded, changed)]
     groups: dict[int, list[Microbatch]] = defaultdict(list)
-    for length, (seed, inputs) in zip(filled, microbatches):
-        groups[length].append((seed, lengthened(inputs, length, model.pad_token_id)))
+    for length, (seed, inputs) in zip(padded, microbatches):
+        groups[length].append((seed, pad_texts(inputs, length, model.pad_token_id)))
     return list(groups.values())
 
 
-def _changed_by_filler(model: VectorizableModel, microbatches: list[Microbatch]) -> list[bool]:
-    """Of which microbatches the model would make something else, if their texts were filled up."""
+def _changed_by_padding(model: VectorizableModel, microbatches: list[Microbatch]) -> list[bool]:
+    """For each microbatch, whether padding its texts would change what the model makes of them."""
     if model.has_dropout:
         # What is drawn depends on the shape.
         return [True] * len(microbatches)
     names = ("input_ids", "attention_mask")
     texts = [{name: inputs[name] for name in names if name in inputs} for _, inputs in microbatches]
     lengths, sizes = [text_length(each) for each in texts], [len(each["input_ids"]) for each in texts]
-    filled = concatenated(texts, max(lengths) + 1, model.pad_token_id)
-    of_row = torch.tensor(lengths).repeat_interleave(torch.tensor(sizes)).to(filled["input_ids"].device)
+    padded = concatenated(texts, max(lengths) + 1, model.pad_token_id)
+    of_row = torch.tensor(lengths).repeat_interleave(torch.tensor(sizes)).to(padded["input_ids"].device)
     # One question to the device for all of them.
-    changed = model.changed_by_filler(filled, of_row).cpu()
+    changed = model.changed_by_padding(padded, of_row).cpu()
     return [bool(rows.any()) for rows in changed.split(sizes)]
 
 

@@ -29,8 +29,8 @@ class Layout:
 
     @property
     def few_products(self) -> bool:
-        """Whether what could be multiplied by itself is put together: microbatches of similar sizes, filled up with
-        zeros, and layers of one shape. On an accelerator many small products take longer than a few large ones."""
+        """Whether products are batched as far as possible: those of microbatches of similar sizes, padded with zeros,
+        and those of layers of one shape. On an accelerator many small products take longer than a few large ones."""
         return self.device.type != "cpu"
 
     @cached_property
@@ -65,7 +65,7 @@ class Layout:
 
 
 class Group:
-    """A run of microbatches, the smaller of which are filled up with rows of zeros to the size of the largest.
+    """A run of microbatches, the smaller of which are padded with rows of zeros to the size of the largest.
 
     Args:
         sizes (`list[int]`): rows of each, in ascending order.
@@ -97,5 +97,5 @@ class Group:
 
 
 def _size_class(size: int) -> int:
-    """Equal for sizes between two powers of two, so that filling up at most doubles them."""
+    """Equal for sizes between two powers of two, so that padding at most doubles them."""
     return (size - 1).bit_length()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel, MetaClip2Model, PreTrainedModel
 
 from ..models import CLIPForVisualQuestionAnswering, base_model
-from .inputs import end_in_filler, text_length
+from .inputs import is_read_into_padding, text_length
 from .layout import Layout
 
 
@@ -28,7 +28,7 @@ FIRST_POSITION_TEXTS = (
     "transformers.models.xlm_roberta.modeling_xlm_roberta",
 )
 
-# Texts are filled up to multiples of one of these, the latter where shapes are static.
+# Texts are padded to multiples of these: the second where shapes are static, the first elsewhere.
 TEXT_STEP, STATIC_TEXT_STEP = 8, 16
 
 
@@ -39,7 +39,7 @@ class VectorizableModel:
         model (`nn.Module`): the model as it is called: compiled, under autocast, with adapters.
         base (`PreTrainedModel`): the model inside.
         prepare_inputs (`Callable`): moves inputs to the device.
-        static_shapes (`bool`): whether batches are filled up to a few fixed sizes.
+        static_shapes (`bool`): whether batches are padded to a few fixed sizes.
     """
 
     needed_inputs = frozenset({"input_ids", "pixel_values"})
@@ -78,7 +78,7 @@ class VectorizableModel:
 
     @property
     def pad_token_id(self) -> int:
-        """What texts are filled up with."""
+        """The token with which texts are padded."""
         return self.towers.config.text_config.pad_token_id
 
     @property
@@ -95,28 +95,28 @@ class VectorizableModel:
         patches = inputs["pixel_values"][0].numel() // patch
         return max(patches * vision.intermediate_size, text_length(inputs) * text.intermediate_size)
 
-    def filled_length(self, length: int) -> int:
-        """Tokens to which texts of that length are filled up, so that there are few lengths."""
+    def padded_length(self, length: int) -> int:
+        """The length to which a text of `length` tokens is padded, so that few lengths occur."""
         step = STATIC_TEXT_STEP if self.static_shapes else TEXT_STEP
         longest = self.towers.config.text_config.max_position_embeddings
         return max(length, min(math.ceil(length / step) * step, longest))
 
-    def changed_by_filler(self, texts: dict[str, Tensor], lengths: Tensor) -> Tensor:
-        """`[rows]`: whether the model would make something else of a text if it is filled up on the right.
+    def changed_by_padding(self, texts: dict[str, Tensor], lengths: Tensor) -> Tensor:
+        """`[rows]`: whether padding a text on the right would change what the model makes of it.
 
         Args:
-            texts (`dict`): `input_ids`, and `attention_mask` if there is one, filled up by one token at least.
-            lengths (`Tensor` of shape `[rows]`): tokens of each text before that.
+            texts (`dict`): `input_ids`, and `attention_mask` if there is one, padded by at least one token.
+            lengths (`Tensor` of shape `[rows]`): tokens of each text without padding.
         """
         mask = texts.get("attention_mask")
         changed = torch.zeros_like(lengths, dtype=torch.bool)
         tower = type(self.towers.text_model).__module__
         if tower in CAUSAL_TEXTS:
-            changed |= end_in_filler(texts["input_ids"], lengths, self.end_token_id)
+            changed |= is_read_into_padding(texts["input_ids"], lengths, self.end_token_id)
         elif tower not in FIRST_POSITION_TEXTS or mask is None:
             changed |= True
         if mask is not None:
-            # A position that sees nothing looks at everything. If all see the first one, there is none.
+            # A position that may attend to nothing attends to everything. If all may attend to the first, none does.
             changed |= mask[:, 0] == 0 if mask.dim() == 2 else True
         return changed
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..seeding import seeded
 from .factored import Dense, Joined, Outer, Sparse, multiplied_out
 from .grouping import Microbatch
-from .inputs import concatenated, num_rows, pairs_only, text_length
+from .inputs import concatenated, num_rows, text_length, without_return_loss
 from .layout import Layout
 from .products import added
 from .recording import Recording
@@ -125,9 +125,9 @@ def microbatch_gradients(
     """
     sized = sorted(((num_rows(inputs), seed, inputs) for seed, inputs in microbatches), key=itemgetter(0))
     sizes = [size for size, _, _ in sized]
-    batches = [pairs_only(inputs) for _, _, inputs in sized]
-    unfilled = concatenated(batches, max(map(text_length, batches)), model.pad_token_id)
-    inputs = model.prepared(unfilled)
+    batches = [without_return_loss(inputs) for _, _, inputs in sized]
+    unpadded = concatenated(batches, max(map(text_length, batches)), model.pad_token_id)
+    inputs = model.prepared(unpadded)
     parameters = model.trainable
     for parameter in parameters:
         parameter.grad = None
@@ -137,7 +137,7 @@ def microbatch_gradients(
     recording = Recording(parameters, Layout(sizes, num_rows(inputs), device), generators)
     scalars = [_one_for_each(each, len(sizes)) for each in model.scalars]
     outputs = _forward(model.model, inputs, recording)
-    losses = model.microbatch_losses(outputs, unfilled, scalars, sizes)
+    losses = model.microbatch_losses(outputs, unpadded, scalars, sizes)
     backward(losses.sum())
     for parameter, of_each in zip(model.scalars, scalars):
         if of_each.grad is not None:

@@ -53,7 +53,7 @@ def flat_chunks(tensors: list[Tensor], size: int) -> list[list[Tensor]]:
 
 
 def _side_by_side(pieces: list[Tensor], factor: int) -> Tensor:
-    """In one tensor, filled up with zeros to a multiple of `factor`; a piece that is one by itself is not copied."""
+    """In one tensor, padded with zeros to a multiple of `factor`. One piece that needs no padding is not copied."""
     missing = -sum(map(len, pieces)) % factor
     if len(pieces) == 1 and missing == 0:
         return pieces[0]
