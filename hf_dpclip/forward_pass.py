@@ -20,10 +20,10 @@ from .gradients import (
     VectorizableModel,
     accumulate_chunked_gradient,
     accumulate_gradient,
-    alike,
+    group_microbatches,
     mean_loss_base,
     microbatch_gradients,
-    obstacle,
+    vectorization_obstacle,
 )
 from .gradients.vectorizable import WITH_CAUSAL_TEXTS
 from .privacy import GaussianMechanism
@@ -107,7 +107,9 @@ class AllAtOnce:
 
     def __call__(self, forward_batch: list[Microbatch]) -> list[Tensor]:
         """As [`OneByOne`]. Raises `RuntimeError` if the model allows it no longer."""
-        groups, others = ([], forward_batch) if self.possible is False else alike(self.model, forward_batch)
+        if self.possible is False:
+            return self.one_by_one(forward_batch)
+        groups, others = group_microbatches(self.model, forward_batch)
         try:
             losses = [loss for group in groups for loss in self._of_group(group)]
         except NotVectorizable as reason:
@@ -182,12 +184,14 @@ class ChunkByChunk:
         return everyone, sum(counts[: self.accelerator.process_index])
 
 
-def make_contrastive_model(trainer: "DPCLIPTrainer", prepare_inputs: Callable) -> ContrastiveModel | None:
-    """What is known of the model in training, if its loss is CLIP's or SigLIP's."""
+def make_contrastive_model(trainer: "DPCLIPTrainer") -> ContrastiveModel | None:
+    """The model in training, if its loss is known to be CLIP's or SigLIP's."""
     base, static_shapes = trainer.contrastive_base, trainer.args.static_shapes
     if base is None:
         return None
-    model = ContrastiveModel(_own_model(trainer), base, prepare_inputs, bool(static_shapes), trainer.public_negatives)
+    model = ContrastiveModel(
+        _own_model(trainer), base, trainer._prepare_inputs, bool(static_shapes), trainer.public_negatives
+    )
     if static_shapes is None:
         model.static_shapes = static_by_default(model, trainer.accelerator)
     return model
@@ -207,7 +211,6 @@ def choose_forward_pass(
     trainer: "DPCLIPTrainer",
     mechanism: GaussianMechanism,
     dataset: MicrobatchDataset,
-    prepare_inputs: Callable,
     contrastive: ContrastiveModel | None,
 ) -> OneByOne | AllAtOnce | ChunkByChunk:
     """The cheapest computation that is exact for the trainer's model and loss."""
@@ -217,13 +220,15 @@ def choose_forward_pass(
     if contrastive is None:
         model = _own_model(trainer)
         one_by_one = OneByOne(
-            mechanism, lambda inputs: trainer.compute_loss(model, prepare_inputs(inputs)), accelerator.backward
+            mechanism,
+            lambda inputs: trainer.compute_loss(model, trainer._prepare_inputs(inputs)),
+            accelerator.backward,
         )
     else:
         one_by_one = OneByOne(mechanism, contrastive.compute_loss, accelerator.backward)
     if args.num_microbatches * args.per_device_train_batch_size == args.expected_batch_size:
         return one_by_one
-    vectorizable = contrastive or _make_mean_loss_model(trainer, prepare_inputs)
+    vectorizable = contrastive or _make_mean_loss_model(trainer)
     reason = _obstacle(trainer, vectorizable)
     if reason is None:
         return AllAtOnce(one_by_one, vectorizable)
@@ -234,11 +239,11 @@ def choose_forward_pass(
     return one_by_one
 
 
-def _make_mean_loss_model(trainer: "DPCLIPTrainer", prepare_inputs: Callable) -> MeanLossModel | None:
+def _make_mean_loss_model(trainer: "DPCLIPTrainer") -> MeanLossModel | None:
     base = mean_loss_base(trainer.model)
     if base is None or trainer.label_smoother is not None or not trainer.minimises_own_loss:
         return None
-    return MeanLossModel(_own_model(trainer), base, prepare_inputs)
+    return MeanLossModel(_own_model(trainer), base, trainer._prepare_inputs)
 
 
 def _own_model(trainer: "DPCLIPTrainer") -> nn.Module:
@@ -255,7 +260,7 @@ def _obstacle(trainer: "DPCLIPTrainer", vectorizable: VectorizableModel | None) 
         return "public_negatives_gradient=True encodes the public negatives anew for each"
     if vectorizable.static_shapes and vectorizable.has_dropout:
         return "what dropout draws for one would depend on how far static_shapes=True pads all"
-    return obstacle(_own_model(trainer))
+    return vectorization_obstacle(_own_model(trainer))
 
 
 def notice(reason: str) -> None:

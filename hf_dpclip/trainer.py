@@ -211,9 +211,9 @@ class DPCLIPTrainer(SearchingTrainer):
         mechanism = SecureGaussianMechanism if self.args.secure_noise else GaussianMechanism
         self._mechanism = mechanism(self.plan, parameters, self._noise, process, num_processes)
         self._guard = StepGuard(*modules_in_use(self), self._planned_values["gradient_accumulation_steps"])
-        self._contrastive_model = make_contrastive_model(self, self._prepare_inputs)
+        self._contrastive_model = make_contrastive_model(self)
         self._forward_pass = choose_forward_pass(
-            self, self._mechanism, self._microbatch_dataset(), self._prepare_inputs, self._contrastive_model
+            self, self._mechanism, self._microbatch_dataset(), self._contrastive_model
         )
 
     def training_step(self, model: nn.Module, inputs: list[tuple[int, Any]], *_) -> torch.Tensor:

@@ -30,7 +30,7 @@ from transformers import CONFIG_MAPPING, RobertaConfig, VisionTextDualEncoderMod
 
 from hf_dpclip import PrivacyStatement, freeze_batch_norm, lora_config
 from hf_dpclip.forward_pass import AllAtOnce, choose_forward_pass
-from hf_dpclip.gradients import accumulate_chunked_gradient, alike, obstacle
+from hf_dpclip.gradients import accumulate_chunked_gradient, group_microbatches, vectorization_obstacle
 
 
 def frozen_clap():
@@ -174,8 +174,7 @@ def test_other_microbatches_do_not_move_the_gradient(make_trainer, name, trained
 
 def first_gradient(trainer, batches):
     seen = Seen(trainer.model)
-    prepare = trainer._prepare_inputs
-    choose_forward_pass(trainer, seen, None, prepare, trainer._contrastive_model)(batches)
+    choose_forward_pass(trainer, seen, None, trainer._contrastive_model)(batches)
     return seen.flat()
 
 
@@ -190,9 +189,9 @@ def test_all_at_once_is_the_models_own_loss_one_by_one(name, trained):
 def test_other_text_towers_of_dual_encoders(text_config):
     model = tiny_dual_encoder(text_config, max_position_embeddings=32)
     batches = [batch("CLIPModel", n, n, length) for n, length in ((2, 7), (3, 4), (4, 6))]
-    assert obstacle(model) is None
+    assert vectorization_obstacle(model) is None
     contrastive = as_contrastive(model)
-    (together,), others = alike(contrastive, batches)
+    (together,), others = group_microbatches(contrastive, batches)
     assert [seed for seed, _ in together] == [seed for seed, _ in batches] and others == []
     assert_same(model, batches)
     assert_same(with_adapters(model), batches)
@@ -260,7 +259,7 @@ def test_texts_that_cannot_be_filled_up_are_not_put_together(make_trainer, name)
     expected = first_gradient(trainer, batches[:1])
     assert_close(first_gradient(trainer, batches), expected)
     short, long = [batches[0], batches[2]], [batches[1]]
-    assert alike(trainer._contrastive_model, batches) == ([short, long], [])
+    assert group_microbatches(trainer._contrastive_model, batches) == ([short, long], [])
     for group in (short, long):
         assert_same(trainer.model, group)
 
@@ -291,7 +290,7 @@ def test_what_fills_a_text_up_depends_on_the_tower_that_reads_it(make_tower):
     for _, inputs in batches:
         inputs["input_ids"][0, -1] = 5
     contrastive = as_contrastive(model)
-    assert alike(contrastive, batches) == ([[batches[0], batches[2]], [batches[1]]], [])
+    assert group_microbatches(contrastive, batches) == ([[batches[0], batches[2]], [batches[1]]], [])
 
 
 def test_attention_dropout_is_named(make_trainer, monkeypatch):

@@ -21,7 +21,7 @@ from torch import nn
 
 from hf_dpclip import DPCLIPTrainer
 from hf_dpclip.forward_pass import AllAtOnce, ChunkByChunk, OneByOne, static_by_default
-from hf_dpclip.gradients import microbatch_gradients, obstacle
+from hf_dpclip.gradients import microbatch_gradients, vectorization_obstacle
 
 
 MANY = {**REPRODUCIBLE, "per_device_train_batch_size": 16, "microbatch_size": 4}
@@ -107,7 +107,7 @@ def test_compiled_models_are_an_obstacle(part):
     model = nn.ModuleDict({"model": tiny_clip()})
     name = f"model.{part}".rstrip(".")
     model.set_submodule(name, torch.compile(model.get_submodule(name), backend="eager"))
-    assert obstacle(model["model"]) == "torch_compile hides the model's layers"
+    assert vectorization_obstacle(model["model"]) == "torch_compile hides the model's layers"
 
 
 def test_dropout_in_filled_up_batches_goes_one_by_one(tmp_path, monkeypatch):

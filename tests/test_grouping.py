@@ -7,7 +7,7 @@ from gradient_checks import as_contrastive, microbatch, microbatches
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_dpclip.gradients import MeanLossModel, alike, grouping
+from hf_dpclip.gradients import MeanLossModel, group_microbatches, grouping
 
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=12)
@@ -23,7 +23,7 @@ def test_no_pass_is_larger_than_it_may_be(sizes, most):
     model, batches = as_contrastive(tiny_clip()), microbatches(sizes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grouping, "CPU_STATE", most * model.hidden_state_size(batches[0][1]))
-        groups, others = alike(model, batches)
+        groups, others = group_microbatches(model, batches)
     assert others == []
     assert sorted(seed for group in groups for seed, _ in group) == sorted(seed for seed, _ in batches)
     assert all(rows(group) < most + max(sizes) for group in groups)
@@ -38,7 +38,7 @@ def test_how_long_texts_are_depends_on_nothing_that_was_drawn_beside_them(length
     beside = [microbatch(2, other, seed=seed) for seed, other in enumerate(others, start=2)]
 
     def tokens(batches):
-        groups, _ = alike(model, batches)
+        groups, _ = group_microbatches(model, batches)
         return next(inputs["input_ids"] for group in groups for seed, inputs in group if seed == 1)
 
     assert torch.equal(tokens([own]), tokens([own, *beside]))
@@ -47,16 +47,16 @@ def test_how_long_texts_are_depends_on_nothing_that_was_drawn_beside_them(length
 
 def test_what_fits_is_one_pass():
     batches = microbatches([3, 1, 2])
-    assert alike(as_contrastive(tiny_clip()), batches) == ([batches], [])
+    assert group_microbatches(as_contrastive(tiny_clip()), batches) == ([batches], [])
 
 
 def test_an_accelerator_takes_everything_in_one_pass(monkeypatch):
     monkeypatch.setattr(grouping, "CPU_STATE", 1)
     batches = microbatches([3, 1, 2])
     model = as_contrastive(tiny_clip())
-    assert len(alike(model, batches)[0]) == 3
+    assert len(group_microbatches(model, batches)[0]) == 3
     model.trainable = [parameter.to("meta") for parameter in model.trainable]
-    assert alike(model, batches) == ([batches], [])
+    assert group_microbatches(model, batches) == ([batches], [])
 
 
 def test_answers_to_questions_are_as_large_as_the_clip_inside(monkeypatch):
@@ -66,7 +66,7 @@ def test_answers_to_questions_are_as_large_as_the_clip_inside(monkeypatch):
     assert size == as_contrastive(answering.clip).hidden_state_size(batch)
     monkeypatch.setattr(grouping, "CPU_STATE", 2 * size)
     records = [(seed, {**inputs, "labels": torch.zeros(1, dtype=int)}) for seed, inputs in microbatches([1] * 6)]
-    assert [rows(group) for group in alike(model, records)[0]] == [2, 2, 2]
+    assert [rows(group) for group in group_microbatches(model, records)[0]] == [2, 2, 2]
 
 
 def test_patches_may_have_two_sides():

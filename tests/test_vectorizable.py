@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_dpclip.forward_pass import AllAtOnce, OneByOne
-from hf_dpclip.gradients import MeanLossModel, alike, mean_loss_base, microbatch_gradients
+from hf_dpclip.gradients import MeanLossModel, group_microbatches, mean_loss_base, microbatch_gradients
 
 
 def head_alone():
@@ -92,7 +92,7 @@ def test_records_without_labels_are_left_to_the_plain_way():
     """They alone."""
     unlabelled, *labelled = microbatches([2, 2, 3])
     del unlabelled[1]["labels"]
-    ((first, second),), others = alike(as_mean_loss(tiny_clip_vqa()), [*labelled, unlabelled])
+    ((first, second),), others = group_microbatches(as_mean_loss(tiny_clip_vqa()), [*labelled, unlabelled])
     assert [seed for seed, _ in (first, second)] == [seed for seed, _ in labelled]
     assert others == [unlabelled]
 

@@ -28,10 +28,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from hf_dpclip.gradients import (
     ContrastiveModel,
     NotVectorizable,
-    alike,
     factored,
-    obstacle,
+    group_microbatches,
     products,
+    vectorization_obstacle,
 )
 from hf_dpclip.gradients.factored import Dense, Outer, SpareMemory
 from hf_dpclip.gradients.layout import Layout
@@ -39,7 +39,7 @@ from hf_dpclip.gradients.layout import Layout
 
 def groups_of(model, batches):
     """Each by the seeds of its microbatches, all of which can be vectorized."""
-    groups, others = alike(as_contrastive(model), batches)
+    groups, others = group_microbatches(as_contrastive(model), batches)
     assert others == []
     assert sorted(seed for group in groups for seed, _ in group) == sorted(seed for seed, _ in batches)
     return {tuple(seed for seed, _ in group): group for group in groups}
@@ -78,7 +78,7 @@ def test_one_pair_each():
 @pytest.mark.parametrize("joined", [True, False])
 def test_every_form_of_a_weights_gradient(form, joined, monkeypatch):
     """The form is chosen by size; here each has to do for everything."""
-    monkeypatch.setattr(SpareMemory, "cheaper", form)
+    monkeypatch.setattr(SpareMemory, "cheaper_form", form)
     monkeypatch.setattr(Dense, "is_small", joined)
     assert_same(tiny_clip(), microbatches([2, 3, 3, 5]))
     assert_same(lora_clip(), microbatches([2, 3, 3, 5]))
@@ -88,11 +88,11 @@ def test_every_form_of_a_weights_gradient(form, joined, monkeypatch):
 def as_on_an_accelerator(monkeypatch):
     """Microbatches filled up with zeros, several products at a time, also of layers of one shape, weighted sums from
     narrow parts."""
-    monkeypatch.setattr(Layout, "few_products", True)
+    monkeypatch.setattr(Layout, "batches_products", True)
     monkeypatch.setattr(products, "_at_once", lambda a, b: 2)
     monkeypatch.setattr(products, "_in_tensor_cores", lambda x, y: True)
     monkeypatch.setattr(products, "_matmul", lambda x, y: torch.bmm(x.float(), y.float()))
-    monkeypatch.setattr(SpareMemory, "cheaper", lambda _, outer: outer)
+    monkeypatch.setattr(SpareMemory, "cheaper_form", lambda _, outer: outer)
 
 
 @pytest.mark.usefixtures("as_on_an_accelerator")
@@ -127,7 +127,7 @@ def test_narrow_parts_lose_nothing():
 
 
 def test_microbatches_are_filled_up_to_less_than_twice_their_size(monkeypatch):
-    monkeypatch.setattr(Layout, "few_products", True)
+    monkeypatch.setattr(Layout, "batches_products", True)
     groups = Layout([1, 2, 3, 4, 4, 5, 7, 8, 9], 43, torch.device("cpu")).groups
     assert [group.sizes for group in groups] == [[1], [2], [3, 4, 4], [5, 7, 8], [9]]
     filled = groups[2].matrices(torch.arange(43.0)[:, None, None])
@@ -138,19 +138,19 @@ def test_gradients_are_multiplied_out_while_there_is_memory_for_it():
     products = Outer(torch.randn(2, 1, 4), torch.randn(2, 1, 4), Layout([1, 1], 2, torch.device("cpu")))
     # Two matrices of 16 elements each, from factors of 16 elements.
     spare = SpareMemory(40)
-    assert [type(spare.cheaper(products)) for _ in range(3)] == [Dense, Dense, Outer]
+    assert [type(spare.cheaper_form(products)) for _ in range(3)] == [Dense, Dense, Outer]
     assert spare.num_elements == 8
 
 
 def test_products_of_one_shape_are_multiplied_together(monkeypatch):
-    monkeypatch.setattr(Layout, "few_products", True)
+    monkeypatch.setattr(Layout, "batches_products", True)
     layout = Layout([1, 2, 4], 8, torch.device("cpu"))
     products = {
         number: Outer(torch.randn(8, 9, width), torch.randn(8, 9, 4), layout)
         for number, width in enumerate([6, 5, 6, 6])
     }
     # They wait, as long as copying the factors takes less time than starting on a product.
-    assert all(SpareMemory(1000).cheaper(each) is each for each in products.values())
+    assert all(SpareMemory(1000).cheaper_form(each) is each for each in products.values())
     # Two of width 6 at a time.
     monkeypatch.setattr(factored, "SIDE_BY_SIDE", 2 * products[0].num_factors)
     of_each = {number: each.dense() for number, each in products.items()}
@@ -161,7 +161,7 @@ def test_products_of_one_shape_are_multiplied_together(monkeypatch):
     assert together.keys() == of_each.keys()
     assert all(torch.allclose(together[number].gradients, of_each[number], rtol=1e-5, atol=1e-5) for number in of_each)
     monkeypatch.setattr(factored, "WAITING", products[1].num_factors)
-    assert [each.can_wait for each in products.values()] == [False, True, False, False]
+    assert [each.is_better_batched for each in products.values()] == [False, True, False, False]
 
 
 @pytest.mark.parametrize("rows, width", [(2, 8), (50, 8), (300, 1024)])
@@ -379,9 +379,9 @@ CHANGES = [
 @pytest.mark.parametrize("change, named", CHANGES)
 def test_what_may_mix_rows_is_an_obstacle(change, named):
     model = tiny_clip()
-    assert obstacle(model) is None
+    assert vectorization_obstacle(model) is None
     change(model)
-    assert named in obstacle(model)
+    assert named in vectorization_obstacle(model)
 
 
 def ordered_otherwise(model):
@@ -397,16 +397,16 @@ def with_its_own_forward(model):
 def test_what_computes_nothing_else_is_no_obstacle(change):
     model = tiny_clip()
     change(model)
-    assert obstacle(model) is None
+    assert vectorization_obstacle(model) is None
 
 
 def test_a_forward_over_that_of_accelerate_is_an_obstacle():
     model = tiny_clip()
     model._original_forward = model.forward
     model.forward = convert_outputs_to_fp32(model.forward)
-    assert obstacle(model) is None
+    assert vectorization_obstacle(model) is None
     wrapped(model)
-    assert "the model has a hook, or a method of its own" in obstacle(model)
+    assert "the model has a hook, or a method of its own" in vectorization_obstacle(model)
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])
@@ -454,16 +454,16 @@ def replaced(model):
 
 
 def test_an_unknown_layer_is_named():
-    assert obstacle(tiny_clip()) is None
-    assert obstacle(lora_clip()) is None
-    assert "vision_model.post_layernorm is a Sequential" in obstacle(replaced(tiny_clip()))
-    assert "DoraLinearLayer" in obstacle(lora_clip(use_dora=True))
+    assert vectorization_obstacle(tiny_clip()) is None
+    assert vectorization_obstacle(lora_clip()) is None
+    assert "vision_model.post_layernorm is a Sequential" in vectorization_obstacle(replaced(tiny_clip()))
+    assert "DoraLinearLayer" in vectorization_obstacle(lora_clip(use_dora=True))
 
 
 def test_activation_checkpointing_is_an_obstacle():
     model = tiny_clip()
     model.vision_model.encoder.gradient_checkpointing = True
-    assert "activation checkpointing" in obstacle(model)
+    assert "activation checkpointing" in vectorization_obstacle(model)
 
 
 def test_a_use_that_is_not_known_is_found_out():
@@ -506,7 +506,7 @@ def test_inputs_that_are_not_rows_are_left_to_the_plain_way(change):
     odd, *known = microbatches([2, 3, 3])
     odd = odd[0], {name: value for name, value in (odd[1] | change).items() if value is not None}
     model = tiny_clip()
-    found = alike(as_contrastive(model), [known[0], odd, known[1]])
+    found = group_microbatches(as_contrastive(model), [known[0], odd, known[1]])
     assert found == ([known], [odd])
 
 

@@ -10,10 +10,10 @@ model with that loss and of its batches. All give the same gradients.
 
 from .chunked import accumulate_chunked_gradient
 from .contrastive import ContrastiveModel, contrastive_base
-from .grouping import Microbatch, alike
+from .grouping import Microbatch, group_microbatches
 from .plain import accumulate_gradient
 from .vectorizable import MeanLossModel, VectorizableModel, mean_loss_base
-from .vectorized import MicrobatchGradients, NotVectorizable, microbatch_gradients, obstacle
+from .vectorized import MicrobatchGradients, NotVectorizable, microbatch_gradients, vectorization_obstacle
 
 
 __all__ = [
@@ -25,9 +25,9 @@ __all__ = [
     "VectorizableModel",
     "accumulate_chunked_gradient",
     "accumulate_gradient",
-    "alike",
     "contrastive_base",
+    "group_microbatches",
     "mean_loss_base",
     "microbatch_gradients",
-    "obstacle",
+    "vectorization_obstacle",
 ]

@@ -133,9 +133,9 @@ class Outer:
         return num_rows * d * self.output_gradients.shape[2] <= self.num_factors
 
     @property
-    def can_wait(self) -> bool:
+    def is_better_batched(self) -> bool:
         """Whether they are better multiplied out when there are others of their shape: [`multiplied_out`]."""
-        return self.layout.few_products and self.small_by_row and self.num_factors <= WAITING
+        return self.layout.batches_products and self.small_by_row and self.num_factors <= WAITING
 
     def dense(self) -> Tensor:
         """`[K, p, d]`."""
@@ -185,9 +185,9 @@ class SpareMemory:
     def __init__(self, num_elements: int):
         self.num_elements = num_elements
 
-    def cheaper(self, products: Outer) -> Dense | Outer:
+    def cheaper_form(self, products: Outer) -> Dense | Outer:
         """The same gradients in the form that takes less time. Writing more than twice the factors would take more."""
-        if products.can_wait:
+        if products.is_better_batched:
             return products
         a, b, factors = products.activations, products.output_gradients, products.num_factors
         excess = max(0, products.layout.num_microbatches * a.shape[-1] * b.shape[-1] - factors)

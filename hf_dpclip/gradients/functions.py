@@ -34,7 +34,7 @@ class RecordedLinear(Function):
         (x, narrow), recording = ctx.saved_tensors, ctx.recording
         rows = _rows(gradient)
         if x is not None:
-            recording.record(ctx.weight, recording.spare.cheaper(Outer(_rows(x), rows, recording.layout)))
+            recording.record(ctx.weight, recording.spare.cheaper_form(Outer(_rows(x), rows, recording.layout)))
         recording.record_rows(ctx.bias, rows)
         of_input = gradient @ narrow if ctx.needs_input_grad[1] else None
         return None, of_input, None, None
@@ -97,7 +97,7 @@ class RecordedPatches(Function):
         (x,), recording = ctx.saved_tensors, ctx.recording
         rows = gradient.flatten(2).transpose(1, 2)
         patches = F.unfold(x, ctx.weight.shape[2:], **ctx.settings).transpose(1, 2)
-        recording.record(ctx.weight, recording.spare.cheaper(Outer(patches, rows, recording.layout)))
+        recording.record(ctx.weight, recording.spare.cheaper_form(Outer(patches, rows, recording.layout)))
         recording.record_rows(ctx.bias, rows)
         return None, None, None, None, None
 

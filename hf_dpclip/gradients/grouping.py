@@ -19,7 +19,9 @@ Microbatch = tuple[int, dict[str, Any]]
 CPU_STATE = 2**22
 
 
-def alike(model: VectorizableModel, microbatches: list[Microbatch]) -> tuple[list[list[Microbatch]], list[Microbatch]]:
+def group_microbatches(
+    model: VectorizableModel, microbatches: list[Microbatch]
+) -> tuple[list[list[Microbatch]], list[Microbatch]]:
     """Groups of microbatches, each for a pass of its own, and those that have to be computed one by one.
 
     Which of the two a microbatch is depends on nothing but itself, and so does the length of its texts.
@@ -28,12 +30,12 @@ def alike(model: VectorizableModel, microbatches: list[Microbatch]) -> tuple[lis
     others: list[Microbatch] = []
     for microbatch in microbatches:
         inputs = without_return_loss(microbatch[1])
-        (by_shape[row_shapes(inputs)] if _is_known(model, inputs) else others).append(microbatch)
-    fitting = [group for similar in by_shape.values() for group in _by_length(model, similar)]
-    return [group for each in fitting for group in _in_cache(model, each)], others
+        (by_shape[row_shapes(inputs)] if _is_vectorizable(model, inputs) else others).append(microbatch)
+    by_length = [group for similar in by_shape.values() for group in _by_length(model, similar)]
+    return [group for each in by_length for group in _split_for_cache(model, each)], others
 
 
-def _is_known(model: VectorizableModel, inputs: dict[str, Any]) -> bool:
+def _is_vectorizable(model: VectorizableModel, inputs: dict[str, Any]) -> bool:
     """Whether there is all that the loss needs, and nothing but rows."""
     has_rows = all(isinstance(value, Tensor) and value.dim() > 0 for value in inputs.values())
     return has_rows and model.needed_inputs <= inputs.keys()
@@ -71,7 +73,7 @@ def _changed_by_padding(model: VectorizableModel, microbatches: list[Microbatch]
     return [bool(rows.any()) for rows in changed.split(sizes)]
 
 
-def _in_cache(model: VectorizableModel, microbatches: list[Microbatch]) -> list[list[Microbatch]]:
+def _split_for_cache(model: VectorizableModel, microbatches: list[Microbatch]) -> list[list[Microbatch]]:
     """On a CPU, groups of about the same number of rows, whose hidden states are larger than `CPU_STATE` by less than
     that of one microbatch."""
     if model.trainable[0].device.type != "cpu":

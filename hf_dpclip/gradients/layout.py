@@ -28,7 +28,7 @@ class Layout:
         self.device = device
 
     @property
-    def few_products(self) -> bool:
+    def batches_products(self) -> bool:
         """Whether products are batched as far as possible: those of microbatches of similar sizes, padded with zeros,
         and those of layers of one shape. On an accelerator many small products take longer than a few large ones."""
         return self.device.type != "cpu"
@@ -45,7 +45,7 @@ class Layout:
         """Runs of microbatches that are multiplied as one batch of matrices."""
         by_class: dict[int, list[int]] = {}
         for size in self.sizes:
-            by_class.setdefault(_size_class(size) if self.few_products else size, []).append(size)
+            by_class.setdefault(_size_class(size) if self.batches_products else size, []).append(size)
         groups, first, first_row = [], 0, 0
         for sizes in by_class.values():
             groups.append(Group(sizes, first, first_row, self.device))

@@ -74,7 +74,7 @@ class Recording:
         if is_trainable(parameter):
             self.record(parameter, Dense(self.layout.sum_rows(rows)))
 
-    def holds(self, tensor: Tensor) -> bool:
+    def has_batch_dimension(self, tensor: Tensor) -> bool:
         """Whether dimension 0 of a tensor is the batch's."""
         return tensor.dim() > 1 and tensor.shape[0] == self.layout.num_rows
 
@@ -127,14 +127,14 @@ class _Dropouts(TorchFunctionMode):
 
 
 def _linear(recording: Recording, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if recording.holds(input) and _recordable(weight, bias):
+    if recording.has_batch_dimension(input) and _recordable(weight, bias):
         return RecordedLinear.apply(recording, _autocast(input), weight, bias)
     return F.linear(input, weight, bias)
 
 
 def _layer_norm(recording, input, normalized_shape, weight=None, bias=None, eps=1e-5) -> Tensor:
     known = weight is not None and len(normalized_shape) == 1
-    if recording.holds(input) and known and _recordable(weight, bias):
+    if recording.has_batch_dimension(input) and known and _recordable(weight, bias):
         return RecordedLayerNorm.apply(recording, input.to(weight.dtype), weight, bias, eps)
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
 
@@ -150,7 +150,7 @@ def _embedding(
 
 def _conv2d(recording, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
     simple = groups == 1 and not isinstance(padding, str) and not input.requires_grad
-    if recording.holds(input) and simple and _recordable(weight, bias):
+    if recording.has_batch_dimension(input) and simple and _recordable(weight, bias):
         settings = {"stride": stride, "padding": padding, "dilation": dilation}
         return RecordedPatches.apply(recording, _autocast(input), weight, bias, settings)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
@@ -158,19 +158,19 @@ def _conv2d(recording, input, weight, bias=None, stride=1, padding=0, dilation=1
 
 def _expand(recording: Recording, tensor: Tensor, *sizes: int) -> Tensor:
     expanded = torch.Tensor.expand(tensor, *sizes)
-    if is_trainable(tensor) and recording.holds(expanded) and _repeated(tensor, expanded):
+    if is_trainable(tensor) and recording.has_batch_dimension(expanded) and _repeated(tensor, expanded):
         return RecordedExpand.apply(recording, tensor, expanded.shape)
     return expanded
 
 
 def _add(recording: Recording, input: Tensor, other: Tensor | float, *, alpha: float = 1) -> Tensor:
-    if is_trainable(other) and recording.holds(input) and _repeated(other, input) and alpha == 1:
+    if is_trainable(other) and recording.has_batch_dimension(input) and _repeated(other, input) and alpha == 1:
         return input + RecordedExpand.apply(recording, other, input.shape)
     return torch.Tensor.add(input, other, alpha=alpha)
 
 
 def _dropout(recording: Recording, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False):
-    if not training or p in (0, 1) or not recording.holds(input):
+    if not training or p in (0, 1) or not recording.has_batch_dimension(input):
         return F.dropout(input, p, training, inplace)
     kept = torch.zeros_like(input, memory_format=torch.contiguous_format)
     for block, generator in zip(kept.split(recording.layout.sizes), recording.generators):

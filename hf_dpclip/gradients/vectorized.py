@@ -77,8 +77,8 @@ class MicrobatchGradients:
         self.parameters = parameters
         # By `id` of the parameter, as in the recording.
         gradients = {number: _merged(uses) for number, uses in recording.gradients.items()}
-        waiting = {number: each for number, each in gradients.items() if isinstance(each, Outer) and each.can_wait}
-        gradients.update(multiplied_out(waiting))
+        outer = {number: each for number, each in gradients.items() if isinstance(each, Outer)}
+        gradients.update(multiplied_out({number: each for number, each in outer.items() if each.is_better_batched}))
         small = {number: each for number, each in gradients.items() if isinstance(each, Dense) and each.is_small}
         self._gradients = {number: each for number, each in gradients.items() if number not in small}
         self._joined = Joined(small) if small else None
@@ -112,9 +112,9 @@ def microbatch_gradients(
     """One forward and one backward pass over all microbatches together.
 
     Args:
-        model ([`VectorizableModel`]): the model in training, without an [`obstacle`].
+        model ([`VectorizableModel`]): the model in training, without a [`vectorization_obstacle`].
         microbatches (`list`): the seed of the randomness and the collated inputs of each; one of the groups that
-            [`alike`] makes.
+            [`group_microbatches`] makes.
         backward (`Callable`): runs the backward pass, e.g. `Accelerator.backward`.
 
     Returns the losses, detached, and their gradients, in ascending order of size. `Parameter.grad` is `None`
@@ -146,7 +146,7 @@ def microbatch_gradients(
     return losses.detach(), MicrobatchGradients(parameters, recording)
 
 
-def obstacle(model: nn.Module) -> str | None:
+def vectorization_obstacle(model: nn.Module) -> str | None:
     """What in the model keeps its microbatches from being vectorized, if anything."""
     if any(is_compiled_module(module) or module._compiled_call_impl for module in model.modules()):
         return "torch_compile hides the model's layers"
