@@ -10,15 +10,15 @@ from ..seeding import seeded
 from .contrastive import ContrastiveModel
 
 
-# From the rows of this process to those of all processes, and the number of the first own one among them.
+# From the rows of this process to those of all processes, and the index at which its own begin.
 Gather = Callable[[Tensor], tuple[Tensor, int]]
-# Chunks of a process by itself up to which the graph of the last one is kept for the second pass. With more of them
-# that saves little, and the logits of all pairs, beside which it is kept, take as much memory.
+# Up to so many chunks, on a single process, the graph of the last one is kept for the second pass. With more chunks,
+# that saves little, and it would be in memory together with the logits of all pairs, which take as much.
 FEW_CHUNKS = 8
 
 
 class Chunks(Protocol):
-    """The seed of the randomness and the collated inputs of each chunk, the same whenever they are gone through."""
+    """The seed of the randomness and the collated inputs of each chunk, the same in every iteration."""
 
     def __len__(self) -> int: ...
 
@@ -35,16 +35,16 @@ def accumulate_chunked_gradient(
     """Leaves the gradient of the contrastive loss on all chunks together in `Parameter.grad`.
 
     The loss needs the embeddings only, which are small. They are computed chunk by chunk without a graph; the gradient
-    of the loss with respect to them is carried on to the parameters in a second pass, again chunk by chunk. Of a few
-    chunks the last keeps its graph and is computed once; so is a single one, of several processes too.
+    of the loss with respect to them is carried on to the parameters in a second pass, again chunk by chunk. If there
+    are few chunks, the last keeps its graph and is computed only once; on several processes, only a single one does.
 
     Args:
         model ([`ContrastiveModel`]): the model in training.
-        chunks ([`Chunks`]): of the microbatch, this process's share of it.
+        chunks ([`Chunks`]): those of the microbatch, or of this process's share of it.
         backward (`Callable`): runs the backward pass, e.g. `Accelerator.backward`.
-        gather (`Callable`, *optional*): puts the rows of all processes together, where a microbatch spans several
-            processes. What is then left in `Parameter.grad` is this process's part of the sum.
-        process (`int`): this one's rank. The gradient of the model's `scalars` is left to the first.
+        gather (`Callable`, *optional*): concatenates the rows of all processes, where a microbatch spans several.
+            What is left in `Parameter.grad` is then this process's part of the gradient, a sum over processes.
+        process (`int`): its rank. Only process 0 has the gradient of the model's `scalars`.
 
     Returns the loss, detached; 0 if there is no pair in any chunk.
 
@@ -64,7 +64,7 @@ def accumulate_chunked_gradient(
     parts = list(rows.grad[first : first + len(own)].split([len(chunk) for chunk in embeddings]))
     if keeps_last:
         _backward(embeddings.pop(), parts.pop())
-    # The parts first: where none is left, no chunk is read.
+    # `parts` comes first in `zip`: when none is left, no chunk is read.
     for part, (seed, inputs) in zip(parts, chunks):
         _backward(_encode(model, seed, inputs), part)
     return loss.detach()

@@ -1,4 +1,4 @@
-"""What is known of a model with CLIP's or SigLIP's loss: embeddings, temperature, how inputs may be padded."""
+"""Models with CLIP's or SigLIP's loss: their embeddings, temperature and padding."""
 
 import math
 from collections.abc import Callable
@@ -23,13 +23,13 @@ from .inputs import can_be_padded, caption_keys, num_rows, pad_batch, text_lengt
 from .vectorizable import VectorizableModel
 
 
-# The models whose own loss is known here, by that loss. All return normalised `image_embeds` and `text_embeds`.
+# The models whose own loss is known, by loss. All return normalised `image_embeds` and `text_embeds`.
 WITH_CLIP_LOSS = (CLIPModel, AltCLIPModel, ChineseCLIPModel, MetaClip2Model, VisionTextDualEncoderModel)
 WITH_SIGMOID_LOSS = (SiglipModel, Siglip2Model)
 
 
 class Negatives(Protocol):
-    """Where the embeddings of public negatives come from."""
+    """Gives the embeddings of public negatives."""
 
     def embeddings(self, model: "ContrastiveModel") -> PublicEmbeddings: ...
 
@@ -59,7 +59,7 @@ class ContrastiveModel(VectorizableModel):
 
     @property
     def scalars(self) -> list[nn.Parameter]:
-        """What turns similarities into logits: the logarithm of their scale, and SigLIP's bias."""
+        """The parameters that turn similarities into logits: the logarithm of the scale, and SigLIP's bias."""
         return [self.base.logit_scale, self.base.logit_bias] if self._sigmoid else [self.base.logit_scale]
 
     @property
@@ -97,13 +97,13 @@ class ContrastiveModel(VectorizableModel):
         return F.normalize(self.base.get_text_features(**self.prepare_inputs(inputs)).pooler_output.float(), dim=1)
 
     def captions(self, inputs: dict[str, Any]) -> Tensor:
-        """`[rows]`: equal where captions are."""
+        """`[rows]`: keys that are equal where captions are."""
         return caption_keys(inputs, self.pad_token_id).to(self.base.logit_scale.device)
 
     def losses(
         self, image_embeds: Tensor, text_embeds: Tensor, scalars: list[Tensor], sizes: list[int], captions: Tensor
     ) -> Tensor:
-        """The loss of each microbatch, `[K]`; of `scalars` each has one entry for each microbatch."""
+        """The loss of each microbatch, `[K]`; each of `scalars` has one entry per microbatch."""
         function = sigmoid_losses if self._sigmoid else contrastive_losses
         public = None if self.public_negatives is None else self.public_negatives.embeddings(self)
         return function(image_embeds, text_embeds, *scalars, sizes, captions, public)
@@ -124,14 +124,14 @@ class ContrastiveModel(VectorizableModel):
 
 
 def contrastive_base(model: nn.Module) -> PreTrainedModel | None:
-    """The model inside, without adapters, if its loss is known and is the one that it came with."""
+    """The model inside its adapters, if it is one whose loss is known, with its own `forward`."""
     base = base_model(model)
     known = next((kind for kind in (*WITH_CLIP_LOSS, *WITH_SIGMOID_LOSS) if isinstance(base, kind)), None)
     return base if known is not None and type(base).forward is known.forward else None
 
 
 def static_rows(rows: int) -> int:
-    """The next of a few sizes. Poisson samples deviate by the root of their size; steps of two deviations, in powers
-    of two, make a handful of sizes do."""
+    """The next larger of a few sizes. Poisson samples deviate by the root of their size: with steps of two deviations,
+    rounded to powers of two, a handful of sizes occur."""
     step = max(8, 2 ** round(math.log2(2 * math.sqrt(rows))))
     return math.ceil(rows / step) * step

@@ -1,9 +1,9 @@
 """The gradients of many microbatches with respect to one parameter, in forms that give norms and weighted sums.
 
-`weighted_sum(factors, some_are_zero, total)` returns total + Σ_k factors[k] · gradient k. It is added in place: memory
-that is new to the process would take longer than the sum. Without a total (`None`) it is the first sum. A factor of
-zero drops a microbatch even if its gradient is not finite. Whether there is one is asked once for all parameters: the
-answer comes from the device.
+`weighted_sum(factors, some_are_zero, total)` returns total + Σ_k factors[k] · gradient k, computed in the memory of
+`total` if there is one: touching new memory would take longer than adding. A factor of zero leaves a microbatch out
+even if its gradient is not finite. `some_are_zero` is passed in, since finding out takes a wait for the device, which
+once for all parameters is enough.
 """
 
 from collections import defaultdict
@@ -16,12 +16,12 @@ from .layout import Layout
 from .products import multiply_into, product, squared_norms_of_matrices, squared_norms_of_products, weighted_product
 
 
-# Elements of the gradients of one parameter up to which they share a tensor with others: copying them costs less than
-# starting on them, which takes longer on an accelerator.
+# Gradients of one parameter with up to so many elements share a tensor with others: copying them costs less than
+# operations of their own, which take longer to launch on an accelerator.
 SMALL = 2**16
 ACCELERATOR_SMALL = 2**22
-# Elements of the factors of one product up to which an accelerator takes longer to start on it than to copy them next
-# to others, and of all that are copied at a time: half a GiB in bfloat16.
+# Products whose factors have up to so many elements are batched on an accelerator, where copying the factors takes
+# less time than launching each product; and elements that are copied at a time, half a GiB in bfloat16.
 WAITING = 2**25
 SIDE_BY_SIDE = 2**28
 # Elements of small gradients whose squares are added up in float32.
@@ -40,12 +40,12 @@ class Dense:
 
     @property
     def is_small(self) -> bool:
-        """Whether they are better [`Joined`]."""
+        """Whether it is faster to join them with others, in [`Joined`]."""
         limit = SMALL if self.gradients.device.type == "cpu" else ACCELERATOR_SMALL
         return self.gradients.numel() <= limit
 
     def squared_norms(self) -> Tensor:
-        """`[K]`, float64. Float32 adds up no more than one row: sums of millions of squares would fall short."""
+        """`[K]`, float64. In float32 only single rows are added up: sums of millions of squares would be too small."""
         row = self.gradients.shape[-1] if self.gradients.dim() > 1 else 1
         return squared_norms_of_matrices(self.gradients.reshape(len(self.gradients), -1, row))
 
@@ -65,10 +65,10 @@ class Dense:
 
 
 class Joined:
-    """Small gradients of many parameters side by side, measured and added up in one go.
+    """Small gradients of many parameters side by side in one tensor, so that one operation handles all of them.
 
     Args:
-        gradients (`dict[int, Dense]`): at least one, by whatever names them.
+        gradients (`dict[int, Dense]`): at least one, by any keys.
     """
 
     def __init__(self, gradients: dict[int, Dense]):
@@ -82,14 +82,14 @@ class Joined:
         return self._rows.squared_norms()
 
     def weighted_sums(self, factors: Tensor, some_are_zero: bool) -> dict[int, Tensor]:
-        """One for each parameter, flat, not yet added to anything."""
+        """The weighted sum of each parameter, flat, by the same keys."""
         sizes = list(self._sizes.values())
         total = self._rows.weighted_sum(factors, some_are_zero).flatten()
         return dict(zip(self._sizes, total[: sum(sizes)].split(sizes)))
 
 
 class Outer:
-    """The gradients of a weight matrix as what they are products of: gradient k = Σ over its rows of b aᵀ.
+    """The gradients of a weight matrix, kept as factors of outer products: gradient k = Σ over its rows of b aᵀ.
 
     Args:
         activations (`Tensor` of shape `[N, T, d]`): a, the inputs of the layer.
@@ -107,7 +107,7 @@ class Outer:
         self.layout = layout
 
     def squared_norms(self) -> Tensor:
-        """`[K]`, float64, by the way that takes less time in each group of microbatches."""
+        """`[K]`, float64, computed for each group of microbatches in the faster way."""
         groups = zip(self.layout.matrices(self.activations), self.layout.matrices(self.output_gradients))
         return torch.cat([squares for a, b in groups for squares in squared_norms_of_products(a, b)])
 
@@ -122,19 +122,19 @@ class Outer:
 
     @property
     def num_factors(self) -> int:
-        """Elements of what they are products of."""
+        """Elements of both factors."""
         return self.activations.numel() + self.output_gradients.numel()
 
     @property
     def small_by_row(self) -> bool:
-        """Whether a product for each row of the batch is no larger than what it is made of: one multiplication for
-        all, and a sum."""
+        """Whether the products of single rows take no more memory than their factors: then one batched multiplication
+        makes them all, and a sum over rows the gradients."""
         num_rows, _, d = self.activations.shape
         return num_rows * d * self.output_gradients.shape[2] <= self.num_factors
 
     @property
     def is_better_batched(self) -> bool:
-        """Whether they are better multiplied out when there are others of their shape: [`multiplied_out`]."""
+        """Whether it is faster to multiply them out later, with others of their shape, in [`multiplied_out`]."""
         return self.layout.batches_products and self.small_by_row and self.num_factors <= WAITING
 
     def dense(self) -> Tensor:
@@ -150,10 +150,10 @@ class Outer:
 
 
 def multiplied_out(products: dict[int, Outer]) -> dict[int, Dense]:
-    """The same gradients, those of one shape by one multiplication.
+    """The same gradients as tensors, with one multiplication for all of one shape.
 
     Args:
-        products (`dict[int, Outer]`): `small_by_row` and of one batch, by whatever names them.
+        products (`dict[int, Outer]`): all `small_by_row` and of one batch, by any keys.
     """
     by_shape: dict[tuple[torch.Size, torch.Size], list[int]] = defaultdict(list)
     for number, each in products.items():
@@ -175,18 +175,20 @@ def _side_by_side(products: list[Outer]) -> Iterator[Dense]:
 
 
 class SpareMemory:
-    """Chooses the form of the gradients of weight matrices. Multiplied out at once, they need no second multiplication
-    for their weighted sum; where that takes more memory than the factors do, the memory is taken from here.
+    """Memory to spend on keeping gradients of weight matrices multiplied out instead of as factors.
+
+    Multiplied out, they need no second multiplication for their weighted sum, but often more memory than the factors.
 
     Args:
-        num_elements (`int`): what all gradients together may take more than their factors.
+        num_elements (`int`): by how many elements all of them together may exceed their factors.
     """
 
     def __init__(self, num_elements: int):
         self.num_elements = num_elements
 
     def cheaper_form(self, products: Outer) -> Dense | Outer:
-        """The same gradients in the form that takes less time. Writing more than twice the factors would take more."""
+        """The same gradients in the form that takes less time. Multiplying out does not if the result is more than
+        twice as large as the factors."""
         if products.is_better_batched:
             return products
         a, b, factors = products.activations, products.output_gradients, products.num_factors
@@ -201,8 +203,8 @@ class Sparse:
     """The gradients of an embedding table, of which a microbatch touches few rows.
 
     Args:
-        indices (`Tensor` of shape `[N, T]`): looked-up rows of the table.
-        output_gradients (`Tensor` of shape `[N, T, d]`): gradient of the loss with respect to what was looked up.
+        indices (`Tensor` of shape `[N, T]`): numbers of the rows that were looked up.
+        output_gradients (`Tensor` of shape `[N, T, d]`): gradient of the loss with respect to these rows.
         num_embeddings (`int`): rows of the table.
         layout ([`Layout`]): which rows belong to which microbatch.
     """

@@ -1,6 +1,4 @@
-"""What layers compute, as functions whose backward pass records the gradients of parameters by microbatch, instead of
-returning them.
-"""
+"""The functions that layers compute, with a backward pass that records parameter gradients by microbatch."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -16,7 +14,7 @@ from .factored import Outer, Sparse
 if TYPE_CHECKING:
     from .recording import Recording
 
-# Elements of a tensor that stay in a CPU's cache beside a few others: 1 MiB.
+# Elements of a tensor, 1 MiB, that fit into a CPU's cache beside a few others.
 CACHED_ELEMENTS = 2**18
 
 
@@ -25,7 +23,7 @@ class RecordedLinear(Function):
     def forward(ctx, recording: "Recording", x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.recording, ctx.weight, ctx.bias = recording, weight, bias
         narrow = weight.to(x.dtype)
-        # The input is kept for the weight's gradient alone.
+        # Only the weight's gradient needs the input.
         ctx.save_for_backward(x if is_trainable(weight) else None, narrow)
         return F.linear(x, narrow, bias)
 
@@ -67,7 +65,7 @@ class RecordedLayerNorm(Function):
 class RecordedEmbedding(Function):
     @staticmethod
     def forward(ctx, recording: "Recording", indices: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
-        # One row of positions serves the whole batch. It is looked up for each, so that gradients stay apart.
+        # Position ids may be one row for the whole batch. Each row looks them up for itself, to keep gradients apart.
         indices = indices.expand(recording.layout.num_rows, *indices.shape[1:])
         ctx.recording, ctx.weight, ctx.padding_idx = recording, weight, padding_idx
         ctx.save_for_backward(indices)
@@ -84,7 +82,7 @@ class RecordedEmbedding(Function):
 
 
 class RecordedPatches(Function):
-    """A convolution of the input images, as the linear layer on their patches that it is."""
+    """A convolution of the input images, which is a linear layer on their patches."""
 
     @staticmethod
     def forward(ctx, recording: "Recording", x: Tensor, weight: Tensor, bias: Tensor | None, settings: dict) -> Tensor:
@@ -127,7 +125,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of the batch, as many at a time as a CPU's cache holds, so that what is made of them stays there."""
+    """Slices of the batch small enough for intermediate results to stay in a CPU's cache."""
     first = tensors[0]
     size = max(1, CACHED_ELEMENTS // first[0].numel()) if first.device.type == "cpu" else len(first)
     return zip(*(tensor.split(size) for tensor in tensors))

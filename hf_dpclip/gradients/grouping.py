@@ -14,17 +14,17 @@ from .vectorizable import VectorizableModel
 
 # The seed of a microbatch's randomness, and its collated inputs.
 Microbatch = tuple[int, dict[str, Any]]
-# Elements of a pass's largest hidden state, 16 MiB, beyond which a CPU takes less time for two passes than for one:
-# larger ones leave its caches, and glibc asks the system for their memory anew each time.
+# Elements of a pass's largest hidden state, 16 MiB, above which two passes are faster than one on a CPU: larger states
+# do not fit into its caches, and glibc asks the system for their memory anew each time.
 CPU_STATE = 2**22
 
 
 def group_microbatches(
     model: VectorizableModel, microbatches: list[Microbatch]
 ) -> tuple[list[list[Microbatch]], list[Microbatch]]:
-    """Groups of microbatches, each for a pass of its own, and those that have to be computed one by one.
+    """Groups of microbatches that share a pass, and the other microbatches, which are computed one by one.
 
-    Which of the two a microbatch is depends on nothing but itself, and so does the length of its texts.
+    Which of the two a microbatch belongs to, and how long its texts are, depend on nothing but the microbatch itself.
     """
     by_shape: dict[frozenset, list[Microbatch]] = defaultdict(list)
     others: list[Microbatch] = []
@@ -36,7 +36,7 @@ def group_microbatches(
 
 
 def _is_vectorizable(model: VectorizableModel, inputs: dict[str, Any]) -> bool:
-    """Whether there is all that the loss needs, and nothing but rows."""
+    """Whether the inputs have all that the loss needs, and only tensors with one row per record."""
     has_rows = all(isinstance(value, Tensor) and value.dim() > 0 for value in inputs.values())
     return has_rows and model.needed_inputs <= inputs.keys()
 
@@ -74,14 +74,14 @@ def _changed_by_padding(model: VectorizableModel, microbatches: list[Microbatch]
 
 
 def _split_for_cache(model: VectorizableModel, microbatches: list[Microbatch]) -> list[list[Microbatch]]:
-    """On a CPU, groups of about the same number of rows, whose hidden states are larger than `CPU_STATE` by less than
-    that of one microbatch."""
+    """On a CPU, splits a group into smaller ones of about equally many rows, whose hidden states exceed `CPU_STATE` by
+    less than that of one microbatch."""
     if model.trainable[0].device.type != "cpu":
         return [microbatches]
-    # Those of one size together, which are multiplied together.
+    # Microbatches of one size are multiplied together, and so stay together.
     in_order = sorted(microbatches, key=lambda microbatch: num_rows(microbatch[1]))
     ends = list(accumulate(num_rows(inputs) for _, inputs in in_order))
-    # Their images are of one shape.
+    # All images of a group have the same shape.
     longest = max((inputs for _, inputs in microbatches), key=text_length)
     count = ceil(ends[-1] * model.hidden_state_size(longest) / CPU_STATE)
     if count == 1:

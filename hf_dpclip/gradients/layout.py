@@ -13,11 +13,11 @@ class Layout:
     Args:
         sizes (`list[int]`): rows of each of the K microbatches, at least one each and in ascending order, so that
             microbatches of one size are neighbours and can be multiplied as one batch of matrices without a copy.
-        num_rows (`int`): N, rows of the batch. Those beyond the last microbatch belong to none.
+        num_rows (`int`): N, rows of the batch. Rows after the last microbatch belong to none.
         device (`torch.device`): where the batch is.
 
     Attributes:
-        num_owned (`int`): rows that belong to a microbatch, the first ones.
+        num_owned (`int`): rows that belong to a microbatch; they come first.
     """
 
     def __init__(self, sizes: list[int], num_rows: int, device: torch.device):
@@ -36,13 +36,13 @@ class Layout:
     @cached_property
     def microbatch_of_row(self) -> Tensor:
         """The microbatch of each row that belongs to one."""
-        # Made on the CPU: how long it gets would have to be asked of an accelerator.
+        # Made on the CPU: on an accelerator, its length would take a wait for the device.
         numbers = torch.arange(self.num_microbatches).repeat_interleave(torch.tensor(self.sizes))
         return numbers.to(self.device)
 
     @cached_property
     def groups(self) -> list["Group"]:
-        """Runs of microbatches that are multiplied as one batch of matrices."""
+        """Consecutive microbatches that are multiplied as one batch of matrices."""
         by_class: dict[int, list[int]] = {}
         for size in self.sizes:
             by_class.setdefault(_size_class(size) if self.batches_products else size, []).append(size)
@@ -65,7 +65,7 @@ class Layout:
 
 
 class Group:
-    """A run of microbatches, the smaller of which are padded with rows of zeros to the size of the largest.
+    """Consecutive microbatches, the smaller of which are padded with rows of zeros to the size of the largest.
 
     Args:
         sizes (`list[int]`): rows of each, in ascending order.
@@ -73,7 +73,7 @@ class Group:
         device (`torch.device`): where the rows are.
 
     Attributes:
-        microbatches (`slice`): which they are.
+        microbatches (`slice`): their numbers.
     """
 
     def __init__(self, sizes: list[int], first: int, first_row: int, device: torch.device):
@@ -91,7 +91,7 @@ class Group:
 
     @cached_property
     def _places(self) -> Tensor:
-        """Where each row goes."""
+        """The position of each row in the padded matrices."""
         taken = torch.arange(self.sizes[-1]) < torch.tensor(self.sizes)[:, None]
         return taken.flatten().nonzero().squeeze(1).to(self.device)
 

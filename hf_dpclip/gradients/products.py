@@ -1,4 +1,4 @@
-"""Products of the factors of weight gradients, and their norms: in float32 or better, whatever the factors are in."""
+"""Products of the factors of weight gradients, and their norms: float32 or wider, whatever the factors' dtype."""
 
 from collections.abc import Iterator
 
@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 
-# Columns (rank r of LoRA) below which CPUs multiply up to three times as fast if they are on the left, which pays for
-# turning the product round.
+# Columns (such as the rank r of LoRA) below which CPUs multiply up to three times as fast with this factor on the
+# left, which is worth transposing the product.
 THIN = 32
-# Rows of a Gram matrix that are computed at a time, up to the diagonal.
+# Rows of a Gram matrix that are computed at a time, each only up to the diagonal.
 GRAM_BLOCK = 128
 ACCELERATOR_GRAM_BLOCK = 1024
 # Elements of one weight matrix's gradients that an accelerator holds at a time to measure them: 256 MiB.
 PRODUCT_ELEMENTS = 2**26
-# Elements of such gradients up to which it makes and measures all of them, for which it writes and reads a GiB, sooner
-# than Python starts some thirty operations on Gram matrices.
+# Elements of all such gradients up to which multiplying them out, which writes and reads up to a GiB, takes less time
+# than launching some thirty operations on Gram matrices.
 SOONER_MULTIPLIED_OUT = 2**27
-# Whether torch can give products of bfloat16 in float32: since 2.8, on Nvidia's GPUs.
+# Whether torch can multiply bfloat16 matrices into float32: since 2.8, on Nvidia GPUs.
 NARROW_TO_FLOAT32 = torch.version.hip is None and "dtype" in torch.ops.aten.bmm.overloads()
 
 
@@ -29,7 +29,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """What `product` gives, in memory that is there already."""
+    """The result of `product`, written into existing memory."""
     if _is_thin(a) or _in_tensor_cores(a, b):
         out.copy_(product(a, b))
     else:
@@ -38,7 +38,7 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def weighted_product(a: Tensor, b: Tensor, factors: Tensor, total: Tensor | None) -> Tensor:
     """bᵀ diag(factors) a of matrices `[rows, d]` and `[rows, p]`, float32, [`added`] to the total."""
-    # The factors go to the one with fewer columns.
+    # Scale the matrix with fewer columns.
     to_b = b.shape[1] <= a.shape[1]
     scaled = (b if to_b else a).float() * factors[:, None]
     if not _in_tensor_cores(a, b):
@@ -67,7 +67,7 @@ def squared_norms_of_products(a: Tensor, b: Tensor) -> Iterator[Tensor]:
 
 
 def _are_better_multiplied_out(a: Tensor, b: Tensor) -> bool:
-    """Whether that takes fewer multiplications than Gram matrices, or an accelerator less time to start."""
+    """Whether that takes fewer multiplications than Gram matrices, or less time to launch on an accelerator."""
     (count, rows, d), p = a.shape, b.shape[2]
     limit = 0 if a.device.type == "cpu" else SOONER_MULTIPLIED_OUT
     return rows * (d + p) >= d * p or count * d * p <= limit
@@ -87,8 +87,8 @@ def _squared_norms_from_gram_matrices(a: Tensor, b: Tensor) -> Tensor:
         pairs[:, :, :start] *= 2
         squares = squares + pairs.sum(dim=2).double().sum(dim=1)
         magnitudes = magnitudes + pairs.abs_().sum(dim=2).double().sum(dim=1)
-    # Where large terms cancel, what rounding may have taken away is added, and what is too small for float32 where the
-    # factors are of very different sizes: a norm that is too small would leave a gradient longer than C.
+    # A norm that is too small would leave a gradient longer than C. So the most that can be missing is added: what
+    # rounding takes away where large terms cancel, and what float32 cannot hold where factors differ much in size.
     float32 = torch.finfo(torch.float32)
     return squares.clamp(min=0) + 2 * float32.eps * magnitudes + float32.tiny * (vanished + rows**2)
 
@@ -106,7 +106,7 @@ def _is_thin(a: Tensor) -> bool:
 
 
 def _products(a: Tensor, b: Tensor) -> Iterator[Tensor]:
-    """What `product` gives, a few at a time."""
+    """The results of `product`, a few at a time."""
     size = _at_once(a, b)
     if size == 1:
         return ((y.float().T @ x.float())[None] for x, y in zip(a, b))
@@ -119,10 +119,10 @@ def _at_once(a: Tensor, b: Tensor) -> int:
 
 
 def _matmul(x: Tensor, y: Tensor) -> Tensor:
-    """Of each pair of matrices, float32 as if the factors were, which a product of two narrow numbers fits into."""
+    """The product of each pair, as exact as in float32, which holds any product of two bfloat16 numbers exactly."""
     return torch.bmm(x, y, out_dtype=torch.float32) if _in_tensor_cores(x, y) else torch.bmm(x.float(), y.float())
 
 
 def _in_tensor_cores(x: Tensor, y: Tensor) -> bool:
-    """Whether a GPU can multiply the two as they are and add up in float32, ten times as fast as float32."""
+    """Whether a GPU can multiply the two in bfloat16 and add up in float32, ten times as fast as in float32."""
     return x.dtype == y.dtype == torch.bfloat16 and x.device.type == "cuda" and NARROW_TO_FLOAT32

@@ -1,5 +1,5 @@
-"""Sees every use of a trainable parameter in a forward pass and keeps, in the backward pass, what tells the gradients
-of microbatches apart, instead of adding them up in `Parameter.grad`.
+"""Intercepts every use of a trainable parameter in a forward pass, so that the backward pass keeps the gradients of
+microbatches apart, instead of adding them up in `Parameter.grad`.
 
 A use that is not known here is left alone: its gradient arrives in `Parameter.grad`, where the caller finds it.
 """
@@ -44,8 +44,8 @@ class Recording:
         self.parameters = list(parameters)
         self.layout = layout
         self.generators = generators
-        # Half a copy of the gradient: an input that several layers share counts as memory of each, though it is kept
-        # once, and what that hides may come to as much again.
+        # Half a copy of the gradient. An input that several layers share is counted as a factor of each, though it is
+        # kept once, so the memory in use may be larger by as much again.
         self.spare = SpareMemory(sum(parameter.numel() for parameter in self.parameters) // 2)
         self.gradients: dict[int, list[Dense | Outer | Sparse]] = defaultdict(list)
         self._contexts = ExitStack()
@@ -80,9 +80,9 @@ class Recording:
 
 
 class _RecordedParameter(nn.Parameter):
-    """What trainable parameters are for the time of a forward pass: a function that is given one is interpreted.
+    """The class of trainable parameters during a forward pass: functions that take one go through an interpreter.
 
-    All others run as fast as ever, which they would not under a mode that looks at every function.
+    All other functions run at full speed, as they would not under a `TorchFunctionMode`, which sees every function.
     """
 
     recording: Recording
@@ -123,7 +123,7 @@ class _Dropouts(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-# The interpreters take the arguments of the functions that they stand for.
+# The interpreters take the arguments of the functions that they replace.
 
 
 def _linear(recording: Recording, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -189,7 +189,7 @@ _INTERPRETERS = {
 
 
 def _repeated(tensor: Tensor, batch: Tensor) -> bool:
-    """Whether the batch is as large as the tensor repeated, whole, along new dimensions or a first one of size 1."""
+    """Whether broadcasting the tensor along new dimensions, or a first one of size 1, gives the batch's shape."""
     more = batch.dim() - tensor.dim()
     if more == 0:
         return tensor.shape == (1, *batch.shape[1:])
@@ -197,12 +197,12 @@ def _repeated(tensor: Tensor, batch: Tensor) -> bool:
 
 
 def _recordable(*parameters: Tensor | None) -> bool:
-    """Whether some are trainable, and none was computed from trainable ones, whose gradients would not be recorded."""
+    """Whether some are trainable, and none was computed from trainable ones: those gradients would not be recorded."""
     computed = any(each is not None and each.requires_grad and not is_trainable(each) for each in parameters)
     return not computed and any(is_trainable(each) for each in parameters)
 
 
 def _autocast(tensor: Tensor) -> Tensor:
-    """In the dtype in which autocast would compute, so that it is this that is kept and not a wider copy."""
+    """In the dtype in which autocast would compute, so that this is what is kept, not a wider copy."""
     kind = tensor.device.type
     return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor

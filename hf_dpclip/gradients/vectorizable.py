@@ -15,11 +15,11 @@ from .inputs import is_read_into_padding, text_length
 from .layout import Layout
 
 
-# Models that look at a text from its beginning to its end token only, so that what follows changes nothing,
+# Models that read a text from its beginning to its end token only, so that what follows changes nothing.
 WITH_CAUSAL_TEXTS = (CLIPModel, MetaClip2Model)
-# the files of their text towers, which other models may have too,
+# The modules that define such text towers, which other models may have too.
 CAUSAL_TEXTS = tuple(model.__module__ for model in WITH_CAUSAL_TEXTS)
-# and of those whose embedding of a text is that of its first position, and which are told by a mask where it ends.
+# The modules of text towers whose embedding is that of the first position, and for which a mask says where texts end.
 FIRST_POSITION_TEXTS = (
     "transformers.models.altclip.modeling_altclip",
     "transformers.models.bert.modeling_bert",
@@ -33,7 +33,7 @@ TEXT_STEP, STATIC_TEXT_STEP = 8, 16
 
 
 class VectorizableModel:
-    """A model in training. Subclasses know its loss, and the `needed_inputs` without which it cannot be computed here.
+    """A model in training. Subclasses know its loss, and the `needed_inputs` that computing it takes.
 
     Args:
         model (`nn.Module`): the model as it is called: compiled, under autocast, with adapters.
@@ -58,7 +58,7 @@ class VectorizableModel:
 
     @cached_property
     def trainable(self) -> list[nn.Parameter]:
-        """All trainable parameters. Which they are must not change in training."""
+        """All trainable parameters, which must stay the same ones during training."""
         return [parameter for parameter in self.base.parameters() if parameter.requires_grad]
 
     @cached_property
@@ -73,7 +73,7 @@ class VectorizableModel:
 
     @property
     def towers(self) -> PreTrainedModel:
-        """The model of `text_model` and `vision_model`, whose configuration has one for each."""
+        """The model that has `text_model` and `vision_model`, and a configuration with one part for each."""
         raise NotImplementedError
 
     @property
@@ -87,10 +87,10 @@ class VectorizableModel:
         return self.towers.config.text_config.eos_token_id
 
     def hidden_state_size(self, inputs: dict[str, Any]) -> int:
-        """Elements of the largest hidden state of one row: all positions of a text, or all patches of an image, in the
-        widest layer."""
+        """Elements of the largest hidden state of one row: of all positions of its text, or all patches of its image,
+        in the widest layer."""
         vision, text = self.towers.config.vision_config, self.towers.config.text_config
-        # Patches may have two sides.
+        # Patches need not be square.
         patch = vision.num_channels * int(np.prod(np.broadcast_to(vision.patch_size, 2)))
         patches = inputs["pixel_values"][0].numel() // patch
         return max(patches * vision.intermediate_size, text_length(inputs) * text.intermediate_size)
@@ -131,8 +131,8 @@ class VectorizableModel:
 
         Args:
             outputs: what the model returned for all microbatches together.
-            inputs (`dict`): theirs, one after another, before they were prepared.
-            scalars (`list[Tensor]` of shape `[K]`): for each of `scalars`, one entry for each microbatch.
+            inputs (`dict`): the inputs of all, one microbatch after another, before they were prepared.
+            scalars (`list[Tensor]` of shape `[K]`): each of the model's `scalars`, repeated for each microbatch.
             sizes (`list[int]`): rows of each.
         """
         raise NotImplementedError
@@ -160,7 +160,7 @@ class MeanLossModel(VectorizableModel):
 
 
 def mean_loss_base(model: nn.Module) -> CLIPForVisualQuestionAnswering | None:
-    """The model inside, without adapters, if its loss is known to be such a mean and is the one that it came with."""
+    """The model inside its adapters, if it is one whose loss is such a mean, with its own `forward`."""
     base = base_model(model)
     known = CLIPForVisualQuestionAnswering
     return base if isinstance(base, known) and type(base).forward is known.forward else None

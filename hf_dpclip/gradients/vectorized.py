@@ -25,10 +25,10 @@ from .recording import Recording
 from .vectorizable import CAUSAL_TEXTS, FIRST_POSITION_TEXTS, VectorizableModel
 
 
-# Modules that treat every row of a batch by itself, whose layers dimension 0 tells apart: some by class, others by the
-# file that defines them.
+# Modules that treat every row of a batch, that is dimension 0, by itself: some by class, others by the module that
+# defines them.
 ROW_WISE = (nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm, nn.Embedding, nn.Conv2d, nn.Dropout, nn.Identity)
-# Attention is a function that the configuration names; others may be registered under names of their own.
+# Attention implementations, by the names in the configuration; users may register others.
 ROW_WISE_ATTENTION = (
     None,
     "eager",
@@ -59,7 +59,7 @@ ROW_WISE_FILES = (
 
 
 class NotVectorizable(Exception):
-    """Why microbatches have to be computed one after another. The result is the same, the time is not."""
+    """Why microbatches have to be computed one after another, which gives the same result and takes longer."""
 
 
 class MicrobatchGradients:
@@ -90,8 +90,8 @@ class MicrobatchGradients:
         """Σ_k factors[k] · gradient k of each parameter in turn, float32, added to its total, in place, if it has one.
         Where no gradient arrived, the total is returned as it is.
 
-        A factor of 0 drops a microbatch even if its gradient is not finite. What was kept of a parameter, or of all
-        small ones together, is released as soon as the sum is out, hence this can be asked once.
+        A factor of 0 drops a microbatch even if its gradient is not finite. Can be called once: gradients are freed as
+        soon as their sum is made.
         """
         factors = factors.float()
         some_are_zero = bool((factors == 0).any())
@@ -147,7 +147,7 @@ def microbatch_gradients(
 
 
 def vectorization_obstacle(model: nn.Module) -> str | None:
-    """What in the model keeps its microbatches from being vectorized, if anything."""
+    """Why the microbatches of a model cannot be vectorized, or `None` if they can."""
     if any(is_compiled_module(module) or module._compiled_call_impl for module in model.modules()):
         return "torch_compile hides the model's layers"
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
@@ -168,14 +168,14 @@ def _is_row_wise(module: nn.Module) -> bool:
     kind = type(module)
     if kind is nn.MultiheadAttention:
         return module.batch_first
-    # Along the rows, or along all but known dimensions, a softmax would mix them.
+    # A softmax over dimension 0, or over one that is not known, would mix the rows.
     is_activation = kind.__module__ == activation.__name__ and vars(module).get("dim", -1) in (-1, 1, 2)
     return kind in ROW_WISE or kind in CONTAINERS or is_activation or kind.__module__ in ROW_WISE_FILES
 
 
 def _is_patched(module: nn.Module) -> bool:
-    """Whether a method that may take part in a forward pass was replaced for this module alone, other than by
-    Accelerate, which does so with `forward` of the outermost for autocast."""
+    """Whether this one module has another method in the place of its class's that may take part in a forward pass.
+    Accelerate does that to `forward` of the outermost module, for autocast, which does not count."""
     for name, value in vars(module).items():
         of_class = getattr(type(module), name, None)
         takes_part = callable(of_class) and (name == "forward" or not hasattr(PreTrainedModel, name))
@@ -202,7 +202,8 @@ def _one_for_each(parameter: nn.Parameter, count: int) -> Tensor:
 
 
 def _forward(model: nn.Module, inputs: dict[str, Any], recording: Recording) -> Any:
-    """Any seed would do: what is drawn from the global generators belongs to no microbatch, and is an obstacle."""
+    """Raises [`NotVectorizable`] if the model draws from the global generators, whatever their seed: its draws would
+    belong to no microbatch."""
     device = recording.layout.device
     with seeded(0):
         before = _generator_states(device)
