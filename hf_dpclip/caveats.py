@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .collators import AudioTextCollator, ImageTextCollator, tokenizer_of
+from .digests import LOOKED_AT, file_digests, image_columns
 from .models import base_model
 from .privacy import STATEMENT_NAME
 from .records import holds_texts
 from .resuming import readable_statement
-from .shared_images import warn_of_shared_images
 
 
 if TYPE_CHECKING:
@@ -55,6 +55,25 @@ def warn_of_private_start(model: nn.Module) -> None:
             f"{STATEMENT_NAME} of this run will know of one: give both runs one ledger_path, or, to go on with the "
             "other run, use resume_from_checkpoint."
         )
+
+
+def warn_of_shared_images(dataset: Any) -> None:
+    """Warns if records share their image with other ones, as captions of one image do.
+
+    The message counts private records: it is for the console of whoever holds them, and is not part of any log.
+    """
+    if not isinstance(dataset, Dataset):
+        return
+    looked_at = dataset.select(range(min(len(dataset), LOOKED_AT)))
+    for column in image_columns(dataset):
+        shared = _records_that_share(looked_at, column)
+        if shared:
+            logger.warning(
+                f"{shared:,} of the {len(looked_at):,} records looked at share their {column!r} with another record. "
+                "Each record is protected by itself, which says less about an image with all its records: set "
+                "privacy_unit_column to a column that names the image, or whom it shows. (For your eyes only: this "
+                "counts private records.)"
+            )
 
 
 def warn_of_private_captions(
@@ -121,3 +140,9 @@ def warn_of_evaluation_without_negatives(trainer: "DPCLIPTrainer") -> None:
 
 def _texts(dataset: Dataset, column: str) -> Iterable[str]:
     return dataset.with_format(None)[column][:]
+
+
+def _records_that_share(dataset: Dataset, column: str) -> int:
+    counts = Counter(file_digests(dataset, column))
+    del counts[None]
+    return sum(count for count in counts.values() if count > 1)

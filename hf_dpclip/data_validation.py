@@ -13,13 +13,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .collators import ImageTextCollator, PairCollator, VisualQuestionCollator, tokenizer_of
 from .dataloader import MicrobatchDataset
-from .digests import column_digests, file_columns
+from .digests import LOOKED_AT, column_digests, file_columns
 from .gradients import contrastive_base
 from .models import CLIPForVisualQuestionAnswering
 from .places import Places
 from .public_negatives import shared_rows
 from .records import first_record, has_random_access, holds_texts
-from .shared_images import LOOKED_AT
 
 
 # Records for evaluation that are looked for among the private ones.

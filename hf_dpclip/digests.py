@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 # Records in memory at a time.
 BATCH = 64
+# Records whose images are looked at when training is set up: enough to find captions that share images, and seldom
+# more than a minute of reading.
+LOOKED_AT = 100_000
 # Rows by which datasets are compared over processes: another order goes unnoticed if it leaves all of these in place.
 SAMPLED_ROWS = 64
 

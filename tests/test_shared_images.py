@@ -9,8 +9,8 @@ from factories import arguments, pairs, tiny_clip, tiny_processor
 from PIL import Image as PILImage
 
 from hf_dpclip import DPCLIPTrainer, ImageTextCollator
+from hf_dpclip.caveats import warn_of_shared_images
 from hf_dpclip.digests import file_digests
-from hf_dpclip.shared_images import warn_of_shared_images
 
 
 def captioned(values: list[int | None], **columns) -> Dataset:
@@ -63,7 +63,7 @@ def test_images_of_nothing_are_not_the_same_image(caplog):
 
 
 def test_a_large_dataset_is_looked_at_in_part(caplog, monkeypatch):
-    monkeypatch.setattr("hf_dpclip.shared_images.LOOKED_AT", 3)
+    monkeypatch.setattr("hf_dpclip.caveats.LOOKED_AT", 3)
     assert warnings_of(caplog, warn_of_shared_images, captioned([1, 2, 3, 1])) == ""
     assert "2 of the 3 records looked at" in warnings_of(caplog, warn_of_shared_images, captioned([1, 1, 2, 1]))
 
