@@ -90,13 +90,10 @@ def hold_out(dataset: Dataset, column: str, share: float = 0.1) -> DatasetDict:
 
     Raises `ValueError` if there is no such column of texts, numbers or images, or if nothing is left to train on.
     """
-    if isinstance(dataset, DatasetDict):
-        raise ValueError(
-            f"the dataset has several splits ({', '.join(dataset)}): pass one of them, as splits['train']."
-        )
+    check_dataset(dataset, "dataset")
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"the dataset is a {type(dataset).__name__}: make a datasets.Dataset, of whose columns one says where a "
+            f"dataset is a {type(dataset).__name__}: make a datasets.Dataset, of whose columns one says where a "
             "record goes."
         )
     if not 0 < share < 1:
@@ -106,8 +103,6 @@ def hold_out(dataset: Dataset, column: str, share: float = 0.1) -> DatasetDict:
             f"{column!r} is not a column of texts, numbers or images of the dataset ({dataset.column_names}): name "
             "one of these."
         )
-    if len(dataset) == 0:
-        raise ValueError("the dataset is empty: check the split, and what filters have left of it.")
     is_image = isinstance(dataset.features[column], Image)
     values = file_digests(dataset, column) if is_image else map(_digest, dataset.with_format(None)[column][:])
     places = np.array([int.from_bytes((value or b"")[:7], "big") for value in values])
@@ -261,8 +256,8 @@ def _load(kind: str, place: str, **settings: str) -> DatasetDict:
     try:
         return load_dataset(kind, **settings)
     except (DatasetsError, OSError, ValueError) as error:
-        reason = error.__cause__ or error
         raise ValueError(
-            f"{place} cannot be read as {kind} ({reason}): check the file or folder, which must have records, text in "
-            "UTF-8 and, in a table, commas between columns and double quotes around texts that have some."
+            f"{place} cannot be read as {kind} ({error.__cause__ or error}): check the file or folder, which must "
+            "have records, text in UTF-8 and, in a table, commas between columns and double quotes around texts that "
+            "have some."
         ) from error

@@ -11,6 +11,7 @@ from transformers import EvalPrediction, ProcessorMixin
 
 from .collators import encoded_texts
 from .metrics import RetrievalRecall, VQAAccuracy, ZeroShotAccuracy
+from .privacy.sampling import split_by_label
 from .records import UNDECODABLE, check_image, unreadable
 
 
@@ -154,5 +155,4 @@ def _by_image(images: np.ndarray, texts: np.ndarray, image_ids: Sequence) -> tup
     if len(image_ids) != len(images):
         raise ValueError(f"there are {len(image_ids)} image_ids for {len(images)} records: give one for each.")
     _, first, image_of_row = np.unique(image_ids, return_index=True, return_inverse=True)
-    order = np.argsort(image_of_row, kind="stable")
-    return images[first], np.split(texts[order], np.cumsum(np.bincount(image_of_row))[:-1])
+    return images[first], split_by_label(texts, image_of_row, len(first))

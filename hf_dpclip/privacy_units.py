@@ -1,10 +1,10 @@
 """Whom the guarantee protects as a whole: single records, or all that share an id."""
 
-from collections.abc import Sequence
-
 import datasets
 import numpy as np
 from torch.utils.data import Dataset
+
+from .privacy.sampling import split_by_label
 
 
 # Texts that tables have where there is no id.
@@ -49,7 +49,7 @@ class PrivacyUnits:
         return np.concatenate(of_unit)
 
 
-def _records_by_value(dataset: Dataset, column: str) -> Sequence[np.ndarray]:
+def _records_by_value(dataset: Dataset, column: str) -> list[np.ndarray]:
     """The records that share a value of `column`, one array per value."""
     if not isinstance(dataset, datasets.Dataset):
         raise ValueError(
@@ -81,8 +81,7 @@ def _records_by_value(dataset: Dataset, column: str) -> Sequence[np.ndarray]:
     # Not numpy's `unique`, for which texts that differ by NUL characters at their end are one.
     numbers = {value: number for number, value in enumerate(sorted(set(values)))}
     unit_of_record = np.array([numbers[value] for value in values])
-    order = np.argsort(unit_of_record, kind="stable")
-    return np.split(order, np.cumsum(np.bincount(unit_of_record))[:-1])
+    return split_by_label(np.arange(len(values)), unit_of_record, len(numbers))
 
 
 def _subset(records: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:

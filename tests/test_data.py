@@ -236,7 +236,7 @@ def test_a_share_that_is_none_is_refused(share):
 
 
 def test_an_empty_dataset_cannot_be_split():
-    with pytest.raises(ValueError, match="the dataset is empty"):
+    with pytest.raises(ValueError, match="dataset is empty"):
         hold_out(raw_pairs(8).select([]), "image")
 
 
@@ -251,7 +251,7 @@ def test_nothing_to_train_on_is_an_error():
 
 
 def test_records_without_columns_cannot_be_held_out():
-    with pytest.raises(ValueError, match=r"the dataset is a list: make a datasets\.Dataset"):
+    with pytest.raises(ValueError, match=r"dataset is a list: make a datasets\.Dataset"):
         hold_out([*raw_pairs()], "image")
 
 

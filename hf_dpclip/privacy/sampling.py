@@ -34,9 +34,7 @@ class PoissonSampler:
         if self.plan.one_unit_per_microbatch:
             return list(units[:, None])
         labels = self.generator.integers(self.plan.num_microbatches, size=len(units))
-        order = np.argsort(labels, kind="stable")
-        ends = np.cumsum(np.bincount(labels, minlength=self.plan.num_microbatches))
-        return np.split(units[order], ends[:-1])
+        return split_by_label(units, labels, self.plan.num_microbatches)
 
     def draw_seeds(self, count: int) -> list[int]:
         """One seed per microbatch of a step, for whatever its model and data pipeline draw at random (dropout,
@@ -50,3 +48,10 @@ class PoissonSampler:
         # The set is uniform, but the order in which numpy finds it depends on n: a loss that looks at the order of its
         # records would tell of a unit that was not even drawn.
         return np.sort(units)
+
+
+def split_by_label(values: np.ndarray, labels: np.ndarray, num_labels: int) -> list[np.ndarray]:
+    """The values of each label from 0 to `num_labels` - 1, in the order in which they come."""
+    order = np.argsort(labels, kind="stable")
+    ends = np.cumsum(np.bincount(labels, minlength=num_labels))
+    return np.split(values[order], ends[:-1])
