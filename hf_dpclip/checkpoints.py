@@ -1,8 +1,8 @@
 """Checkpoints that are whole or do not count.
 
-The `Trainer` writes a checkpoint file by file into its final folder, the state of training last. Just before that goes
-a seal, with the digests of all other files. A checkpoint that was cut short therefore has no readable state of
-training, and one that was damaged later does not fit its seal.
+The `Trainer` writes a checkpoint file by file into its final folder, the state of training last. Just before that, we
+write a seal, with the digests of all other files. A checkpoint that was cut short therefore has no readable state of
+training, and one that was damaged later does not match its seal.
 """
 
 import hashlib
@@ -27,13 +27,13 @@ _READ_AT_ONCE = 2**20
 
 @contextmanager
 def saving(checkpoint: Path) -> Iterator[None]:
-    """A checkpoint is written inside. Raises `OSError` if it cannot be, of which the disk is the usual reason."""
+    """A checkpoint is written inside. Raises `OSError` if that fails, usually because the disk is full."""
     try:
         yield
-    # What the writers of safetensors, of torch and of Python raise.
+    # What safetensors, torch and Python raise when they cannot write.
     except (SafetensorError, RuntimeError, OSError) as error:
-        if fault(checkpoint) is None:
-            # It is there, and could not be uploaded.
+        if why_incomplete(checkpoint) is None:
+            # The checkpoint is whole; uploading it failed.
             raise
         raise OSError(
             f"{checkpoint} could not be saved ({error}) and does not count as a checkpoint; earlier ones, if any, are "
@@ -42,26 +42,26 @@ def saving(checkpoint: Path) -> Iterator[None]:
         ) from error
 
 
-def make_way(checkpoint: Path) -> None:
-    """Nothing old is left where a checkpoint is to be written. A whole one of the same name, from another run, stays
-    beside it until the new one is whole."""
-    if checkpoint.is_dir() and fault(checkpoint) is None:
-        shutil.rmtree(_aside(checkpoint), ignore_errors=True)
-        os.replace(checkpoint, _aside(checkpoint))
+def set_aside(checkpoint: Path) -> None:
+    """Clears the folder in which a checkpoint is to be written. If it holds a whole one, from another run, that one is
+    moved aside, and kept until the new one is whole."""
+    if checkpoint.is_dir() and why_incomplete(checkpoint) is None:
+        shutil.rmtree(_replaced(checkpoint), ignore_errors=True)
+        os.replace(checkpoint, _replaced(checkpoint))
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def forget_replaced(checkpoint: Path) -> None:
-    """The checkpoint is whole: what it replaces may go."""
-    shutil.rmtree(_aside(checkpoint), ignore_errors=True)
+def remove_replaced(checkpoint: Path) -> None:
+    """Deletes the checkpoint that was set aside, once the new one is whole."""
+    shutil.rmtree(_replaced(checkpoint), ignore_errors=True)
 
 
 def seal(checkpoint: Path, step: int) -> None:
-    """Writes down what the files of a checkpoint contain, when all but the state of training are there.
+    """Writes the digests of a checkpoint's files, when all but the state of training are there.
 
     Raises `OSError` for a file of torch that is not whole.
     """
-    # Early releases of torch do not notice that the disk is full when they close a small file, which is a zip archive.
+    # Early releases of torch do not notice a full disk when they close a small file. Their files are zip archives.
     for path in [*checkpoint.rglob("*.pt"), *checkpoint.rglob("*.pth")]:
         if not (path.is_file() and zipfile.is_zipfile(path)):
             raise OSError(f"{path.name} is cut short")
@@ -70,8 +70,8 @@ def seal(checkpoint: Path, step: int) -> None:
     write_whole(Path(checkpoint, SEAL_NAME), {"step": step, "sha256": digests})
 
 
-def restate(checkpoint: Path, statement: PrivacyStatement) -> None:
-    """Replaces what a checkpoint says of its weights, under its seal if it has one."""
+def replace_statement(checkpoint: Path, statement: PrivacyStatement) -> None:
+    """Replaces the privacy statement of a checkpoint, and its digest in the seal if there is one."""
     statement.save(checkpoint)
     sealed = _sealed(checkpoint)
     if sealed["sha256"]:
@@ -79,10 +79,10 @@ def restate(checkpoint: Path, statement: PrivacyStatement) -> None:
         write_whole(Path(checkpoint, SEAL_NAME), sealed)
 
 
-def fault(checkpoint: Path) -> str | None:
-    """Why the checkpoint does not count: it was not written to its end, or its deletion was begun.
+def why_incomplete(checkpoint: Path) -> str | None:
+    """Why the checkpoint is not complete, or `None` if it is: it was not written to its end, or partly deleted.
 
-    Only `privacy.json` may be missing: where it is, nobody knows what the weights cost, which is an error of its own.
+    A missing `privacy.json` is not looked at here: that nobody knows what the weights cost is an error of its own.
     """
     state = Path(checkpoint, TRAINER_STATE_NAME)
     if not state.is_file():
@@ -98,7 +98,7 @@ def fault(checkpoint: Path) -> str | None:
 
 def check_undamaged(checkpoint: Path) -> None:
     """Raises `ValueError` for a file that is missing, truncated or not what was saved."""
-    why = fault(checkpoint) or _difference(checkpoint)
+    why = why_incomplete(checkpoint) or _difference(checkpoint)
     if why is not None:
         raise ValueError(
             f"{checkpoint} is no whole checkpoint: {why}. Restore it from a backup, or remove this folder and go on "
@@ -107,7 +107,7 @@ def check_undamaged(checkpoint: Path) -> None:
 
 
 def _difference(checkpoint: Path) -> str | None:
-    """How the checkpoint differs from its seal. It has none if it is of weights only."""
+    """How the checkpoint differs from its seal, if at all. Those of weights only have none."""
     sealed = _sealed(checkpoint)
     step = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8")).get("global_step")
     if sealed.get("step", step) != step:
@@ -129,6 +129,6 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _aside(checkpoint: Path) -> Path:
-    """Neither a checkpoint to the `Trainer` nor uploaded by it."""
+def _replaced(checkpoint: Path) -> Path:
+    """Where a checkpoint is set aside: a name that the `Trainer` neither takes for a checkpoint nor uploads."""
     return checkpoint.with_name(f"_replaced-{checkpoint.name}")

@@ -111,7 +111,7 @@ def check_encoded(model: PreTrainedModel | None, dataset: Dataset | None) -> Non
         )
 
 
-def check_pairs_are_read(model: nn.Module, collator: Callable, batch: dict[str, Any]) -> None:
+def check_model_reads_pairs(model: nn.Module, collator: Callable, batch: dict[str, Any]) -> None:
     """Raises `ValueError` where the model cannot take what an [`ImageTextCollator`] makes of records, as in a batch.
 
     `model` is the one without adapters. What its towers read is known of dual encoders.

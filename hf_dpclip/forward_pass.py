@@ -116,7 +116,7 @@ class AllAtOnce:
             # This was the very first group, so nothing was added yet. The microbatches are passed on as they were
             # drawn: dropout would draw other numbers for padded texts than in later passes, and which microbatches
             # are in this pass depends on the sizes of all.
-            notice(str(reason))
+            _log_why_one_by_one(str(reason))
             self.possible = False
             return self.one_by_one(forward_batch)
         return losses + self.one_by_one(others)
@@ -190,7 +190,7 @@ def make_contrastive_model(trainer: "DPCLIPTrainer") -> ContrastiveModel | None:
     if base is None:
         return None
     model = ContrastiveModel(
-        _own_model(trainer), base, trainer._prepare_inputs, bool(static_shapes), trainer.public_negatives
+        _unwrapped_model(trainer), base, trainer._prepare_inputs, bool(static_shapes), trainer.public_negatives
     )
     if static_shapes is None:
         model.static_shapes = static_by_default(model, trainer.accelerator)
@@ -218,7 +218,7 @@ def choose_forward_pass(
     if args.chunked:
         return ChunkByChunk(mechanism, contrastive, dataset, accelerator, args)
     if contrastive is None:
-        model = _own_model(trainer)
+        model = _unwrapped_model(trainer)
         one_by_one = OneByOne(
             mechanism,
             lambda inputs: trainer.compute_loss(model, trainer._prepare_inputs(inputs)),
@@ -232,7 +232,7 @@ def choose_forward_pass(
     reason = _obstacle(trainer, vectorizable)
     if reason is None:
         return AllAtOnce(one_by_one, vectorizable)
-    notice(reason)
+    _log_why_one_by_one(reason)
     if contrastive is not None:
         # Small microbatches have few sizes anyway, and would be padded to several times theirs.
         contrastive.static_shapes = bool(args.static_shapes)
@@ -243,10 +243,10 @@ def _make_mean_loss_model(trainer: "DPCLIPTrainer") -> MeanLossModel | None:
     base = mean_loss_base(trainer.model)
     if base is None or trainer.label_smoother is not None or not trainer.minimises_own_loss:
         return None
-    return MeanLossModel(_own_model(trainer), base, trainer._prepare_inputs)
+    return MeanLossModel(_unwrapped_model(trainer), base, trainer._prepare_inputs)
 
 
-def _own_model(trainer: "DPCLIPTrainer") -> nn.Module:
+def _unwrapped_model(trainer: "DPCLIPTrainer") -> nn.Module:
     """Not through DDP, which would average gradients over processes before each is clipped."""
     return trainer.accelerator.unwrap_model(trainer.model_wrapped)
 
@@ -260,9 +260,9 @@ def _obstacle(trainer: "DPCLIPTrainer", vectorizable: VectorizableModel | None) 
         return "public_negatives_gradient=True encodes the public negatives anew for each"
     if vectorizable.static_shapes and vectorizable.has_dropout:
         return "what dropout draws for one would depend on how far static_shapes=True pads all"
-    return vectorization_obstacle(_own_model(trainer))
+    return vectorization_obstacle(_unwrapped_model(trainer))
 
 
-def notice(reason: str) -> None:
+def _log_why_one_by_one(reason: str) -> None:
     """Says once why a step takes longer than it might."""
     logger.warning_once(f"Microbatches are computed one after another: {reason}. The result is the same.")

@@ -81,7 +81,7 @@ class PublicNegatives:
         return PublicEmbeddings(*embedded, captions if paired else None, captions)
 
 
-def encode_public_negatives(
+def collate_public_negatives(
     public: Sequence[str] | Dataset, collator: Callable, processor: Any, batch_size: int
 ) -> list[dict[str, Any]]:
     """The collated chunks of public captions, images or pairs.

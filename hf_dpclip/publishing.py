@@ -23,7 +23,7 @@ from .evaluating import EvaluatingTrainer
 from .model_card import write_model_card
 from .privacy import STATEMENT_NAME, PrivacyPlan, PrivacyStatement
 from .privacy_section import NOT_PRIVATE
-from .resuming import check_settings, fitting
+from .resuming import check_settings, loading
 
 
 logger = logging.get_logger(__name__)
@@ -113,12 +113,12 @@ class PublishingTrainer(EvaluatingTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
-            checkpoints.make_way(checkpoint)
+            checkpoints.set_aside(checkpoint)
         self.accelerator.wait_for_everyone()
         with checkpoints.saving(checkpoint):
             super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            checkpoints.forget_replaced(checkpoint)
+            checkpoints.remove_replaced(checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -133,7 +133,7 @@ class PublishingTrainer(EvaluatingTrainer):
             save_averages(self.callback_handler.callbacks, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with fitting(checkpoint):
+        with loading(checkpoint):
             settings = [set(group) for group in self.optimizer.param_groups]
             super()._load_optimizer_and_scheduler(checkpoint)
             check_settings(self.optimizer, settings)

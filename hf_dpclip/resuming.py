@@ -15,7 +15,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from .checkpoints import check_undamaged, fault
+from .checkpoints import check_undamaged, why_incomplete
 from .privacy import STATEMENT_NAME, PrivacyPlan, PrivacyStatement
 
 
@@ -45,7 +45,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
 
 def whole_checkpoints_in(folder: str | Path) -> list[Path]:
     """Those that were written to their end, in the order of their steps."""
-    return [path for path in _checkpoints_in(folder) if fault(path) is None]
+    return [path for path in _checkpoints_in(folder) if why_incomplete(path) is None]
 
 
 def check_resumable(checkpoint: str | Path, plan: PrivacyPlan) -> PrivacyStatement:
@@ -99,8 +99,8 @@ def readable_statement(checkpoint: Path) -> PrivacyStatement | None:
 
 
 @contextmanager
-def fitting(checkpoint: str | Path | None) -> Iterator[None]:
-    """A checkpoint is loaded inside. Raises `ValueError` if it is that of another model or optimizer."""
+def loading(checkpoint: str | Path | None) -> Iterator[None]:
+    """A checkpoint is loaded inside. Raises `ValueError` if it is one of another model or optimizer."""
     try:
         yield
     # What torch raises for other shapes, and for other groups of parameters.

@@ -14,20 +14,20 @@ from transformers.utils import logging
 from . import validation
 from .dataloader import MicrobatchDataset
 from .digests import sampled_digest
-from .faults import explained
 from .planning import num_steps, planned_values
 from .privacy import PrivacyPlan, PrivacySpent, PrivacyStatement
-from .privacy.composition import NamedRuns, merged
+from .privacy.composition import NamedRuns, merge_runs
+from .process_failures import explaining_process_failures
 from .publishing import PublishingTrainer
 from .resuming import (
     check_adapters,
     check_resumable,
     differences,
-    fitting,
     last_complete_checkpoint,
+    loading,
     warn_of_unfinished_run,
 )
-from .spending import new_run, recorded
+from .spending import new_run_id, recorded
 
 
 logger = logging.get_logger(__name__)
@@ -62,11 +62,10 @@ class RunningTrainer(PublishingTrainer):
         """The records with the columns that are read, and their collator."""
 
     def _begin_first_run(self, plan: PrivacyPlan | None) -> None:
-        self.plan, self._steps_taken, self._run = plan, 0, new_run()
-        self._steps_ahead = plan.num_steps if plan else 0
         self._earlier_runs: NamedRuns = {}
-        # Reasons of the past; those of today follow from the arguments.
+        # Reasons that stay; others follow from the arguments as they are now.
         self._not_private_because: tuple[str, ...] = ()
+        self._start_counting(plan)
 
     def _begin_run(self, plan: PrivacyPlan) -> None:
         statement = self.privacy_statement()
@@ -79,8 +78,11 @@ class RunningTrainer(PublishingTrainer):
         if statement.steps:
             self._earlier_runs = self._known_runs
         self._not_private_because = statement.not_private_because
-        self.plan, self._steps_taken, self._run = plan, 0, new_run()
-        self._steps_ahead = plan.num_steps
+        self._start_counting(plan)
+
+    def _start_counting(self, plan: PrivacyPlan | None) -> None:
+        self.plan, self._steps_taken, self._run_id = plan, 0, new_run_id()
+        self._steps_ahead = plan.num_steps if plan else 0
 
     # ---- What was spent ----
 
@@ -100,13 +102,15 @@ class RunningTrainer(PublishingTrainer):
         """What may be claimed of the weights as they are now. Raises `ValueError` if there is no training dataset."""
         self._check_planned()
         return PrivacyStatement(
-            self.plan, self._steps_taken, self._reasons, run=self._run, earlier_runs=self._earlier_runs
+            self.plan, self._steps_taken, self._reasons, run=self._run_id, earlier_runs=self._earlier_runs
         )
 
     @property
     def _known_runs(self) -> NamedRuns:
         """All that took steps, by their ids."""
-        return merged(self._earlier_runs, {self._run: (self.plan, self._steps_taken)} if self._steps_taken else {})
+        return merge_runs(
+            self._earlier_runs, {self._run_id: (self.plan, self._steps_taken)} if self._steps_taken else {}
+        )
 
     def keep_reasons(self) -> None:
         """As in [`EvaluatingTrainer`]."""
@@ -142,12 +146,12 @@ class RunningTrainer(PublishingTrainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         if not resume_from_checkpoint and trial is None and self.is_world_process_zero():
-            warn_of_unfinished_run(self.args.output_dir, self._run)
+            warn_of_unfinished_run(self.args.output_dir, self._run_id)
         self._steps_ahead = self._take_over(resume_from_checkpoint) if resume_from_checkpoint else self.plan.num_steps
         if trial is None and self.planned_steps == 0:
             self._check_unchanged()
             return self._finished(resume_from_checkpoint)
-        with explained():
+        with explaining_process_failures():
             output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval, **kwargs)
         loss = output.training_loss if self.args.log_private_statistics else math.nan
         metrics = self._without_private_statistics(output.metrics)
@@ -158,10 +162,10 @@ class RunningTrainer(PublishingTrainer):
     def _take_over(self, checkpoint: str) -> int:
         """Continues the count of a checkpoint. Returns how many steps its run has left."""
         statement = check_resumable(checkpoint, self.plan)
-        run = statement.run or new_run()
+        run = statement.run or new_run_id()
         # What this trainer did before counts beside another run, and within its own.
-        runs = merged(self._known_runs, statement.earlier_runs, {run: (statement.plan, statement.steps)})
-        self._run, (self.plan, self._steps_taken) = run, runs.pop(run)
+        runs = merge_runs(self._known_runs, statement.earlier_runs, {run: (statement.plan, statement.steps)})
+        self._run_id, (self.plan, self._steps_taken) = run, runs.pop(run)
         self._earlier_runs = runs
         # What the resumed steps lost, the steps to come cannot restore.
         self._not_private_because += statement.not_private_because
@@ -184,7 +188,7 @@ class RunningTrainer(PublishingTrainer):
         return TrainOutput(self.state.global_step, math.nan, {})
 
     def _load_from_checkpoint(self, checkpoint: str, *args, **kwargs) -> None:
-        with fitting(checkpoint):
+        with loading(checkpoint):
             check_adapters(checkpoint, self.model)
             super()._load_from_checkpoint(checkpoint, *args, **kwargs)
 
@@ -199,7 +203,7 @@ class RunningTrainer(PublishingTrainer):
         self._agree()
         self._draw_randomness()
         self._last_step = self._steps_taken + self.planned_steps
-        with recorded(self, self._run, self.planned_steps) as self._before_release:
+        with recorded(self, self._run_id, self.planned_steps) as self._before_release:
             return super()._inner_training_loop(*args, **kwargs)
 
     def _check_unchanged(self) -> None:
@@ -221,7 +225,7 @@ class RunningTrainer(PublishingTrainer):
 
     def _agree(self) -> None:
         """One run on all processes. Raises `ValueError`, on all of them, if they planned different ones."""
-        (self._run,) = broadcast_object_list([self._run])
+        (self._run_id,) = broadcast_object_list([self._run_id])
         plans = gather_object([self.plan])
         apart = [name for plan in plans for name in differences(plans[0], plan)]
         if apart:

@@ -9,7 +9,7 @@ from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import BestRun, HPSearchBackend
 
 from . import validation
-from .checkpoints import restate
+from .checkpoints import replace_statement
 from .privacy import PrivacyPlan
 from .reporting import search_summary
 from .resuming import readable_statement, whole_checkpoints_in
@@ -93,7 +93,7 @@ class SearchingTrainer(RunningTrainer):
         if trial is not None:
             self.begin_run()
             self._plan_is_a_trials = True
-            self._trials[self._run] = Path(self._get_output_dir(trial))
+            self._trials[self._run_id] = Path(self._get_output_dir(trial))
 
     def _leave_search(self) -> None:
         """As in [`RunningTrainer`]: a plan from the arguments, in which the best settings may be now."""
@@ -115,7 +115,9 @@ class SearchingTrainer(RunningTrainer):
             for checkpoint in whole_checkpoints_in(folder):
                 statement = readable_statement(checkpoint)
                 if statement and statement.run == run:
-                    restate(checkpoint, dataclasses.replace(statement, steps=known[run][1], earlier_runs=others))
+                    replace_statement(
+                        checkpoint, dataclasses.replace(statement, steps=known[run][1], earlier_runs=others)
+                    )
 
 
 def _never() -> Any:

@@ -1,4 +1,4 @@
-"""How a run is recorded in the ledger of its dataset."""
+"""Recording the steps of a run in the ledger."""
 
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
-def new_run() -> str:
+def new_run_id() -> str:
     """An id that no other run has."""
     return uuid.uuid4().hex
 
@@ -31,21 +31,21 @@ def ledger_of(trainer: "DPCLIPTrainer") -> Ledger:
 
 @contextmanager
 def recorded(trainer: "DPCLIPTrainer", run: str, planned: int) -> Iterator[Callable[[], None]]:
-    """Records the steps that are taken inside. Yields what is to be called before each of them.
+    """Records the steps that are taken inside. Yields a function to be called before each of them.
 
-    Process 0 writes. A release of several processes needs all of them, so none has a result before it has written.
+    Process 0 writes. A release needs all processes, so none of them has a result before process 0 has written.
 
     Args:
-        trainer ([`DPCLIPTrainer`]): who takes them.
-        run (`str`): the id of the run that they belong to.
-        planned (`int`): steps that are to be taken inside.
+        trainer ([`DPCLIPTrainer`]): takes the steps.
+        run (`str`): the id of their run.
+        planned (`int`): how many steps are to be taken inside.
 
     Raises, on all processes, `ValueError` if they could exceed `ledger_epsilon`, or if the ledger is damaged, and
     `OSError` if it cannot be written.
     """
     recorder = _begin(trainer, run, planned)
     try:
-        yield recorder.before_step if recorder else _nothing
+        yield recorder.before_step if recorder else lambda: None
     finally:
         if recorder:
             _end(recorder)
@@ -72,7 +72,7 @@ def _begin_here(trainer: "DPCLIPTrainer", run: str, planned: int) -> RunRecorder
         statement.plan,
         planned,
         dataset=args.ledger_dataset,
-        # Other datasets have none; their runs are told apart by name only.
+        # Other datasets have no fingerprint; only names tell their runs apart.
         fingerprint=dataset._fingerprint if isinstance(dataset, datasets.Dataset) else None,
         not_private_because=statement.not_private_because,
         earlier=statement.steps,
@@ -81,12 +81,8 @@ def _begin_here(trainer: "DPCLIPTrainer", run: str, planned: int) -> RunRecorder
 
 
 def _end(recorder: RunRecorder) -> None:
-    """What training made is worth more than the few steps that stay recorded beyond those taken."""
+    """Only warns where that fails: a few steps too many in the ledger are no reason to lose the trained weights."""
     try:
         recorder.end()
     except OSError as error:
         logger.warning(f"{error} The ledger has a few steps more than were taken.")
-
-
-def _nothing() -> None:
-    pass

@@ -28,7 +28,7 @@ from .models import base_model
 from .planning import make_plan, planned_values, steps_per_epoch
 from .privacy import GaussianMechanism, PoissonSampler, PrivacyPlan, Randomness, SecureGaussianMechanism
 from .privacy_units import PrivacyUnits
-from .public_negatives import PublicNegatives, encode_public_negatives
+from .public_negatives import PublicNegatives, collate_public_negatives
 from .records import first_record
 from .reporting import EpochCallback, PrivacyCallback, privacy_progress
 from .searching import SearchingTrainer
@@ -97,14 +97,14 @@ class DPCLIPTrainer(SearchingTrainer):
         if data_collator is None:
             data_validation.check_encoded(self.contrastive_base, train_dataset)
         validation.check_loss_is_known(args, self.contrastive_base, public_negatives is not None)
-        self.public_negatives = None if public_negatives is None else self._encode_public(public_negatives)
+        self.public_negatives = None if public_negatives is None else self._make_public_negatives(public_negatives)
         self._held_out = []
         if train_dataset is None:
             self._begin_first_run(None)
         else:
             plan, units = self._make_plan()
             self._begin_first_run(plan)
-            self._keep_to(units)
+            self._remember_planned(units)
             if self.is_world_process_zero():
                 caveats.warn(self, public_negatives)
         self._use_own_callbacks()
@@ -118,10 +118,10 @@ class DPCLIPTrainer(SearchingTrainer):
         validation.check_loss_is_known(self.args, self.contrastive_base, self.public_negatives is not None)
         plan, units = self._make_plan()
         self._begin_run(plan)
-        self._keep_to(units)
+        self._remember_planned(units)
 
-    def _keep_to(self, units: PrivacyUnits) -> None:
-        """The plan was accepted: what it was made of, which must stay as it is."""
+    def _remember_planned(self, units: PrivacyUnits) -> None:
+        """Remembers what the plan was made from, which must not change from now on."""
         self._units = units
         self._planned_values = planned_values(self.args)
         self._sampler = None
@@ -133,20 +133,20 @@ class DPCLIPTrainer(SearchingTrainer):
         self._held_out = []
         self._check_held_out(self.eval_dataset, "eval_dataset")
         contrasts_in_batch = self.can_return_loss and self.compute_loss_func is None and self.public_negatives is None
-        validation.check_loss_decomposes(args.expected_batch_size // args.num_microbatches, contrasts_in_batch)
+        validation.check_negatives_exist(args.expected_batch_size // args.num_microbatches, contrasts_in_batch)
         data_validation.check_records(self.data_collator, self.train_dataset, "train_dataset")
         data_validation.check_records(self.data_collator, self.eval_dataset, "eval_dataset")
         batch = data_validation.first_batch(self._microbatch_dataset())
-        data_validation.check_pairs_are_read(base_model(self.model), self.data_collator, batch)
+        data_validation.check_model_reads_pairs(base_model(self.model), self.data_collator, batch)
         if args.privacy_unit_column is None and not (args.non_private or args.log_private_statistics):
             data_validation.check_no_copies(self.train_dataset)
         units = PrivacyUnits(self.train_dataset, args.privacy_unit_column, args.max_records_per_unit)
         return make_plan(args, len(units)), units
 
-    def _encode_public(self, public: list[str] | datasets.Dataset) -> PublicNegatives:
+    def _make_public_negatives(self, public: list[str] | datasets.Dataset) -> PublicNegatives:
         data_validation.check_public(self.train_dataset, public)
         size = self.args.per_device_train_batch_size
-        chunks = encode_public_negatives(public, self.data_collator, self.processing_class, size)
+        chunks = collate_public_negatives(public, self.data_collator, self.processing_class, size)
         return PublicNegatives(chunks, self.args.public_negatives_gradient, self.args.public_negatives_steps)
 
     # ---- What is minimised ----

@@ -147,8 +147,8 @@ def check_environment(trainer: Trainer) -> None:
         raise ValueError("the launcher enabled fp16 loss scaling: use --mixed_precision bf16 or no instead.")
 
 
-def check_loss_decomposes(microbatch_size: int, in_batch_negatives_only: bool) -> None:
-    """Raises `ValueError` where a microbatch of one pair would have nothing to tell it apart from."""
+def check_negatives_exist(microbatch_size: int, in_batch_negatives_only: bool) -> None:
+    """Raises `ValueError` where a microbatch of a single pair would have no negatives."""
     if microbatch_size == 1 and in_batch_negatives_only:
         raise ValueError(
             "microbatch_size=1 leaves a contrastive loss without negatives, so there is nothing to learn from: pass "

@@ -10,7 +10,7 @@ from factories import SAVING, arguments, pairs, tiny_clip
 from transformers import CLIPModel
 
 from hf_dpclip import DPCLIPTrainer
-from hf_dpclip.checkpoints import SEAL_NAME, check_undamaged, fault, make_way, seal
+from hf_dpclip.checkpoints import SEAL_NAME, check_undamaged, seal, set_aside, why_incomplete
 from hf_dpclip.resuming import last_complete_checkpoint
 
 
@@ -45,7 +45,7 @@ def truncate(path):
 
 
 def test_a_checkpoint_is_whole(checkpoint):
-    assert fault(checkpoint) is None
+    assert why_incomplete(checkpoint) is None
     check_undamaged(checkpoint)
 
 
@@ -101,7 +101,7 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over_or_refused_by_name(make_
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
 def test_a_checkpoint_whose_deletion_was_begun_does_not_count(checkpoint, name):
     (checkpoint / name).unlink()
-    assert fault(checkpoint) == f"{name} is missing"
+    assert why_incomplete(checkpoint) == f"{name} is missing"
     assert last_complete_checkpoint(checkpoint.parent).endswith("checkpoint-3")
 
 
@@ -116,13 +116,13 @@ def test_a_finished_run_resumes_without_a_step_and_with_its_weights(make_trainer
 
 
 def test_a_whole_checkpoint_stays_until_the_one_that_replaces_it_is_whole(checkpoint):
-    make_way(checkpoint)
+    set_aside(checkpoint)
     aside = checkpoint.with_name("_replaced-checkpoint-4")
     check_undamaged(aside)
     assert not checkpoint.exists()
     # The new one was cut short, and is written once more.
     checkpoint.mkdir()
-    make_way(checkpoint)
+    set_aside(checkpoint)
     check_undamaged(aside)
     assert not checkpoint.exists()
 

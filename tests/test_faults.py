@@ -19,7 +19,7 @@ from scripts import DISTRIBUTED
 from transformers import TrainerCallback
 
 from hf_dpclip import PrivacyStatement
-from hf_dpclip.checkpoints import fault
+from hf_dpclip.checkpoints import why_incomplete
 from hf_dpclip.privacy import LEDGER_NAME, Ledger
 from hf_dpclip.resuming import last_complete_checkpoint
 
@@ -44,7 +44,7 @@ class Full(TrainerCallback):
             path = Path(args.output_dir, "checkpoint-2", self.name)
             path.parent.mkdir()
             path.symlink_to("/dev/full")
-            self.monkeypatch.setattr("hf_dpclip.checkpoints.make_way", lambda checkpoint: None)
+            self.monkeypatch.setattr("hf_dpclip.checkpoints.set_aside", lambda checkpoint: None)
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
@@ -193,6 +193,6 @@ def test_when_one_of_two_processes_dies_the_other_ends_with_the_remedy(bereaved)
 def test_the_step_in_which_a_process_died_is_counted_and_the_last_checkpoint_is_whole(bereaved):
     folder = bereaved[0]
     assert last_complete_checkpoint(folder) == str(folder / "checkpoint-2")
-    assert fault(folder / "checkpoint-2") is None
+    assert why_incomplete(folder / "checkpoint-2") is None
     (record,) = Ledger(folder / LEDGER_NAME).runs()
     assert record.steps == 3

@@ -13,7 +13,7 @@ from gradient_checks import as_contrastive
 from PIL import Image
 
 from hf_dpclip import DPCLIPTrainer, ImageTextCollator
-from hf_dpclip.public_negatives import PublicNegatives, encode_public_negatives, shared_rows
+from hf_dpclip.public_negatives import PublicNegatives, collate_public_negatives, shared_rows
 
 
 CAPTIONS = ["a cat", "a dog", "a cow", "an owl"]
@@ -106,7 +106,7 @@ def test_with_gradient_the_text_encoder_learns_from_them(tmp_path):
 
 
 def test_they_are_encoded_every_so_many_steps():
-    model, chunks = tiny_clip(), encode_public_negatives(CAPTIONS, None, tiny_processor(), batch_size=3)
+    model, chunks = tiny_clip(), collate_public_negatives(CAPTIONS, None, tiny_processor(), batch_size=3)
     negatives = PublicNegatives(chunks, steps=2)
     seen = []
     for _ in range(4):
@@ -132,15 +132,15 @@ def test_when_they_are_encoded_does_not_depend_on_who_was_drawn(tmp_path, monkey
 
 def test_chunks_do_not_change_the_embeddings():
     model = tiny_clip().eval()
-    few = PublicNegatives(encode_public_negatives(CAPTIONS, None, tiny_processor(), batch_size=1))
-    all_together = PublicNegatives(encode_public_negatives(CAPTIONS, None, tiny_processor(), batch_size=9))
+    few = PublicNegatives(collate_public_negatives(CAPTIONS, None, tiny_processor(), batch_size=1))
+    all_together = PublicNegatives(collate_public_negatives(CAPTIONS, None, tiny_processor(), batch_size=9))
     assert torch.allclose(encoded(few, model)[1], encoded(all_together, model)[1], atol=1e-5)
     assert len(few) == len(all_together) == 4
 
 
 def test_encoding_them_leaves_the_model_in_training():
     model = tiny_clip().train()
-    encoded(PublicNegatives(encode_public_negatives(CAPTIONS, None, tiny_processor(), 4)), model)
+    encoded(PublicNegatives(collate_public_negatives(CAPTIONS, None, tiny_processor(), 4)), model)
     assert model.training and model.vision_model.training
 
 
@@ -176,7 +176,7 @@ class OfAReport(ImageTextCollator):
 
 def test_a_collator_with_a_constructor_of_its_own_encodes_public_records():
     public = raw_pairs(3).rename_columns({"text": "report"}).remove_columns("image")
-    (chunk,) = encode_public_negatives(public, OfAReport(tiny_processor()), None, batch_size=9)
+    (chunk,) = collate_public_negatives(public, OfAReport(tiny_processor()), None, batch_size=9)
     assert len(chunk["input_ids"]) == 3 and "pixel_values" not in chunk
 
 
@@ -185,7 +185,7 @@ def test_class_prompts_are_public_although_they_are_the_captions():
 
 
 def test_a_column_of_captions_will_do():
-    chunks = encode_public_negatives(raw_pairs(3)["text"], None, tiny_processor(), batch_size=9)
+    chunks = collate_public_negatives(raw_pairs(3)["text"], None, tiny_processor(), batch_size=9)
     assert len(PublicNegatives(chunks)) == 3
 
 
@@ -200,12 +200,12 @@ def test_a_column_of_captions_will_do():
 )
 def test_what_is_no_negative_is_refused(public, message):
     with pytest.raises(ValueError, match=message):
-        encode_public_negatives(public, ImageTextCollator(tiny_processor()), None, 4)
+        collate_public_negatives(public, ImageTextCollator(tiny_processor()), None, 4)
 
 
 def test_captions_need_a_tokenizer():
     with pytest.raises(ValueError, match="processing_class"):
-        encode_public_negatives(CAPTIONS, None, None, 4)
+        collate_public_negatives(CAPTIONS, None, None, 4)
 
 
 def test_the_noise_is_that_of_one_pair(tmp_path):

@@ -13,7 +13,7 @@ from peft import get_peft_model
 from transformers import CLIPModel, TrainerCallback
 
 from hf_dpclip import DPCLIPTrainer, PrivacyStatement, lora_config
-from hf_dpclip.checkpoints import restate
+from hf_dpclip.checkpoints import replace_statement
 from hf_dpclip.privacy import Randomness
 from hf_dpclip.resuming import check_resumable, last_complete_checkpoint
 
@@ -175,7 +175,7 @@ def test_the_checkpoint_of_another_run_does_not_undo_what_this_trainer_has_spent
 
 def test_the_checkpoint_of_a_run_without_a_name_counts_beside_this_one(make_trainer, interrupted):
     checkpoint = interrupted / "checkpoint-2"
-    restate(checkpoint, dataclasses.replace(PrivacyStatement.load(checkpoint), run=None))
+    replace_statement(checkpoint, dataclasses.replace(PrivacyStatement.load(checkpoint), run=None))
     trainer = make_trainer(trainer_options={"callbacks": [StopAfter(3)]}, max_steps=4)
     trainer.train()
     trainer.pop_callback(StopAfter)

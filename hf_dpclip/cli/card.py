@@ -124,9 +124,9 @@ def _as_dict(findings: Findings) -> dict:
     if findings.statement is None:
         return values
     spent = findings.statement.spent
-    from ..privacy.plan import finite
+    from ..privacy.plan import finite_or_none
 
-    recomputed = {"epsilon": finite(spent.epsilon), "delta": spent.delta, "steps": spent.steps}
+    recomputed = {"epsilon": finite_or_none(spent.epsilon), "delta": spent.delta, "steps": spent.steps}
     return {**values, **recomputed, "plan": findings.statement.plan.to_dict()}
 
 

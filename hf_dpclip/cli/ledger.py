@@ -81,13 +81,13 @@ def _row(record: "RunRecord") -> tuple[str, ...]:
 
 
 def _as_dict(total: "Total") -> dict[str, Any]:
-    from ..privacy.plan import finite
+    from ..privacy.plan import finite_or_none
 
     return {
         "dataset": total.dataset,
-        "epsilon": finite(total.epsilon),
+        "epsilon": finite_or_none(total.epsilon),
         "delta": total.delta,
-        "epsilon_of_private_runs": finite(total.epsilon_of_private_runs),
+        "epsilon_of_private_runs": finite_or_none(total.epsilon_of_private_runs),
         "not_private_runs": [record.run for record in total.not_private_runs],
         "runs": [
             {
@@ -95,7 +95,7 @@ def _as_dict(total: "Total") -> dict[str, Any]:
                 "began": record.time,
                 "steps": record.steps,
                 "reserved": record.reserved,
-                "epsilon": finite(record.epsilon),
+                "epsilon": finite_or_none(record.epsilon),
                 "delta": record.plan["target_delta"],
                 "not_private_because": list(record.not_private_because),
                 "plan": record.plan,

@@ -52,9 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--num-parameters {arguments.num_parameters} is not possible: give at least 1.")
     plan = _make_plan(arguments)
     if arguments.json:
-        from ..privacy.plan import finite
+        from ..privacy.plan import finite_or_none
 
-        print(json.dumps({**plan.to_dict(), "epsilon": finite(plan.epsilon())}, indent=2))
+        print(json.dumps({**plan.to_dict(), "epsilon": finite_or_none(plan.epsilon())}, indent=2))
     else:
         _show(plan, arguments.num_parameters)
     if arguments.plot:

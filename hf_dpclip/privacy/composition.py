@@ -117,8 +117,8 @@ def composed(runs: Runs) -> PrivacySpent:
     return PrivacySpent(epsilon, sum(plan.target_delta for plan in plans), total)
 
 
-def merged(*several: NamedRuns) -> dict[str, tuple[PrivacyPlan, int]]:
-    """All of these runs, each once, with the most steps that are known of it."""
+def merge_runs(*several: NamedRuns) -> dict[str, tuple[PrivacyPlan, int]]:
+    """All runs, each once, with the largest number of steps that any of the mappings has for it."""
     runs: dict[str, tuple[PrivacyPlan, int]] = {}
     for some in several:
         for run, (plan, steps) in some.items():

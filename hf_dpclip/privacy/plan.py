@@ -208,8 +208,8 @@ class PrivacyPlan:
         yield "privacy_unit", named, "a name that a table can show, without line breaks and vertical bars"
 
 
-def finite(epsilon: float) -> float | None:
-    """For JSON, which has no infinity."""
+def finite_or_none(epsilon: float) -> float | None:
+    """`None` for an infinite ε, which JSON cannot hold."""
     return epsilon if math.isfinite(epsilon) else None
 
 

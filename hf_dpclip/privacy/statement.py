@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .composition import NamedRuns, Runs, composed
-from .plan import PrivacyPlan, PrivacySpent, finite, is_whole
+from .plan import PrivacyPlan, PrivacySpent, finite_or_none, is_whole
 
 
 STATEMENT_NAME = "privacy.json"
@@ -81,7 +81,7 @@ class PrivacyStatement:
         statement = {
             "private": not self.not_private_because,
             "not_private_because": list(self.not_private_because),
-            "epsilon": finite(spent.epsilon),
+            "epsilon": finite_or_none(spent.epsilon),
             "delta": spent.delta,
             "steps": self.steps,
             "run": self.run,

@@ -1,4 +1,4 @@
-"""What to do when a part of a run dies that is not the program's own."""
+"""What to do when another process that a run needs has died."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ GO_ON = "Then go on from the last whole checkpoint with resume_from_checkpoint=T
 
 OTHER_PROCESS_DIED = "Another process of this run died: what it said above, or its machine's log, says why."
 
-# By a piece of the message that torch gives.
+# By a part of the message that torch gives.
 REMEDIES = {
     "DataLoader worker": (
         "A process that loads data died, most often for want of memory: lower dataloader_num_workers, or find the "
@@ -20,8 +20,8 @@ REMEDIES = {
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """An error of torch about a process that died becomes one that says what to do."""
+def explaining_process_failures() -> Iterator[None]:
+    """Adds what to do to an error of torch about a process that died."""
     try:
         yield
     except RuntimeError as error:
