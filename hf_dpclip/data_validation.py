@@ -16,8 +16,8 @@ from .dataloader import MicrobatchDataset
 from .digests import LOOKED_AT, column_digests, file_columns
 from .gradients import contrastive_base
 from .models import CLIPForVisualQuestionAnswering
-from .places import Places
 from .public_negatives import shared_rows
+from .record_ids import RecordIds
 from .records import first_record, has_random_access, holds_texts
 
 
@@ -141,8 +141,8 @@ def check_model_reads_pairs(model: nn.Module, collator: Callable, batch: dict[st
 
 def check_no_copies(train_dataset: Any) -> None:
     """Raises `ValueError` if a dataset lists a record several times, as one that was oversampled does."""
-    places = np.sort(Places().of(train_dataset))
-    copies = np.count_nonzero(places[1:] == places[:-1])
+    ids = RecordIds().of(train_dataset)
+    copies = len(ids) - len(np.unique(ids))
     if copies:
         raise ValueError(
             f"train_dataset lists records that it has already (oversampled, or repeated), {copies} times, and each "
@@ -198,9 +198,9 @@ def _is_part_of(evaluated: Any, private: Any) -> bool:
 
 
 def _share_records(first: Any, second: Any, columns: list[str] | None = None) -> bool:
-    places = Places(columns)
-    # In this order: there are fewer records for evaluation.
-    return bool(np.isin(places.of(second), places.of(first)).any())
+    ids = RecordIds(columns)
+    # In this order, which is faster: there are fewer records for evaluation.
+    return bool(np.isin(ids.of(second), ids.of(first)).any())
 
 
 def _unwrapped(dataset: Any) -> tuple[Any, Sequence[int]]:

@@ -9,7 +9,7 @@ from torch.utils.data import ConcatDataset, Subset
 from hf_dpclip import DPCLIPTrainer
 from hf_dpclip.data import hold_out
 from hf_dpclip.data_validation import check_evaluation_data
-from hf_dpclip.places import Places
+from hf_dpclip.record_ids import RecordIds
 
 
 TABLE = Dataset.from_dict({"number": [*range(20)], "text": ["a"] * 20, "nothing": [None] * 20})
@@ -25,9 +25,9 @@ class WithoutLength:
 
 
 def num_copies(dataset) -> int:
-    places = Places().of(dataset)
-    assert len(places) == len(dataset)
-    return len(places) - len(np.unique(places))
+    ids = RecordIds().of(dataset)
+    assert len(ids) == len(dataset)
+    return len(ids) - len(np.unique(ids))
 
 
 @pytest.mark.parametrize(
