@@ -2,11 +2,12 @@
 
 Read in this order: `plan` (what is promised), `sampling` (who takes part in a step), `mechanism` (clip, add up, noise
 once), `reduction` (sums over several processes), `randomness` (where the random numbers come from), `secure_noise`
-(noise that withstands more), `accounting` (what T steps cost), `statement` (what is written beside the weights),
-`composition` (what several runs cost together) and `ledger` (how that is remembered, in `ledger_lines`).
-`docs/privacy.md` holds the theorem and its proof. The core needs torch, numpy and dp_accounting only, and all but
-sampling, noise and what they need does without torch: names are imported on first use, so that a plan can be made on
-the command line without waiting for it.
+(noise that withstands floating-point attacks), `accounting` (what T steps cost), `statement` (what is written beside
+the weights), `composition` (what several runs cost together) and `ledger` (the file that records them, whose lines are
+those of `ledger_lines`). `docs/privacy.md` holds the theorem and its proof.
+
+The core needs torch, numpy and dp_accounting only. Names are imported on first use, so that the command line can make
+a plan without waiting for torch, which only the mechanism and its noise need.
 """
 
 from importlib import import_module

@@ -18,28 +18,28 @@ ADJACENCY = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
 ACCOUNTANTS = ("pld", "rdp")
 
 # Grid width of the privacy loss distribution. Every width gives an upper bound; a wider grid is faster and looser.
-# What it adds to ε goes with the square of its width relative to the deviation of one step's loss.
+# What it adds to ε grows with the square of its width, relative to the standard deviation of one step's loss.
 WIDEST_INTERVAL, NARROWEST_INTERVAL = 1e-3, 1e-4
 INTERVALS_PER_DEVIATION = 40
 
-# Privacy losses up to which a distribution of them is computed: beyond, it takes minutes and gigabytes, and ε is near
-# a thousand or beyond it.
+# The largest privacy loss for which a distribution is computed. Beyond, that takes minutes and gigabytes, and ε is
+# about a thousand or more.
 LARGEST_LOSS = 500
 
-# δ below which what rounding adds to a distribution of privacy losses shows, at all and for each of its steps: its ε
-# would be too small.
+# δ below which rounding errors in the privacy loss distribution make its ε too small: for any number of steps, and per
+# step.
 SMALLEST_PLD_DELTA, SMALLEST_PLD_DELTA_PER_STEP = 1e-9, 1e-13
 
 # Calibration accepts any σ whose ε lands in this share of the target, never above it.
 ACCEPTED_SHARE = (0.992, 1.0)
 AIMED_SHARE = 0.997
 MAX_EVALUATIONS = 100
-# Noise so large that all of RDP's ε comes from δ.
+# Noise so large that RDP's ε is its floor, which depends on δ alone.
 NOISE_AT_THE_FLOOR = 1e4
 
 
 def dp_event(sampling_probability: float, noise_multiplier: float, steps: int) -> dp_accounting.DpEvent:
-    """The event that `steps` optimizer steps amount to, for any accountant of `dp_accounting`."""
+    """`steps` optimizer steps as an event that any accountant of `dp_accounting` can compose."""
     one_step = dp_accounting.PoissonSampledDpEvent(
         sampling_probability, dp_accounting.GaussianDpEvent(noise_multiplier)
     )
@@ -47,17 +47,17 @@ def dp_event(sampling_probability: float, noise_multiplier: float, steps: int) -
 
 
 def typical_loss(sampling_probability: float, noise_multiplier: float, steps: int) -> float:
-    """How large the privacy loss gets, about: that of one step for a record that is drawn, and the mean of all steps.
+    """About how large the privacy loss gets: one step in which the record is drawn, plus the mean of all steps.
 
-    The mean is at most q times that of a step without sampling, and at most the chi-square divergence of a step.
+    The mean of a step is at most q times that of a step without sampling, and at most its chi-square divergence.
     """
     drawn = 0.5 / noise_multiplier / noise_multiplier
     return drawn + steps * min(sampling_probability * drawn, _chi_square(sampling_probability, noise_multiplier))
 
 
 def smallest_pld_delta(steps: int) -> float:
-    """δ down to which distributions of privacy losses give an upper bound on ε, in float64: 1e-9 for 10,000 steps, and
-    in proportion for more. Found by comparison with the exact ε of T Gaussians without sampling."""
+    """The smallest δ at which float64 privacy loss distributions give an upper bound on ε: 1e-9 up to 10,000 steps,
+    and in proportion for more. Found by comparison with the exact ε of T Gaussians without sampling."""
     return max(SMALLEST_PLD_DELTA, SMALLEST_PLD_DELTA_PER_STEP * steps)
 
 
@@ -78,8 +78,8 @@ def epsilon(
         steps (`int`): number of noisy releases; 0 costs nothing.
         delta (`float`): δ, in (0, 1).
         accountant (`str`): `"pld"` (tight, for δ of at least [`smallest_pld_delta`]) or `"rdp"`.
-        interval (`float`, *optional*): grid width of the privacy loss distribution; by default one whose cost in ε is
-            below 0.1 %, where the narrowest allows that. `"rdp"` has none.
+        interval (`float`, *optional*): grid width of the privacy loss distribution, which `"rdp"` does not use. By
+            default it adds less than 0.1 % to ε, unless that took a width below `NARROWEST_INTERVAL`.
     """
     if steps == 0:
         return 0.0
@@ -99,8 +99,8 @@ def composed_epsilon(steps: Mapping[tuple[float, float], int], delta: float) -> 
         steps (`Mapping`): from (q, σ) to the number of steps that were taken with them.
         delta (`float`): δ of all runs together, in (0, 1).
 
-    All steps are composed by privacy loss distributions, on the finest grid that any of them asks for; for δ below
-    [`smallest_pld_delta`] by RDP.
+    All steps are composed by privacy loss distributions, on the finest grid that any of them needs, or, for δ below
+    [`smallest_pld_delta`], by RDP.
     """
     steps = {mechanism: count for mechanism, count in steps.items() if count > 0}
     if not steps:
@@ -120,8 +120,8 @@ def calibrate_noise_multiplier(
 ) -> float:
     """A noise multiplier σ whose ε after `steps` steps lands in [0.992, 1.0] of `target_epsilon`.
 
-    RDP finds the neighbourhood, PLD on the widest grid narrows it, and one or two evaluations of the PLD that also
-    reports ε, the only one that decides, finish. Raises `ValueError` if no σ can be found.
+    RDP gives a first σ, PLD on the widest grid a better one, and one or two evaluations of the PLD by which ε is also
+    reported the last one. Raises `ValueError` if no σ can be found.
     """
 
     def solve(name: str, interval: float | None, target: float, start: float, slope: float) -> tuple[float, float]:
@@ -132,7 +132,7 @@ def calibrate_noise_multiplier(
 
     if accountant == "rdp":
         return solve("rdp", None, target_epsilon, 1.0, -1.5)[0]
-    # RDP does not get below a floor, which grows as δ falls.
+    # RDP's ε has a floor, which rises as δ falls.
     floor = epsilon(sampling_probability, NOISE_AT_THE_FLOOR, steps, target_delta, "rdp")
     noise_multiplier, slope = solve("rdp", None, max(target_epsilon, 2 * floor), 1.0, -1.5)
     noise_multiplier, slope = solve("pld", WIDEST_INTERVAL, target_epsilon, noise_multiplier, slope)
@@ -152,7 +152,7 @@ def _grid_width(sampling_probability: float, noise_multiplier: float) -> float:
 
 
 def _chi_square(sampling_probability: float, noise_multiplier: float) -> float:
-    """The chi-square divergence of one step, q² (exp(1/σ²) - 1), as far as floating point goes."""
+    """The chi-square divergence of one step, q² (exp(1/σ²) - 1), with 1/σ² capped so that it does not overflow."""
     return sampling_probability**2 * math.expm1(min(1 / noise_multiplier / noise_multiplier, 100.0))
 
 
@@ -181,8 +181,8 @@ def _solve(epsilon_of: Callable[[float], float], target: float, start: float, sl
 
 
 def _inside(low: float, high: float, sigma: float) -> float:
-    """`sigma` if it lies in the bracket, which ends at four times its beginning where it is open; else a number that
-    does."""
+    """`sigma` if it lies in the bracket, and else another number that does. A bracket without an upper end is taken to
+    end at four times its lower one."""
     limit = 4 * low if high == math.inf else high
     if low < sigma < limit:
         return sigma
@@ -193,7 +193,7 @@ def _inside(low: float, high: float, sigma: float) -> float:
 
 @contextmanager
 def _without_order_warnings():
-    """RDP may leave out orders that do not converge, which only makes ε larger; absl warns of each, by name."""
+    """Silences absl, which warns of each order of RDP that does not converge. Leaving those out only raises ε."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -12,7 +12,7 @@ from .plan import PrivacyPlan, PrivacySpent
 
 # Several runs on the same records: each run's plan and the steps that it took.
 Runs = Sequence[tuple[PrivacyPlan, int]]
-# The same by the ids of the runs.
+# The same, by run id.
 NamedRuns = Mapping[str, tuple[PrivacyPlan, int]]
 
 
@@ -24,11 +24,11 @@ class RunRecord:
         run (`str`): its id, which is in the `privacy.json` of its checkpoints too.
         time (`str`): when it began, ISO 8601.
         datasets (`tuple[str | None]`): the user's names for the records it was trained on; `None` if there was none.
-        fingerprints (`tuple[str]`): equal for runs on the same records.
+        fingerprints (`tuple[str]`): of the datasets; equal for the same records.
         plan (`dict`): [`PrivacyPlan.to_dict`].
         not_private_because (`tuple[str]`): reasons why no guarantee holds.
         steps (`int`): noisy releases, or, after a crash, at most one block more than there were.
-        reserved (`int`): further steps that a call of `train` was begun for, if it has not ended.
+        reserved (`int`): steps that are still planned in a call of `train` that has not ended.
     """
 
     run: str
@@ -76,7 +76,7 @@ class Total:
 
     @property
     def dataset(self) -> str:
-        """The name of the records, or their names."""
+        """The name, or names, of the dataset."""
         names = dict.fromkeys(name for run in self.runs for name in run.datasets)
         return ", ".join(name or "(unnamed)" for name in names)
 
@@ -92,7 +92,7 @@ class Total:
 
     @property
     def privacy_units(self) -> tuple[str, ...]:
-        """What the private runs protect; more than one have no common ε."""
+        """The privacy units of the private runs. Different ones have no common ε."""
         return _privacy_units(self.runs)
 
 
@@ -130,8 +130,8 @@ def merge_runs(*several: NamedRuns) -> dict[str, tuple[PrivacyPlan, int]]:
 def totals(runs: Iterable[RunRecord], delta: float | None = None) -> list[Total]:
     """One total for the runs on each dataset, at `delta` (*optional*, defaults to the smallest δ of these runs).
 
-    Runs are on the same dataset if they share a name, or no name, or a fingerprint, directly or through others: when
-    in doubt, they add up. Raises `ValueError` for a δ that is none.
+    Runs are on the same dataset if they share a name, a fingerprint, or the lack of a name, directly or through other
+    runs: when in doubt, they add up. Raises `ValueError` unless δ is between 0 and 1.
     """
     if delta is not None and not 0 < delta < 1:
         raise ValueError(f"delta={delta!r} is not possible: it must be between 0 and 1, e.g. 1e-5.")

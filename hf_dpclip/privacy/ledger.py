@@ -20,10 +20,10 @@ from .ledger_lines import apply, parse, run_records
 from .plan import PrivacyPlan
 
 
-# Uploads to the Hub leave out what begins with an underscore: the fingerprint is computed from the private records.
+# Names with a leading underscore are not uploaded to the Hub: the fingerprint is computed from the private records.
 LEDGER_NAME = "_privacy_ledger.jsonl"
-# Steps are written down in blocks of a hundredth of what is planned, one at least: a crash counts at most one block
-# too many.
+# Steps are recorded ahead in blocks, of a hundredth of the planned steps but at least one, so that a crash leaves at
+# most one block too many in the ledger.
 BLOCKS = 100
 
 
@@ -44,8 +44,8 @@ class Ledger:
     def runs(self) -> list[RunRecord]:
         """All runs, in the order in which they began.
 
-        Raises `FileNotFoundError` if there is no ledger and `ValueError` if a line is damaged. The last line may have
-        been cut short: the step that it was to cover was not taken.
+        Raises `FileNotFoundError` if there is no ledger and `ValueError` if a line is damaged, other than a last one
+        that was cut short: the steps that it was to cover were not taken.
         """
         self._check_exists()
         with open(self.path, "rb") as file:
@@ -63,13 +63,13 @@ class Ledger:
         earlier: int = 0,
         budget: float | None = None,
     ) -> "RunRecorder":
-        """Writes down that a call of `train` begins.
+        """Records that a call of `train` begins.
 
         Args:
-            run (`str`): the run's id. One that the ledger knows is continued.
+            run (`str`): the run's id. If the ledger has it already, that run is continued.
             plan ([`PrivacyPlan`]): the run's plan.
             planned (`int`): steps that this call is to take.
-            dataset, fingerprint (`str`, *optional*): on which records.
+            dataset, fingerprint (`str`, *optional*): name and fingerprint of the training records.
             not_private_because (iterable of `str`): reasons why no guarantee holds.
             earlier (`int`): steps that the run took before, which count if the ledger does not know the run.
             budget (`float`, *optional*): the ε that all runs on these records may spend together.
@@ -99,7 +99,7 @@ class Ledger:
         return RunRecorder(self, run, part, event["steps"], max(planned // BLOCKS, 1))
 
     def write(self, event: dict[str, Any]) -> None:
-        """Appends one line, which is on the disk when this returns. Raises `OSError` if it cannot be."""
+        """Appends one line, which is on the disk when this returns. Raises `OSError` if that fails."""
         with self._locked() as file:
             self._append(file, event)
 
@@ -107,9 +107,9 @@ class Ledger:
         """Ends a run that crashed and will not be resumed, so that its remaining steps no longer count in budgets.
 
         Args:
-            run (`str`): how its id begins.
+            run (`str`): the beginning of its id.
 
-        Raises `ValueError` unless that is true of exactly one, and `FileNotFoundError` if there is no ledger.
+        Raises `ValueError` unless exactly one run has such an id, and `FileNotFoundError` if there is no ledger.
         """
         self._check_exists()
         with self._locked() as file:
@@ -131,7 +131,7 @@ class Ledger:
 
     @contextmanager
     def _locked(self, create: int = 0) -> Iterator[int]:
-        """The file's descriptor, while no other process reads or writes."""
+        """Yields the file's descriptor, while no other process can read or write it."""
         file = self._open(create)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -152,7 +152,7 @@ class Ledger:
             ) from error
 
     def _append(self, file: int, event: dict[str, Any]) -> None:
-        """Behind the last whole line, in place of one that was cut short, which covers no step that was taken."""
+        """Appends after the last whole line, over one that was cut short, which covers no step that was taken."""
         end = _end_of_last_line(file)
         line = json.dumps(event).encode() + b"\n"
         try:
@@ -169,7 +169,7 @@ class Ledger:
             ) from error
 
     def _check_budget(self, runs: list[RunRecord], run: str, budget: float, resumed: bool) -> None:
-        """A call of `train` that has not ended counts with all the steps that it was begun for."""
+        """Counts calls of `train` that have not ended with all the steps that are planned in them."""
         whole = [dataclasses.replace(record, steps=record.steps + record.reserved) for record in runs]
         (total,) = (total for total in totals(whole) if any(record.run == run for record in total.runs))
         if any(record.run == run for record in total.not_private_runs):
@@ -183,10 +183,7 @@ class Ledger:
 
 
 class RunRecorder:
-    """The part of a run that one call of `train` takes, while it is taken.
-
-    Made by [`Ledger.begin`].
-    """
+    """Records the steps of one call of `train` while they are taken. Made by [`Ledger.begin`]."""
 
     def __init__(self, ledger: Ledger, run: str, part: int, steps: int, block: int):
         self._ledger = ledger
@@ -203,7 +200,7 @@ class RunRecorder:
         self._taken += 1
 
     def end(self) -> None:
-        """Gives back what was recorded ahead and not taken. Raises `OSError` if the file cannot be written."""
+        """Takes back steps that were recorded ahead but not taken. Raises `OSError` if the file cannot be written."""
         self._write("end", self._taken)
 
     def _write(self, event: str, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""The lines of a ledger: what each says, and what they add up to."""
+"""The lines of a ledger: how they are checked, and the runs that they add up to."""
 
 import json
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 from .composition import RunRecord
 
 
-# The lines that there are, and what each must have.
+# The kinds of lines, and the entries that each must have.
 _EVENTS: dict[str, dict[str, Any]] = {
     "begin": {
         "run": str,
@@ -36,7 +36,7 @@ _PLAN = {
 
 @dataclass
 class Part:
-    """One call of `train`, as far as the lines tell. Its steps include those from before the ledger knew the run."""
+    """One call of `train`. The steps of a run's first part include those taken before the ledger had the run."""
 
     begin: dict[str, Any]
     steps: int
@@ -44,12 +44,13 @@ class Part:
 
     @property
     def reserved(self) -> int:
-        """Steps that it was begun for and has not recorded."""
+        """Steps that are planned but not yet recorded, if the call has not ended."""
         return max(self.begin["steps"] + self.begin["planned"] - self.steps, 0) if self.open else 0
 
 
 def parse(path: Path, content: bytes) -> dict[tuple[str, int], Part]:
-    """All calls of `train`, by run and number. Raises `ValueError` for a damaged line; the last may be cut short."""
+    """All calls of `train`, by run and number. Raises `ValueError` for a damaged line; a last one cut short is left
+    out."""
     parts: dict[tuple[str, int], Part] = {}
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
@@ -79,11 +80,11 @@ def _check_kinds(values: dict[str, Any], kinds: dict[str, Any]) -> None:
 
 
 def apply(parts: dict[tuple[str, int], Part], event: dict[str, Any]) -> None:
-    """What a line changes."""
+    """Adds what a line says to the parts, in place."""
     run, number = event["run"], event["part"]
     if event["event"] == "begin":
         for earlier in range(number):
-            # Whoever resumes a run knows that it had stopped.
+            # A run that is resumed had stopped.
             parts[run, earlier].open = False
         parts[run, number] = Part(event, event["steps"])
         return

@@ -20,12 +20,12 @@ AUTOMATIC_CLIPPING_GAMMA = 0.01
 # torch's float32 normals never exceed 5.77 standard deviations; the sum of two reaches 8.16, beyond which a Gaussian
 # goes once in 10^15 draws.
 DRAWS_PER_COORDINATE = 2
-# Coordinates that are noised at a time on a CPU: few enough for its cache, and for torch not to start threads of its
-# own below each of ours, which would slow down all that comes after.
+# Coordinates that are noised at a time on a CPU: few enough to fit into its cache, and for torch not to start threads
+# within each of ours, which would slow down everything after.
 NOISE_CHUNK = 2**14
-# The same on an accelerator, where every chunk costs the start of a kernel, and memory.
+# The same on an accelerator, where each chunk costs a kernel launch, and memory.
 ACCELERATOR_NOISE_CHUNK = 2**24
-# Coordinates whose squares a CPU adds up in float32 before the sum goes on in float64.
+# Coordinates whose squares a CPU adds up in float32, before these sums are added up in float64.
 NORM_ROW = 2**12
 
 
@@ -43,8 +43,8 @@ def clip_(gradients: list[Tensor], plan: PrivacyPlan) -> bool:
 
 
 def clip_factors(norms: Tensor, plan: PrivacyPlan) -> Tensor:
-    """What gradients of these norms are multiplied by: positive, and 0 for a norm that is not finite, or so large that
-    float32 has the factor with fewer digits than others, which could round up beyond C.
+    """The factors by which gradients of these norms are multiplied: 0 for a norm that is not finite, or so large that
+    the factor is subnormal in float32, whose fewer digits could round the product up beyond C; positive for others.
 
     Formal guarantees:
         factor · norm ≤ C = `plan.max_grad_norm`.
@@ -96,8 +96,8 @@ class GaussianMechanism:
         self.process = process
         self.num_processes = num_processes
         self._sum: list[Tensor | None] = [None] * len(self.parameters)
-        # The same of microbatches that span the processes, of which each keeps its own slices, and memory for the
-        # slices of all: what is new to the process would take longer to reach than to fill.
+        # The sum of microbatches that span the processes, of which each process keeps its own slices; and memory for
+        # the slices of all, which is reused, since touching new memory takes longer than filling it.
         self._slices_of_sum: list[Tensor] | None = None
         self._gathered: list[Tensor] = []
         self._noise_threads = ThreadPoolExecutor(self._num_noise_threads)
@@ -115,13 +115,13 @@ class GaussianMechanism:
     def add(
         self, norms: Tensor, weighted_sum: Callable[[Tensor, list[Tensor | None]], Iterable[Tensor | None]]
     ) -> None:
-        """Clips the gradients g_1 .. g_k of several microbatches and adds them to the sum, where only this is known:
+        """Clips the gradients g_1 .. g_k of several microbatches and adds them to the sum, given their norms and sums:
 
         Args:
             norms (`Tensor` of shape `[k]`): the norm of each g_j over all parameters together.
-            weighted_sum (`Callable`): from k factors f and a total for each parameter, `None` where nothing was added
-                so far, to the totals plus Σ_j f_j · g_j, in place or not, float32; `None` where there is nothing
-                still. A factor of 0 leaves its microbatch out even if g_j is not finite.
+            weighted_sum (`Callable`): from k factors f and a total for each parameter to the totals plus
+                Σ_j f_j · g_j, in place or not, float32. A total is `None` as long as nothing was added to it. A factor
+                of 0 leaves its microbatch out even if g_j is not finite.
 
         Formal guarantees:
             The contribution of each microbatch has L2 norm at most C, provided that `norms` and `weighted_sum` are
@@ -132,9 +132,9 @@ class GaussianMechanism:
 
     @contextmanager
     def spanning_microbatch(self) -> Iterator[None]:
-        """As `microbatch`, where every process computes a part of the same microbatch's gradient inside: the parts
-        are added up over the processes before the sum is clipped. Between two releases, all microbatches span the
-        processes, or none does."""
+        """As `microbatch`, but every process computes a part of the same microbatch's gradient inside: the parts are
+        added up over the processes, and their sum is clipped. Between two releases, either all microbatches span the
+        processes or none does."""
         self._take_gradients()
         self._gathered = []
         yield
@@ -153,8 +153,8 @@ class GaussianMechanism:
     def release(self) -> None:
         """Sets every `Parameter.grad` to (sum of clipped gradients over all processes + noise) / K.
 
-        Happens once per optimizer step, also where no unit was drawn: the release of pure noise must look like any
-        other.
+        Called once per optimizer step, even if no unit was drawn: the release is then pure noise, which must look like
+        any other.
 
         Raises `RuntimeError` if some microbatches spanned the processes and others did not.
         """
@@ -178,13 +178,13 @@ class GaussianMechanism:
         return sums
 
     def _noised_and_reduced(self, sums: list[Tensor]) -> list[Tensor]:
-        """The sums of all processes, to each of which its own has added the noise of its slice of each tensor."""
+        """The sums over all processes. Each process first adds the noise of its own slice of each tensor."""
         self._add_noise_([total.view(-1).tensor_split(self.num_processes)[self.process] for total in sums])
         all_reduce_(sums)
         return sums
 
     def _noised_and_gathered(self, own: list[Tensor], memory: list[Tensor]) -> list[Tensor]:
-        """The slices of all processes, to each of which its own has added noise, in this memory."""
+        """The slices of all processes, gathered in `memory`. Each process first adds noise to its own."""
         self._add_noise_(own)
         all_gather_(memory, own, self.num_processes)
         return memory
@@ -194,10 +194,10 @@ class GaussianMechanism:
         return len(self.generators)
 
     def _add_noise_(self, tensors: list[Tensor]) -> None:
-        """Adds an independent draw from N(0, (σΔ)²) to every coordinate, each stream to its share of them."""
+        """Adds an independent draw from N(0, (σΔ)²) to every coordinate. Each stream serves a share of them."""
         chunks = flat_chunks(tensors, NOISE_CHUNK if tensors[0].device.type == "cpu" else ACCELERATOR_NOISE_CHUNK)
         if len(self.generators) == 1 or len(chunks) <= len(self.generators):
-            # Handing them out would take longer, and on a GPU leave the stream that the rest of the step is in.
+            # Threads would take longer, and on a GPU they would leave the CUDA stream of the rest of the step.
             return self._add_share_of_noise_(chunks, self.generators[0])
         shares = [chunks[stream :: len(self.generators)] for stream in range(len(self.generators))]
         list(self._noise_threads.map(self._add_share_of_noise_, shares, self.generators))
@@ -220,7 +220,7 @@ class GaussianMechanism:
 
 def _scale_(gradients: list[Tensor], factor: Tensor) -> bool:
     """Multiplies in place. Returns `False`, and does nothing, for the factor 0 of a gradient that is not finite."""
-    # One question to the device, for which it has to finish what it is at.
+    # Waits for the device, hence asked once.
     number = factor.item()
     if number == 0:
         return False
@@ -232,7 +232,7 @@ def _scale_(gradients: list[Tensor], factor: Tensor) -> bool:
 def _norm(gradients: list[Tensor]) -> Tensor:
     """L2 norm over all tensors together, to 1e-5 or better.
 
-    Float32 sums of millions of squares fall short: clipped to such a norm, a gradient could exceed C by percents.
+    Float32 sums of millions of squares are too small: clipped by such a norm, a gradient could exceed C by percents.
     """
     if gradients[0].device.type != "cpu":
         # Accelerators add up in trees, in which errors stay small.

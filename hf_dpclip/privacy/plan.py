@@ -11,9 +11,9 @@ from . import accounting
 
 CLIPPINGS = ("flat", "automatic")
 LARGEST_TARGET = 100
-# With which every plan has an ε that can be computed.
+# A noise multiplier at which ε can be computed for every plan.
 PLENTY_OF_NOISE = 1e6
-# Where ε is some hundred million; squares of much smaller numbers overflow.
+# ε is then some hundred million; for much smaller noise multipliers, 1/σ² overflows.
 SMALLEST_NOISE_MULTIPLIER = 1e-3
 
 
@@ -62,7 +62,7 @@ class PrivacyPlan:
     num_steps: int
     noise_multiplier: float
     max_grad_norm: float = 1.0
-    # Never None once the plan is made.
+    # None becomes n ** -1.1 in `__post_init__`.
     target_delta: float = None  # type: ignore[assignment]
     accountant: str = "pld"
     clipping: str = "flat"
@@ -141,7 +141,7 @@ class PrivacyPlan:
         return self.num_microbatches * self.max_grad_norm / noise if noise > 0 else math.inf
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields and, beside them, what follows from them; JSON-serialisable."""
+        """The fields, and the values derived from them; JSON-serialisable."""
         return {**dataclasses.asdict(self), **self._derived(), "accountant_version": accountant_version()}
 
     @classmethod
@@ -179,7 +179,7 @@ class PrivacyPlan:
         return loss <= accounting.LARGEST_LOSS
 
     def _requirements(self):
-        """Yields (field, whether its value is possible, what is), in an order in which each may rely on the former."""
+        """Yields (field, whether its value is possible, what was expected). Each check may rely on those before it."""
         for name in ("num_examples", "expected_batch_size", "num_microbatches", "num_steps"):
             value = getattr(self, name)
             yield name, is_whole(value) and value >= 1, "a whole number of at least 1"
@@ -214,7 +214,7 @@ def finite_or_none(epsilon: float) -> float | None:
 
 
 def default_delta(num_examples: int) -> float:
-    """δ = n^-1.1, below the 1/n at which publishing one record outright would count as private."""
+    """δ = n^-1.1, below 1/n, at which publishing one random record in full would count as private."""
     return max(num_examples, 1) ** -1.1
 
 

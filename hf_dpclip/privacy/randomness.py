@@ -10,7 +10,7 @@ import torch
 
 
 _SAMPLING, _NOISE = 0, 1
-# Independent streams of one process's noise on the CPU, which are drawn from in parallel.
+# Independent streams of one process's noise on the CPU, used in parallel.
 _CPU_STREAMS = 4
 _MT19937_WORDS = 624
 # torch's CPU generator state: an 8-byte seed, two 4-byte counters (`left`, `seeded`), an 8-byte index, then the words.
@@ -43,7 +43,7 @@ class Randomness:
         if torch.device(device).type == "cpu":
             seeds = [self._spawn(_NOISE, process, stream) for stream in range(_CPU_STREAMS)]
             return [_fill_state(torch.Generator(), np.random.MT19937(seed)) for seed in seeds]
-        # Accelerators take 64 bits.
+        # The generators of accelerators take a seed of 64 bits.
         seed = self._spawn(_NOISE, process).generate_state(1, np.uint64)[0]
         return [torch.Generator(device).manual_seed(int(seed))]
 

@@ -1,11 +1,11 @@
-"""Sums over several processes, a bucket at a time: all coordinates side by side would take as much memory again."""
+"""Sums over several processes, one bucket at a time: copying all coordinates into one would double the memory."""
 
 import torch
 from torch import Tensor
 
 
-# Coordinates in a bucket, 16 MiB: enough that starting does not count, and little enough for glibc to keep the memory
-# from one bucket to the next, which is faster than asking the system for it.
+# Coordinates in a bucket, 16 MiB: enough to make latency negligible, and few enough for glibc to keep the memory from
+# one bucket to the next, which is faster than asking the system for it.
 BUCKET = 2**22
 
 
@@ -18,12 +18,12 @@ def all_reduce_(tensors: list[Tensor]) -> None:
 
 
 def reduce_scatter(tensors: list[Tensor], num_processes: int) -> list[Tensor]:
-    """Of the sums over all processes the slices that belong to this one: of each bucket one, as long as that of any
-    other process. Sends what an all-reduce would in its first half."""
+    """This process's slices of the sums over all processes: one of each bucket, of the same length on all processes.
+    The first half of an all-reduce."""
     slices = []
     for pieces in flat_chunks(tensors, BUCKET):
         bucket = _side_by_side(pieces, num_processes)
-        # To each process its slice, to be added up there: gloo's own reduce-scatter is an all-reduce.
+        # Each process receives its slice from all others and adds up: gloo's own reduce-scatter is an all-reduce.
         received = torch.empty_like(bucket)
         torch.distributed.all_to_all_single(received, bucket)
         slices.append(received.view(num_processes, -1).sum(0))
@@ -31,7 +31,7 @@ def reduce_scatter(tensors: list[Tensor], num_processes: int) -> list[Tensor]:
 
 
 def all_gather_(tensors: list[Tensor], slices: list[Tensor], num_processes: int) -> None:
-    """Fills tensors with the slices of all processes, as `reduce_scatter` made them of tensors of the same shapes: the
+    """Fills tensors with the slices of all processes, which `reduce_scatter` made from tensors of the same shapes. The
     second half of an all-reduce."""
     for pieces, own in zip(flat_chunks(tensors, BUCKET), slices, strict=True):
         bucket = own.new_empty(len(own) * num_processes)
@@ -40,7 +40,7 @@ def all_gather_(tensors: list[Tensor], slices: list[Tensor], num_processes: int)
 
 
 def flat_chunks(tensors: list[Tensor], size: int) -> list[list[Tensor]]:
-    """Flat views of all tensors, in lists of at most `size` coordinates, so that small tensors share one."""
+    """Flat views of all tensors, in lists of at most `size` coordinates together, so that small tensors share one."""
     chunks: list[list[Tensor]] = []
     room = 0
     for piece in (piece for tensor in tensors for piece in tensor.view(-1).split(size)):

@@ -1,10 +1,10 @@
 """Noise that neither floating-point arithmetic nor a statistical generator gives away (`secure_noise=True`).
 
 What is published are floating-point numbers, and which of them a sum can reach with its noise depends on the sum: an
-adversary who knows two candidates for it may find that only one of them could have led to the value he sees. (Mironov,
+adversary who knows two candidates for it may find that only one of them can have led to the observed value. (Mironov,
 On significance of the least significant bits for differential privacy, 2012; Jin, McMurtry, Rubinstein and Ohrimenko,
 Are we there yet? Timing and floating-point attacks on differential privacy systems, 2022.) The remedy here is a grid:
-all that is released are multiples of a public number, each of which every sum reaches.
+only multiples of a public number are released, and every sum can reach each of them.
 """
 
 import math
@@ -18,7 +18,7 @@ from .plan import PrivacyPlan
 from .reduction import reduce_scatter
 
 
-# Grid points in one standard deviation of the noise, at least: rounding to them adds a 10^-7 of its variance at most.
+# Grid points in one standard deviation of the noise, at least. Rounding to them adds at most 10^-7 of its variance.
 POINTS_PER_DEVIATION = 2**10
 THREADS = 4
 # Binary digits of a float64, and of the uniform numbers behind each normal.
@@ -34,8 +34,8 @@ class SecureGaussianMechanism(GaussianMechanism):
     Formal guarantees:
         Every coordinate of the noisy sum is a multiple of `grid_width(plan)`, a function of the plan: the possible
         releases are the same whatever the records. Given real numbers, sum and noise, rounding to the nearest multiple
-        is post-processing, so sensitivity, σ and ε are those of [`GaussianMechanism`]. Float64 comes close to real
-        numbers, not more: to the order of 2^-40, relative, in the probability of a grid point near the centre.
+        is post-processing, so sensitivity, σ and ε are those of [`GaussianMechanism`]. Float64 only approximates real
+        numbers: the probability of a grid point near the centre is off by a relative error of the order of 2^-40.
     """
 
     @property
@@ -43,8 +43,8 @@ class SecureGaussianMechanism(GaussianMechanism):
         return THREADS
 
     def _noised_and_reduced(self, sums: list[Tensor]) -> list[Tensor]:
-        """Noise after the sums are added up: what was rounded earlier would leave the grid when other processes' sums
-        are added."""
+        """Adds noise after the sums are added up: sums rounded to the grid before would leave it when those of other
+        processes are added."""
         return self._noised_and_gathered(reduce_scatter(sums, self.num_processes), sums)
 
     def _add_noise_(self, tensors: list[Tensor]) -> None:
@@ -53,15 +53,15 @@ class SecureGaussianMechanism(GaussianMechanism):
         list(self._noise_threads.map(self._add_noise_to_piece_, pieces))
 
     def _add_noise_to_piece_(self, piece: Tensor) -> None:
-        # On the CPU: not every accelerator knows float64.
+        # On the CPU: not every accelerator has float64.
         noisy = piece.cpu().double().add_(standard_normals(len(piece)), alpha=self.plan.noise_std)
         width = grid_width(self.plan)
         piece.copy_(noisy.div_(width).round_().mul_(width))
 
 
 def grid_width(plan: PrivacyPlan) -> float:
-    """The largest power of two of which the noise's standard deviation holds `POINTS_PER_DEVIATION`, so that dividing
-    by it is exact."""
+    """The largest power of two, by which division is exact, that fits `POINTS_PER_DEVIATION` times into the standard
+    deviation of the noise."""
     return 2.0 ** math.floor(math.log2(plan.noise_std / POINTS_PER_DEVIATION))
 
 
@@ -74,7 +74,7 @@ def standard_normals(count: int) -> Tensor:
     pairs = (count + 1) // 2
     bits = torch.frombuffer(bytearray(os.urandom(16 * pairs)), dtype=torch.int64)
     uniform = bits.bitwise_and_(2**DIGITS - 1).double().mul_(2.0**-DIGITS)
-    # The logarithm of 1 - u, as u may be 0 but not 1.
+    # The logarithm of 1 - u, since u may be 0 but not 1.
     radius = uniform[:pairs].neg().log1p_().mul_(-2).sqrt_()
     angle = uniform[pairs:].mul_(2 * math.pi)
     return torch.cat([angle.cos() * radius, angle.sin() * radius])[:count]

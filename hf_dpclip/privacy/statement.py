@@ -28,10 +28,10 @@ class PrivacyStatement:
         plan ([`PrivacyPlan`]): the run's plan.
         steps (`int`): noisy releases so far.
         not_private_because (`tuple[str]`): reasons why no guarantee holds; empty for a private run.
-        versions (`dict[str, str]`, *optional*, defaults to those in use): of the libraries that the run rests on.
+        versions (`dict[str, str]`, *optional*, defaults to those in use): versions of the libraries that matter.
         run (`str`, *optional*): the id under which a [`~privacy.ledger.Ledger`] has the run.
-        earlier_runs (`dict`, *optional*): plan and steps of each run on the same records that these weights owe
-            something to, as the trials of a hyperparameter search, by their ids.
+        earlier_runs (`dict`, *optional*): by run id, plan and steps of each earlier run on the same records that these
+            weights depend on, such as the trials of a hyperparameter search.
     """
 
     plan: PrivacyPlan
@@ -52,7 +52,7 @@ class PrivacyStatement:
         return composed(self.runs)
 
     def save(self, folder: str | Path) -> None:
-        """Writes `privacy.json`, whole or not at all."""
+        """Writes `privacy.json`, atomically."""
         write_whole(Path(folder, STATEMENT_NAME), self._to_dict())
 
     @classmethod
@@ -96,7 +96,8 @@ class PrivacyStatement:
         return statement
 
     def _check(self, values: dict) -> None:
-        """The claim must follow from the plan; another release of the accountant may differ in the fourth digit."""
+        """Raises `ValueError` unless the claims follow from the plan. ε may differ in the fourth digit, as between
+        releases of the accountant."""
         if not isinstance(values["not_private_because"], list) or not _all_text(self.not_private_because):
             raise ValueError("not_private_because is not a list of reasons")
         if not isinstance(self.versions, dict) or not _all_text(self.versions.values()):
@@ -130,7 +131,7 @@ def _all_text(values: Iterable) -> bool:
 
 
 def write_whole(path: Path, values: dict) -> None:
-    """Writes a JSON file, or leaves what was there if the disk is full or the process dies."""
+    """Writes a JSON file atomically: if the disk is full or the process dies, the old file stays."""
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(json.dumps(values, indent=2) + "\n")
