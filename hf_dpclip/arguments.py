@@ -22,9 +22,9 @@ WHOLE_NUMBERS = (
 )
 # Those of them that may be left unset.
 OPTIONAL = ("microbatch_size", "max_records_per_unit")
-# Arguments of which one says how much noise there is.
+# Exactly one of these says how much noise there is.
 NOISE = ("target_epsilon", "noise_multiplier")
-# The reason for which a model card shows no metrics.
+# With this reason, a model card shows no metrics.
 STATISTICS_WERE_LOGGED = "log_private_statistics=True: raw statistics of the data were logged"
 
 
@@ -48,22 +48,22 @@ class DPTrainingArguments(TrainingArguments):
         clipping (`str`, *optional*, defaults to `"flat"`): `"flat"` or `"automatic"`.
         accountant (`str`, *optional*, defaults to `"pld"`): `"pld"` or `"rdp"`.
         vectorized (`bool`, *optional*, defaults to `True`): computes the microbatches of a forward batch in one pass
-            where that is known to give the same. `False` computes each by itself, out of reach of the others even for
-            rounding, and takes longer (`docs/privacy.md`, "What remains").
+            where that is known to give the same result. `False` computes each in its own pass, which takes longer, so
+            that not even its rounding depends on the others (`docs/privacy.md`, "What remains").
         static_shapes (`bool`, *optional*): pads batches to a few fixed sizes, for `torch_compile`, and because
             cuDNN plans attention anew for every size of a batch. The result does not change. Defaults to `True` for
-            `CLIPModel` and `MetaClip2Model` without dropout in bfloat16 on a GPU of the kind H100 or B200, where
-            PyTorch leaves attention to cuDNN, and else to `False`.
+            `CLIPModel` and `MetaClip2Model` without dropout in bfloat16 on GPUs like H100 and B200, where PyTorch
+            leaves attention to cuDNN, and to `False` otherwise.
         public_negatives_steps (`int`, *optional*, defaults to 1): optimizer steps for which the embeddings of public
             negatives are kept before they are encoded anew.
         public_negatives_gradient (`bool`, *optional*, defaults to `False`): lets the loss reach the encoders through
             the public negatives too. They are then encoded anew for each microbatch.
         privacy_unit_column (`str`, *optional*): column that says to whom a record belongs; all records with one value
             are protected together. By default every record is a unit of its own.
-        max_records_per_unit (`int`, *optional*): of a unit with more records, so many, drawn anew whenever the unit
-            takes part. Bounds the memory of a microbatch; the guarantee covers all records all the same.
+        max_records_per_unit (`int`, *optional*): a unit with more records takes part with so many of them, drawn anew
+            each time. Bounds the memory of a microbatch; the guarantee still covers all records.
         secure_noise (`bool`, *optional*, defaults to `False`): draws the noise in float64 from the operating system's
-            cryptographic generator, and releases multiples of a public grid width only.
+            cryptographic generator, and releases only multiples of a public grid width.
         ledger_path (`str`, *optional*, defaults to `_privacy_ledger.jsonl` in `output_dir`): the file in which every
             run records what it spends. Runs that share it add up (`hf-dpclip ledger`). Inside `output_dir`, its path
             must begin with an underscore, since other files there are uploaded to the Hub.
@@ -76,7 +76,7 @@ class DPTrainingArguments(TrainingArguments):
         log_private_statistics (`bool`, *optional*, defaults to `False`): logs the raw training loss and the like, for
             debugging on public data; the run is NOT PRIVATE.
 
-    Raises `ValueError` for combinations that promise nothing, and for options of the `Trainer` under which the
+    Raises `ValueError` for combinations that guarantee nothing, and for options of the `Trainer` under which the
     guarantee would not hold.
     """
 
@@ -123,7 +123,7 @@ class DPTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Column whose values (user or image ids) are protected as a whole."}
     )
     max_records_per_unit: int | None = field(
-        default=None, metadata={"help": "Records with which a unit takes part at most, drawn anew each time."}
+        default=None, metadata={"help": "At most so many records of a unit take part in a step, drawn anew each time."}
     )
     secure_noise: bool = field(
         default=False,
@@ -161,11 +161,11 @@ class DPTrainingArguments(TrainingArguments):
         if self.tf32:
             raise ValueError("tf32=True rounds the products that norms are made of: use bf16=True.")
         super().__post_init__()
-        # What depends on the number of processes.
+        # The rest depends on the number of processes.
         self.check()
 
     def check(self) -> None:
-        """Raises `ValueError` for what construction would not have accepted, where arguments were changed since."""
+        """Raises `ValueError` if arguments were changed to values that the constructor would not have accepted."""
         self._check_noise()
         self._check_mechanism()
         self._check_length()
@@ -189,12 +189,12 @@ class DPTrainingArguments(TrainingArguments):
 
     @property
     def microbatch_spans_processes(self) -> bool:
-        """Whether all processes work on one microbatch, since there are not equally many for each of them."""
+        """Whether all processes share every microbatch, since there are not equally many for each process."""
         return self.chunked and self.num_microbatches % self.world_size > 0
 
     @property
     def not_private_because(self) -> tuple[str, ...]:
-        """The arguments, if any, because of which no guarantee holds."""
+        """The arguments because of which no guarantee holds, if any."""
         return tuple(
             reason
             for reason, holds in {
@@ -226,11 +226,11 @@ class DPTrainingArguments(TrainingArguments):
             )
         if self.secure_noise and (self.non_private or self.noise_seed is not None):
             raise ValueError(
-                "secure_noise=True cannot be combined with non_private=True or noise_seed, which leave no noise that "
-                "nobody knows: remove one or the other."
+                "secure_noise=True cannot be combined with non_private=True or noise_seed, with which there is no "
+                "secret noise: remove one or the other."
             )
         self._check_positive("ledger_epsilon", self.ledger_epsilon)
-        # What number it may be depends on n, which the plan knows.
+        # The plan, which knows n, checks whether a number is small enough.
         self._check_positive("target_delta", None if isinstance(self.target_delta, int | float) else self.target_delta)
 
     def _check_mechanism(self):
@@ -263,7 +263,7 @@ class DPTrainingArguments(TrainingArguments):
             )
 
     def _check_microbatch_size(self):
-        """Not before the number of processes is known."""
+        """To be called when the number of processes is known."""
         size, batch, total = self.microbatch_size, self.per_device_train_batch_size, self.expected_batch_size
         if size is None or batch % size == 0:
             return
@@ -293,7 +293,7 @@ class DPTrainingArguments(TrainingArguments):
 
 
 def _type_hint(value: Any) -> str:
-    """What is wrong with it if it is not a number of Python, such as text, or a number of numpy."""
+    """Says what is wrong with a value that is not a Python number, such as text or a numpy number."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return ""
     in_yaml = ", or 1.0e-5 in YAML, where 1e-5 is text" if isinstance(value, str) and "e-" in value else ""

@@ -1,4 +1,4 @@
-"""From one forward batch to clipped gradients in the mechanism: three ways that give the same result."""
+"""Three ways to turn a forward batch into clipped gradients in the mechanism, all with the same result."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,8 +41,8 @@ WITH_CUDNN_ATTENTION = (9, 10)
 
 @contextmanager
 def without_collectives() -> Iterator[None]:
-    """Raises `RuntimeError` if processes learn from one another inside, as in a loss that gathers embeddings: each has
-    microbatches of its own, and a record would be in the gradients of as many as there are processes."""
+    """Raises `RuntimeError` if processes communicate inside, as in a loss that gathers embeddings: each computes a
+    microbatch of its own, and a record would change the gradients of all of these."""
     before = _num_collectives()
     yield
     if _num_collectives() != before:
@@ -54,14 +54,14 @@ def without_collectives() -> Iterator[None]:
 
 
 def _num_collectives() -> int:
-    """How many collective operations there have been in all groups of processes, whoever called them."""
+    """How many collective operations there have been so far, in all process groups."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return 0
     return sum(group._get_sequence_number_for_group() for group in dist.distributed_c10d._world.pg_map)
 
 
 class OneByOne:
-    """One forward and one backward pass per microbatch. Right for every model and every loss.
+    """One forward and one backward pass per microbatch. Works for every model and every loss.
 
     Args:
         mechanism ([`~privacy.GaussianMechanism`]): receives the gradients.
@@ -94,8 +94,8 @@ class AllAtOnce:
     How a microbatch is computed depends on the model and on the microbatch itself, never on what else was drawn.
 
     Args:
-        one_by_one ([`OneByOne`]): takes over for good if the first pass shows that the model does not allow it, and
-            for single microbatches whose inputs do not.
+        one_by_one ([`OneByOne`]): takes over for good if the first pass shows that the model cannot be vectorized, and
+            each time for microbatches whose inputs cannot.
         model ([`~gradients.VectorizableModel`]): the model in training.
     """
 
@@ -106,7 +106,7 @@ class AllAtOnce:
         self.possible: bool | None = None
 
     def __call__(self, forward_batch: list[Microbatch]) -> list[Tensor]:
-        """As [`OneByOne`]. Raises `RuntimeError` if the model allows it no longer."""
+        """As [`OneByOne`]. Raises `RuntimeError` if the model could be vectorized before, and no longer can."""
         if self.possible is False:
             return self.one_by_one(forward_batch)
         groups, others = group_microbatches(self.model, forward_batch)
@@ -137,12 +137,12 @@ class AllAtOnce:
 
 
 class ChunkByChunk:
-    """Microbatches larger than a forward batch, each exactly, in pieces of that size.
+    """Microbatches larger than a forward batch: the exact gradient of each, in chunks of that size.
 
     Args:
         mechanism ([`~privacy.GaussianMechanism`]): receives the gradients.
         model ([`~gradients.ContrastiveModel`]): the model in training.
-        dataset ([`MicrobatchDataset`]): what record numbers refer to.
+        dataset ([`MicrobatchDataset`]): reads and collates the records of a chunk.
         accelerator (`Accelerator`): runs the backward pass and gathers embeddings.
         args ([`DPTrainingArguments`]): the size of a chunk, and how data is loaded.
     """
@@ -169,13 +169,13 @@ class ChunkByChunk:
         losses = []
         for seed, records in forward_batch:
             chunks = LoadedChunks(self.dataset, seed, records, self.args)
-            # Loaders draw a number whenever they are gone through: how often would show how many records there are.
+            # Every iteration of a loader draws a random number, and how many there are depends on the records.
             with adding(), preserved_generators():
                 losses.append(accumulate_chunked_gradient(self.model, chunks, self.accelerator.backward, *gathering))
         return losses
 
     def _gather(self, rows: Tensor) -> tuple[Tensor, int]:
-        """The rows of all processes, which have different numbers of them, and the number of the first own one."""
+        """The rows of all processes, of which each may have another number, and the index of this one's first row."""
         count = torch.tensor([len(rows)], device=rows.device)
         counts = self.accelerator.gather(count).tolist()
         padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
@@ -213,7 +213,7 @@ def choose_forward_pass(
     dataset: MicrobatchDataset,
     contrastive: ContrastiveModel | None,
 ) -> OneByOne | AllAtOnce | ChunkByChunk:
-    """The cheapest computation that is exact for the trainer's model and loss."""
+    """The fastest of the three that gives the exact result for the trainer's model and loss."""
     args, accelerator = trainer.args, trainer.accelerator
     if args.chunked:
         return ChunkByChunk(mechanism, contrastive, dataset, accelerator, args)
@@ -255,7 +255,7 @@ def _obstacle(trainer: "DPCLIPTrainer", vectorizable: VectorizableModel | None) 
     if not trainer.args.vectorized:
         return "vectorized=False"
     if vectorizable is None:
-        return "of this model and loss it is not known how to compute many of them at once"
+        return "this model and loss are not known to give the same result for several of them at once"
     if trainer.public_negatives is not None and trainer.args.public_negatives_gradient:
         return "public_negatives_gradient=True encodes the public negatives anew for each"
     if vectorizable.static_shapes and vectorizable.has_dropout:
@@ -264,5 +264,5 @@ def _obstacle(trainer: "DPCLIPTrainer", vectorizable: VectorizableModel | None) 
 
 
 def _log_why_one_by_one(reason: str) -> None:
-    """Says once why a step takes longer than it might."""
+    """Logs once why a step takes longer than it could."""
     logger.warning_once(f"Microbatches are computed one after another: {reason}. The result is the same.")

@@ -15,7 +15,7 @@ YES_OR_NO = ("vectorized", "public_negatives_gradient", "secure_noise", "non_pri
 
 
 def check_options(args: "DPTrainingArguments") -> None:
-    """Raises `ValueError` for the first option that breaks the guarantee, or that a text would switch on."""
+    """Raises `ValueError` for the first option that breaks the guarantee, or is text instead of True or False."""
     for name in YES_OR_NO:
         if not isinstance(getattr(args, name), bool):
             raise ValueError(f"{name}={getattr(args, name)!r} is not possible: it must be True or False.")
@@ -26,12 +26,12 @@ def check_options(args: "DPTrainingArguments") -> None:
 
 
 def _incompatible(args: "DPTrainingArguments") -> list[tuple[bool, str]]:
-    """(whether it is set, what is wrong with it and how to mend it) for each such option."""
+    """For each such option, whether it is set, and the message that says what is wrong and how to mend it."""
     optimizer = str(getattr(args.optim, "value", args.optim))
     steps_early = "layerwise" in optimizer or "lomo" in optimizer
-    # It puts a function of its own in the place of `Tensor.backward`.
+    # Comet patches `Tensor.backward` to log what it is called on.
     comet_logs_losses = os.environ.get("COMET_AUTO_LOG_METRICS", "").lower() not in ("0", "false")
-    # Made of what was given.
+    # An object by now, whatever was given.
     accelerator_config: Any = args.accelerator_config
     return [
         (args.fp16, "fp16 scales the loss, and with it the gradients to be clipped: use bf16=True instead."),

@@ -31,7 +31,7 @@ def make_plan(args: DPTrainingArguments, num_examples: int) -> PrivacyPlan:
     return PrivacyPlan(noise_multiplier=args.noise_multiplier or 0.0, non_private=args.non_private, **fields)
 
 
-# The arguments from which it is made, but for those that say how many steps there are.
+# The arguments that determine a plan, other than those for the number of steps.
 PLANNED = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",

@@ -40,8 +40,8 @@ class DPCLIPTrainer(SearchingTrainer):
     [`~transformers.Trainer`] whose result is (ε, δ)-differentially private in its training dataset.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): a `CLIPModel`, a `SiglipModel`, one of their kin
-            (`docs/encoders.md`), or any model that returns a loss.
+        model (`PreTrainedModel` or `PeftModel`): a `CLIPModel`, a `SiglipModel` or the like (`docs/encoders.md`), or
+            any model that returns a loss.
         args ([`DPTrainingArguments`]): training and privacy arguments.
         data_collator (`Callable`, *optional*): collates the records of one microbatch. Defaults to
             [`ImageTextCollator`], or [`AudioTextCollator`] for CLAP, if `processing_class` is a processor and the
@@ -62,7 +62,7 @@ class DPCLIPTrainer(SearchingTrainer):
         Several calls of `train` compose, and so do the trials of `hyperparameter_search`.
     """
 
-    # Drawn when training begins, or when its data loader is asked for before.
+    # Made when training begins, or earlier if the training data loader is asked for.
     _sampler: PoissonSampler | None = None
 
     def __init__(
@@ -126,7 +126,7 @@ class DPCLIPTrainer(SearchingTrainer):
         self._planned_values = planned_values(self.args)
         self._sampler = None
 
-    # What a transform draws for private records must not show in weights that are initialised later, or checkpoints.
+    # Random draws of a transform for private records must not show in weights initialised later, or in checkpoints.
     @preserved_generators()
     def _make_plan(self) -> tuple[PrivacyPlan, PrivacyUnits]:
         args = self.args
@@ -158,7 +158,7 @@ class DPCLIPTrainer(SearchingTrainer):
 
     @property
     def minimises_own_loss(self) -> bool:
-        """Whether nobody put another loss in the place of the one that the model returns."""
+        """Whether the loss is the one that the model returns, and no other was put in its place."""
         own = getattr(self.compute_loss, "__func__", None) is DPCLIPTrainer.compute_loss
         return own and self.compute_loss_func is None
 
@@ -231,13 +231,13 @@ class DPCLIPTrainer(SearchingTrainer):
         if empty_after is not None and self.state.global_step % empty_after == 0:
             clear_device_cache()
         if losses and self.args.log_private_statistics:
-            # The Trainer adds up forward passes and takes the mean over processes; wanted is the microbatches' mean.
+            # The Trainer adds up forward passes and averages over processes: this gives the mean over microbatches.
             processes = 1 if self.args.microbatch_spans_processes else self.args.world_size
             return torch.stack(losses).sum() * processes / self.plan.num_microbatches
         return torch.zeros((), device=self.args.device)
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
-        """Releases the step's noisy gradient. Returns its norm, which may be logged: noise is already in it."""
+        """Releases the step's noisy gradient. Returns its norm, which may be logged, since it contains the noise."""
         if self.remaining_steps == 0:
             raise RuntimeError(f"another step would exceed target_epsilon={self.plan.target_epsilon}.")
         if self._steps_taken >= self._last_step:
@@ -256,7 +256,7 @@ class DPCLIPTrainer(SearchingTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _draw_randomness(self) -> None:
-        """Fresh streams, from one root for all processes, so that they draw the same microbatches."""
+        """Makes fresh streams, from one root for all processes, so that they draw the same microbatches."""
         root = Randomness(*broadcast_object_list([Randomness(self.args.noise_seed).entropy]))
         self._sampler = PoissonSampler(self.plan, root.sampling())
         self._noise = root.noise(self.args.device, self.args.process_index)
@@ -271,7 +271,7 @@ class DPCLIPTrainer(SearchingTrainer):
             self.add_callback(privacy_progress(progress))
 
     def _microbatch_dataset(self) -> MicrobatchDataset:
-        """The records and their collator, with the columns that nobody reads removed, as in `Trainer`."""
+        """The records and their collator, without the columns that are not read, as in the `Trainer`."""
         dataset, collator = self.train_dataset, self.data_collator
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description="training")
@@ -287,7 +287,7 @@ class DPCLIPTrainer(SearchingTrainer):
 
 
 def _needs_processing(dataset: Any, processing_class: Any) -> bool:
-    """Whether records are raw images, or sounds, and texts that a processor has yet to encode."""
+    """Whether the records are raw images, or sounds, and texts, which the processor has yet to encode."""
     if not isinstance(processing_class, ProcessorMixin):
         return False
     # Not its columns: a transform makes others of them, and a dataset of torch has none to ask for.

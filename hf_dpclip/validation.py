@@ -25,16 +25,16 @@ from .guard import check_no_hooks
 
 logger = logging.get_logger(__name__)
 
-# How peft makes starting weights of LoRA from activations or gradients.
+# Initialisations of LoRA weights that peft computes from activations or gradients.
 MADE_FROM_RECORDS = ("eva", "corda", "lora_ga")
-# What evaluation gives of itself, without `compute_metrics`.
-METRICS_OF_ITSELF = ("loss", "runtime", "samples_per_second", "steps_per_second")
+# The metrics of an evaluation without `compute_metrics`.
+DEFAULT_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")
 
 
 def check_call(
     model: nn.Module | None, data_collator: Callable | None, train_dataset: Dataset | None, processing_class: Any
 ) -> None:
-    """Raises `ValueError` for arguments of [`DPCLIPTrainer`] of the wrong kind, often one in another one's place."""
+    """Raises `ValueError` for arguments of [`DPCLIPTrainer`] of the wrong type, often in the wrong order."""
     if model is not None and not isinstance(model, nn.Module):
         raise ValueError(
             f"model is a {type(model).__name__}: load the model itself, as in CLIPModel.from_pretrained(name)."
@@ -61,7 +61,7 @@ def check_call(
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises `ValueError` for models whose update would carry more than the noisy gradient."""
+    """Raises `ValueError` for models that learn from records in other ways than by the noisy gradient."""
     was_training = model.training
     leaking = [name for name, module in model.train().named_modules() if _keeps_statistics(module)]
     model.train(was_training)
@@ -92,11 +92,11 @@ def check_model(model: nn.Module) -> None:
 
 
 def set_precision() -> None:
-    """Takes back what lets torch round the factors of float32 products, of which the norms to be clipped are made."""
+    """Takes back settings that let torch round float32 factors, which would make the norms for clipping too small."""
     try:
         precision = torch.get_float32_matmul_precision()
     except RuntimeError:
-        # Set by names that this one does not know, as transformers does for torch_compile.
+        # Raised if it was set by the newer API of torch, as transformers does for torch_compile.
         precision = "tf32"
     if precision != "highest":
         torch.set_float32_matmul_precision("highest")
@@ -107,7 +107,7 @@ def set_precision() -> None:
 
 
 def warn_of_adapters_made_from_records(model: nn.Module) -> None:
-    """Warns of starting weights of LoRA that were computed from records: of these, the guarantee says nothing."""
+    """Warns of LoRA starting weights that were computed from records, which the guarantee does not cover."""
     configs = model.peft_config.values() if isinstance(model, PeftModel) else []
     made = [kind for config in configs if (kind := getattr(config, "init_lora_weights", None)) in MADE_FROM_RECORDS]
     if made:
@@ -118,7 +118,7 @@ def warn_of_adapters_made_from_records(model: nn.Module) -> None:
 
 
 def check_environment(trainer: Trainer) -> None:
-    """Raises `ValueError` for launcher settings that the arguments do not show, and devices that will not do."""
+    """Raises `ValueError` for unsupported launcher settings, which the arguments do not show, and devices."""
     launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
     if launched != trainer.args.world_size:
         raise ValueError(
@@ -128,9 +128,9 @@ def check_environment(trainer: Trainer) -> None:
     kind = trainer.args.device.type
     if kind not in ("cpu", "cuda"):
         raise ValueError(
-            f"{kind} devices will not do (Apple's mps has no float64, in which norms are measured, "
-            "and of others the states of generators are not kept): train on what PyTorch calls cuda, or add "
-            "use_cpu=True (--use_cpu)."
+            f"{kind} devices are not supported (Apple's mps has no float64, in which norms are measured, and the "
+            "generator states of others are not preserved): train on what PyTorch calls cuda, or add use_cpu=True "
+            "(--use_cpu)."
         )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(
@@ -160,20 +160,20 @@ def check_negatives_exist(microbatch_size: int, in_batch_negatives_only: bool) -
 def check_loss_is_known(
     args: DPTrainingArguments, contrastive_base: PreTrainedModel | None, public_negatives: bool
 ) -> None:
-    """Raises `ValueError` for what only a known contrastive loss allows."""
+    """Raises `ValueError` for arguments that need a known contrastive loss if the loss is not known."""
     if args.chunked and contrastive_base is None:
         raise ValueError(
             f"microbatch_size={args.microbatch_size} is larger than per_device_train_batch_size="
             f"{args.per_device_train_batch_size}; chunks of a microbatch can only be put together again for "
-            "CLIPModel, SiglipModel and their kin (docs/encoders.md) with their own loss: choose a microbatch_size "
+            "CLIPModel, SiglipModel and the like (docs/encoders.md) with their own loss: choose a microbatch_size "
             "that divides per_device_train_batch_size."
         )
     if args.static_shapes and not isinstance(contrastive_base, WITH_CAUSAL_TEXTS):
-        # Others are not always told where a text ends.
+        # Other models are not always told where a text ends.
         raise ValueError("static_shapes=True needs CLIPModel or MetaClip2Model with its own loss: remove it.")
     if public_negatives and contrastive_base is None:
         raise ValueError(
-            "public_negatives need CLIPModel, SiglipModel or one of their kin (docs/encoders.md) with its own loss: "
+            "public_negatives need CLIPModel, SiglipModel or the like (docs/encoders.md) with its own loss: "
             "leave them out."
         )
     if args.chunked and args.public_negatives_gradient:
@@ -184,14 +184,14 @@ def check_loss_is_known(
 
 
 def check_best_metric(trainer: Trainer) -> None:
-    """Raises `ValueError` if the best weights are to be told by a metric that evaluation is known not to give."""
+    """Raises `ValueError` if the best model is to be chosen by a metric that evaluation does not give."""
     metric, evaluated = trainer.args.metric_for_best_model, trainer.eval_dataset
     others = _is_overridden(trainer, Trainer.evaluate, EvaluatingTrainer.evaluation_loop)
     others = others or any(map(_may_add_metrics, trainer.callback_handler.callbacks))
     if trainer.args.eval_strategy == "no" or trainer.compute_metrics is not None or others:
         return
     prefixes = [f"{name}_" for name in evaluated] if isinstance(evaluated, dict) else [""]
-    given = [prefix + name for prefix in prefixes for name in METRICS_OF_ITSELF]
+    given = [prefix + name for prefix in prefixes for name in DEFAULT_METRICS]
     if metric is not None and metric.removeprefix("eval_") not in given:
         raise ValueError(
             f"metric_for_best_model={metric!r} is not among what evaluation gives ({', '.join(given)}): choose one of "
@@ -200,7 +200,7 @@ def check_best_metric(trainer: Trainer) -> None:
 
 
 def check_search(backend: HPSearchBackend, settings: dict[str, Any], num_processes: int) -> None:
-    """Raises `ValueError` for a hyperparameter search whose trials not all processes of this trainer would see."""
+    """Raises `ValueError` for a hyperparameter search with trials that a process of this trainer would not count."""
     if backend == HPSearchBackend.RAY or settings.get("n_jobs", 1) != 1:
         raise ValueError(
             "trials that run side by side do not know what the others spend: use backend='optuna' (or 'wandb') with "
@@ -220,13 +220,13 @@ def check_search(backend: HPSearchBackend, settings: dict[str, Any], num_process
     known_to_one = [name for name in ("pruner", "timeout", "catch") if settings.get(name)]
     if known_to_one:
         raise ValueError(
-            f"{known_to_one[0]} ends a trial or the search on process 0 only, and the others would wait for ever: "
+            f"{known_to_one[0]} ends a trial or the search on process 0 only, and the others would wait forever: "
             "leave it out, or search on one process."
         )
 
 
 def check_trials_are_evaluated(trainer: Trainer) -> None:
-    """Raises `ValueError` if the first trial of a search would end without anything to be told by."""
+    """Raises `ValueError` if the trials of a search would have no evaluation to compare them by."""
     others = _is_overridden(trainer, Trainer.evaluate, EvaluatingTrainer.get_eval_dataloader)
     if trainer.eval_dataset is None and not others:
         raise ValueError(
@@ -247,12 +247,12 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Parame
 
 
 def _is_overridden(trainer: Trainer, *methods: Callable) -> bool:
-    """Whether the trainer has another one in the place of one of these methods."""
+    """Whether the trainer overrides one of these methods."""
     return any(getattr(getattr(trainer, own.__name__), "__func__", None) is not own for own in methods)
 
 
 def _may_add_metrics(callback: TrainerCallback) -> bool:
-    """Whether a callback of the user's own is shown the metrics, to which it may add."""
+    """Whether it is a callback of the user's own that receives the metrics, and may add to them."""
     of_a_library = type(callback).__module__.split(".")[0] in ("transformers", "hf_dpclip")
     return not of_a_library and type(callback).on_evaluate is not TrainerCallback.on_evaluate
 
