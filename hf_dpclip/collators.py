@@ -17,11 +17,11 @@ from .records import check_complete, check_image, check_text, described, first_r
 
 @dataclass
 class PairCollator:
-    """What all collators of ours know: the dataset columns that they read, which their `*_column` fields name."""
+    """The base of our collators, whose fields named `*_column` hold the dataset columns that they read."""
 
     @property
     def columns(self) -> list[str]:
-        """The dataset columns that are read, which the trainer therefore keeps."""
+        """The dataset columns that are read. The trainer keeps them."""
         return [getattr(self, name) for name in self._column_fields if getattr(self, name) is not None]
 
     def check_columns(self, names: list[str]) -> None:
@@ -56,8 +56,8 @@ class ImageTextCollator(PairCollator):
         text_column (`str`, *optional*, defaults to `"text"`): captions.
         augmentation (`Callable`, *optional*): from an image to a randomly changed one.
         views (`int`, *optional*, defaults to 1): differently augmented images of each record. The loss is their mean,
-            taken before the gradient is clipped, so that more views cost time but no privacy. A forward batch has as
-            many times its number of rows.
+            taken before the gradient is clipped, so that more views cost time but no privacy. They multiply the rows
+            of a forward batch.
 
     Example:
         ```python
@@ -94,14 +94,14 @@ class ImageTextCollator(PairCollator):
         return image if self.augmentation is None else self.augmentation(image)
 
     def unaugmented(self) -> "ImageTextCollator":
-        """For records that are not trained on: one view of each, as it is."""
-        # A copy, since a subclass may be made from other arguments.
+        """A collator for records that are not trained on: one view of each, without augmentation."""
+        # A copy, since the constructor of a subclass may take other arguments.
         collator = copy.copy(self)
         collator.augmentation, collator.views = None, 1
         return collator
 
     def for_public(self, names: list[str]) -> "ImageTextCollator":
-        """For records that may lack images or captions, as they are. Raises `ValueError` if they lack both."""
+        """A collator for public records, with images or captions or both. Raises `ValueError` if they have neither."""
         image_column, text_column = (
             column if column in names else None for column in (self.image_column, self.text_column)
         )
@@ -115,7 +115,7 @@ class ImageTextCollator(PairCollator):
         return collator
 
     def check_processor(self) -> None:
-        """Raises `ValueError` where images are read, unless the processor is one of images and texts."""
+        """Raises `ValueError` if images are to be read, and the processor is not one of images and texts."""
         no_processor = not isinstance(self.processor, ProcessorMixin) or isinstance(self.processor, ClapProcessor)
         if self.image_column is not None and no_processor:
             raise ValueError(
@@ -207,7 +207,7 @@ class AudioTextCollator(PairCollator):
             `sampling_rate` in Hz.
         text_column (`str`, *optional*, defaults to `"text"`): captions.
 
-    Raises `ValueError` for a sampling rate that is not the feature extractor's, and for texts that are none.
+    Raises `ValueError` for a sampling rate that is not the feature extractor's, and for texts that are not strings.
 
     Example:
         ```python
@@ -240,7 +240,7 @@ class AudioTextCollator(PairCollator):
 
 
 def default_collator(processor: ProcessorMixin) -> PairCollator:
-    """For records with an image, or a sound, and a text, in columns of these names."""
+    """A collator for records with columns `image`, or `audio` for CLAP, and `text`."""
     return AudioTextCollator(processor) if isinstance(processor, ClapProcessor) else ImageTextCollator(processor)
 
 
@@ -252,10 +252,10 @@ def text_settings(processor: Any) -> dict[str, Any]:
 
 
 def tokenizer_of(processor: Any) -> Any:
-    """A processor's tokenizer; a tokenizer itself."""
+    """The tokenizer of a processor, which may be a tokenizer itself."""
     return getattr(processor, "tokenizer", processor)
 
 
 def encoded_texts(processor: Any, texts: list[str]) -> BatchEncoding:
-    """Texts alone, by a processor or a tokenizer."""
+    """Texts, encoded by a processor or a tokenizer."""
     return processor(text=texts, **text_settings(processor), return_tensors="pt")

@@ -18,15 +18,15 @@ from .seeding import seeded
 
 
 OWN_COLLATORS = (ImageTextCollator, VisualQuestionCollator, AudioTextCollator)
-# Texts such as "None" and "N/A" are texts.
-ONLY_NOTHING_IS_MISSING = {"keep_default_na": False, "na_values": [""]}
-# What pandas makes of the first fields of rows that have more than there are columns.
+# Of texts, only an empty one is missing: "None" and "N/A" are texts.
+ONLY_EMPTY_IS_MISSING = {"keep_default_na": False, "na_values": [""]}
+# The column into which pandas puts surplus fields of rows that have more than there are column names.
 SURPLUS = "__index_level_0__"
-# By the end of a file's name: the builder of `datasets`, and its settings.
+# By file suffix: the builder of `datasets`, and its settings.
 FILE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
-    ".csv": ("csv", ONLY_NOTHING_IS_MISSING),
-    ".tsv": ("csv", {"sep": "\t", **ONLY_NOTHING_IS_MISSING}),
+    ".csv": ("csv", ONLY_EMPTY_IS_MISSING),
+    ".tsv": ("csv", {"sep": "\t", **ONLY_EMPTY_IS_MISSING}),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
 }
@@ -76,17 +76,17 @@ def check_labels(dataset: Dataset, label_column: str) -> None:
 def hold_out(dataset: Dataset, column: str, share: float = 0.1) -> DatasetDict:
     """Splits a dataset into `train` and `test` by a hash of each record's value in `column`.
 
-    Of two datasets that differ by the records of one value, the training splits differ by those of one value at most.
-    Where values are the privacy units, a guarantee for the training split is therefore one for the dataset. Where they
-    are larger than the units, such as images with several captions, that holds if any value falls below the share, as
-    some nearly always do of a hundred. With `train_test_split`, one record more changes where most others go.
+    If two datasets differ by the records of one value, their training splits differ by those of at most one value.
+    If values are the privacy units, a guarantee for the training split is therefore one for the dataset. If they are
+    larger than the units, such as images with several captions, that holds if any value is held out by its hash, as
+    some nearly always are of a hundred. With `train_test_split`, one more record changes where most others go.
 
     Args:
         dataset (`Dataset`): all records.
         column (`str`): records that share their value of it stay together: ids of the privacy units, or images. Of
             images, the bytes of their files are looked at, or the paths where that is all there is.
-        share (`float`, *optional*, defaults to 0.1): the probability with which a value goes to `test`. One does
-            in any case.
+        share (`float`, *optional*, defaults to 0.1): the probability with which a value goes to `test`. At least one
+            value does.
 
     Raises `ValueError` if there is no such column of texts, numbers or images, or if nothing is left to train on.
     """
@@ -106,7 +106,7 @@ def hold_out(dataset: Dataset, column: str, share: float = 0.1) -> DatasetDict:
     is_image = isinstance(dataset.features[column], Image)
     values = file_digests(dataset, column) if is_image else map(_digest, dataset.with_format(None)[column][:])
     places = np.array([int.from_bytes((value or b"")[:7], "big") for value in values])
-    # Where none is below the limit, one more or one less makes the lowest another one, and still moves only one.
+    # If none is below the limit, the lowest goes. One value more or less may replace it, and still moves only one.
     held_out = places <= max(int(share * 2**56), places.min())
     if held_out.all():
         raise ValueError(
@@ -118,7 +118,7 @@ def hold_out(dataset: Dataset, column: str, share: float = 0.1) -> DatasetDict:
 
 
 def load_pairs(name: str, image_column: str | None = "image") -> DatasetDict:
-    """Image-text pairs by any name that `datasets` knows.
+    """Loads image-text pairs by any name that `datasets` knows.
 
     Args:
         name (`str`): a `.parquet`, `.csv`, `.tsv`, `.json` or `.jsonl` file, a folder written by `save_to_disk`, a
@@ -146,7 +146,7 @@ def load_pairs(name: str, image_column: str | None = "image") -> DatasetDict:
         hint = " (Between columns there must be commas, or tabs in a file whose name ends in .tsv.)" if other else ""
         raise ValueError(f"{name} has no image column {image_column!r}, only {columns}: name one of these.{hint}")
     if _holds_bytes(next(iter(splits.values())), image_column):
-        # As other libraries write images to tables.
+        # Other libraries write images to tables in this way.
         splits = splits.cast_column(image_column, Image())
     return splits
 
@@ -179,12 +179,12 @@ def unusable_records(dataset: Any, collator: Callable[[list[Any]], Any]) -> dict
     if isinstance(collator, PairCollator) and isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
         collator.check_columns(dataset.column_names)
         if type(collator) in OWN_COLLATORS:
-            # What stands in other columns is not read in training either.
+            # Other columns are not read in training either.
             dataset = dataset.select_columns(collator.columns)
     text_column = collator.text_column if isinstance(collator, ImageTextCollator | AudioTextCollator) else None
     unusable: dict[int, str] = {}
     for number in logging.tqdm(range(len(dataset)), desc="Checking records"):
-        # From one seed each, so that what is drawn for one record decides nothing about the next, and shows nowhere.
+        # Each from the same seed, so that random draws for one record do not affect the next.
         with seeded(0):
             try:
                 (record,) = read(dataset, [number])
@@ -192,7 +192,7 @@ def unusable_records(dataset: Any, collator: Callable[[list[Any]], Any]) -> dict
                     check_not_blank(record, text_column)
                 collator([record])
             except Exception as error:
-                # Whatever a decoder, a transform or a collator of the user's own may raise.
+                # Decoders, transforms and users' own collators may raise anything.
                 unusable[number] = reason(error)
     return unusable
 
@@ -233,7 +233,7 @@ def _load_file(path: Path, image_column: str | None) -> DatasetDict:
 
 
 def _holds_bytes(dataset: Dataset, column: str | None) -> bool:
-    """Whether files are the column's values, or beside their paths, as `datasets` itself stores images."""
+    """Whether a column holds the bytes of files, alone or with their paths, as `datasets` itself stores images."""
     feature = dataset.features.get(column)
     content = feature.get("bytes") if isinstance(feature, dict) else feature
     return isinstance(content, Value) and content.dtype in ("binary", "large_binary")
@@ -248,7 +248,7 @@ def _beside(table: Path, images: list[Any]) -> list[str]:
             f"{kind_of(images[missing[0]])} in the place of an image ({len(missing)} such rows: {listed(missing)}): "
             "write the image's path there, or leave such rows out."
         )
-    # Addresses are left to `datasets`.
+    # URLs are left to `datasets`.
     return [image if "://" in image else str(table.parent / image) for image in images]
 
 

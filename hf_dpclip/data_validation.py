@@ -1,4 +1,4 @@
-"""Refusals of data: what cannot be sampled, collated or read by the model, and private records in public places."""
+"""Refusals of data: what cannot be sampled, collated or read by the model, and private records among public data."""
 
 import inspect
 from collections import Counter
@@ -21,13 +21,13 @@ from .record_ids import RecordIds
 from .records import first_record, has_random_access, holds_texts
 
 
-# Records for evaluation that are looked for among the private ones.
+# The number of records for evaluation that are looked for among the private ones.
 COMPARED = 64
-# What processors make of images and sounds, hundreds of kilobytes of each; and how many private records are looked at
-# for that reason.
+# Columns that processors make of images and sounds, with hundreds of kilobytes per record; and how many private
+# records are therefore looked at.
 ENCODED = ("pixel_values", "input_features")
 LOOKED_AT_ENCODED = 2_000
-# Text models that count their positions from behind that of the padding token.
+# Text models whose position ids begin after that of the padding token.
 POSITIONS_BEHIND_PADDING = (
     "altclip_text_model",
     "camembert",
@@ -82,15 +82,15 @@ def check_records(collator: Callable, collated: Dataset | dict[str, Dataset] | N
 def first_batch(dataset: MicrobatchDataset) -> dict[str, Any]:
     """The first record, collated. Raises `ValueError` if it cannot be.
 
-    Whether a microbatch was collated before weights are saved would show in the files of a tokenizer, which remembers
-    how it was called. After this, one always was.
+    A tokenizer remembers how it was called, also in its files. After this call, those do not show whether any
+    microbatch was collated before they are saved.
     """
     try:
         ((_, batch),) = dataset[[(0, np.array([0]))]]
     except ValueError:
         raise
     except Exception as error:
-        # Whatever a data_collator of the user's own may raise.
+        # A user's own data_collator may raise anything.
         raise ValueError(
             f"the data_collator cannot collate the first record ({type(error).__name__}: {error}): pass an "
             "ImageTextCollator with the columns of the dataset, or one that makes the model's inputs of such records."
@@ -99,7 +99,7 @@ def first_batch(dataset: MicrobatchDataset) -> dict[str, Any]:
 
 
 def check_encoded(model: PreTrainedModel | None, dataset: Dataset | None) -> None:
-    """Raises `ValueError` for records that no collator encodes and that lack what a model of pairs reads."""
+    """Raises `ValueError` for records without a collator that lack the encoded inputs that the model reads."""
     if model is None or dataset is None:
         return
     names = [*first_record(dataset)]
@@ -112,14 +112,14 @@ def check_encoded(model: PreTrainedModel | None, dataset: Dataset | None) -> Non
 
 
 def check_model_reads_pairs(model: nn.Module, collator: Callable, batch: dict[str, Any]) -> None:
-    """Raises `ValueError` where the model cannot take what an [`ImageTextCollator`] makes of records, as in a batch.
+    """Raises `ValueError` if the model cannot read the batches of an [`ImageTextCollator`], such as `batch`.
 
-    `model` is the one without adapters. What its towers read is known of dual encoders.
+    `model` is the one without adapters. Sizes are compared for dual encoders, whose configuration is known.
     """
     if not isinstance(collator, ImageTextCollator):
         return
     parameters = inspect.signature(model.forward).parameters
-    # Those of transformers take options of the attention by any name.
+    # In models of transformers, **kwargs are options of the attention.
     anything = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     reads_anything = anything and not isinstance(model, PreTrainedModel)
     columns = {"pixel_values": collator.image_column, "input_ids": collator.text_column}
@@ -140,14 +140,14 @@ def check_model_reads_pairs(model: nn.Module, collator: Callable, batch: dict[st
 
 
 def check_no_copies(train_dataset: Any) -> None:
-    """Raises `ValueError` if a dataset lists a record several times, as one that was oversampled does."""
+    """Raises `ValueError` if a dataset lists a record several times, as after oversampling."""
     ids = RecordIds().of(train_dataset)
     copies = len(ids) - len(np.unique(ids))
     if copies:
         raise ValueError(
-            f"train_dataset lists records that it has already (oversampled, or repeated), {copies} times, and each "
-            "would be protected as if it were another: list each once and raise num_train_epochs, or, in a "
-            "datasets.Dataset, set privacy_unit_column to a column that is equal for all copies."
+            f"train_dataset lists records more than once (oversampled, or repeated), {copies} times in all, and each "
+            "copy would be protected as if it were another record: list each once and raise num_train_epochs, or, in "
+            "a datasets.Dataset, set privacy_unit_column to a column that is equal for all copies."
         )
 
 
@@ -157,8 +157,7 @@ def check_evaluation_data(
     unit_column: str | None,
     name: str = "eval_dataset",
 ) -> None:
-    """Raises `ValueError` if metrics would be computed on the private records, on others of the same units, or on
-    none."""
+    """Raises `ValueError` if metrics would be computed on private records, on others of the same units, or on none."""
     _check_not_empty(evaluated, name)
     if train_dataset is not None and evaluated is train_dataset:
         raise ValueError(
@@ -181,13 +180,13 @@ def check_evaluation_data(
 
 
 def _is_part_of(evaluated: Any, private: Any) -> bool:
-    """Whether one of the records for evaluation is a private one, or all of the first are copies of some."""
+    """Whether a record for evaluation is one of the private ones, or the first `COMPARED` are copies of such."""
     if not (has_random_access(evaluated) and has_random_access(private)):
         return False
     (shown, rows), (base, private_rows) = _unwrapped(evaluated), _unwrapped(private)
     if not (isinstance(shown, datasets.Dataset) and isinstance(base, datasets.Dataset)):
         return _share_records(evaluated, private)
-    # Columns without a value are all in one place.
+    # Columns without any value would have equal ids.
     empty = datasets.Value("null")
     common = [name for name, kind in shown.features.items() if name in base.column_names and kind != empty]
     if not common:
@@ -204,7 +203,7 @@ def _share_records(first: Any, second: Any, columns: list[str] | None = None) ->
 
 
 def _unwrapped(dataset: Any) -> tuple[Any, Sequence[int]]:
-    """What subsets of subsets were taken from, and which rows of it."""
+    """The dataset from which subsets of subsets were taken, and the rows that were taken."""
     rows: Sequence[int] = range(len(dataset))
     while isinstance(dataset, Subset):
         rows = [int(dataset.indices[row]) for row in rows]
@@ -225,13 +224,13 @@ def _is_part_of_table(first: datasets.Dataset, private: datasets.Dataset) -> boo
 
 
 def _recognised_by(dataset: datasets.Dataset, columns: list[str], texts: list[str]) -> set[tuple]:
-    """Of each record its images or sounds and what was encoded, by digest, and its texts."""
+    """By which records are compared: digests of their images, sounds and encoded inputs, and their texts."""
     digests = [column_digests(dataset, name) for name in columns]
     return {*zip(*digests, *(dataset.with_format(None)[name][:] for name in texts))}
 
 
 def _num_shared_units(private: Any, evaluated: Any, column: str | None) -> int:
-    """Records of the one whose privacy unit has records in the other."""
+    """How many records for evaluation belong to a privacy unit that has private records."""
     if not all(isinstance(each, datasets.Dataset) and column in each.column_names for each in (private, evaluated)):
         return 0
     units = _as_texts(private, column)
@@ -239,7 +238,7 @@ def _num_shared_units(private: Any, evaluated: Any, column: str | None) -> int:
 
 
 def _as_texts(dataset: datasets.Dataset, column: str) -> Counter[str]:
-    """The values of a column, in which 7 and "7" are the same."""
+    """The values of a column as texts, so that 7 and "7" are the same."""
     return Counter(str(unit) for unit in dataset.with_format(None)[column][:] if isinstance(unit, str | int))
 
 
@@ -280,7 +279,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, read: PreTrainedConfig)
 
 def _check_image_size(pixel_values: Tensor, read: PreTrainedConfig):
     if pixel_values.dim() != 4:
-        # Patches, of whatever size the image had.
+        # These are patches of images of any size.
         return
     made, wanted = list(pixel_values.shape[-2:]), np.broadcast_to(read.image_size, 2).tolist()
     if made != wanted:

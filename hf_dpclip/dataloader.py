@@ -20,20 +20,20 @@ from .seeding import preserved_generators, seed_generators
 
 # The seed of a microbatch's randomness, and its record numbers.
 DrawnMicrobatch = tuple[int, np.ndarray]
-# What is loaded for one forward pass: collated, or, where chunks are read later, as it was drawn.
+# What is loaded for one forward pass: collated microbatches, or, where chunks are read later, drawn ones.
 ForwardBatch = list[Microbatch] | list[DrawnMicrobatch]
 
 
 class ForwardBatchSampler(Sampler[list[DrawnMicrobatch]]):
     """Deals the microbatches of every step out to processes and forward passes.
 
-    Each microbatch goes to one process and there to one forward pass, dealt out so that all of them have about as many
-    records: whose share is smaller waits for the others, and the largest forward batch has to fit in memory. Where a
-    microbatch is computed changes nothing in its gradient. Every process yields A forward batches per step whatever
-    was drawn, some of them possibly empty.
+    Each microbatch goes to one process and there to one forward pass, in such a way that all have about equally many
+    records: processes with less wait for the others, and the largest forward batch has to fit into memory. Where a
+    microbatch is computed does not change its gradient. Every process yields A forward batches per step whatever was
+    drawn, some of them possibly empty.
 
-    A microbatch that spans processes goes to all of them instead, every W-th of its records to each, and empty shares
-    too, since all processes take part in its computation.
+    A microbatch that spans the processes goes to all of them instead: each gets every W-th of its records, possibly
+    none, since all processes take part in its computation.
 
     Args:
         sampler ([`~privacy.PoissonSampler`]): the same draws on every process.
@@ -84,20 +84,20 @@ class ForwardBatchSampler(Sampler[list[DrawnMicrobatch]]):
 
 
 def draws_samples(dataloader: Any) -> bool:
-    """Whether a loader is the training loader, which goes through Poisson samples."""
+    """Whether a loader is the training data loader, which draws Poisson samples."""
     return isinstance(getattr(dataloader, "sampler", None), ForwardBatchSampler)
 
 
 def dealt_out(microbatches: list[DrawnMicrobatch], num_shares: int) -> list[list[DrawnMicrobatch]]:
-    """Equally many microbatches in each share, but for a remainder, and nearly equally many records: no two shares are
-    further apart than the largest microbatch and an empty one."""
+    """Splits microbatches into shares of equally many, but for a remainder, and of nearly equally many records: shares
+    differ by no more records than the largest microbatch has."""
     if num_shares == 1:
         return [microbatches]
     shares: list[list[DrawnMicrobatch]] = [[] for _ in range(num_shares)]
     num_records = [0] * num_shares
     largest_first = sorted(microbatches, key=_size, reverse=True)
     for first in range(0, len(largest_first), num_shares):
-        # One more for each share, the largest where there is least so far.
+        # One more for each share, the largest to the share with the fewest records so far.
         least_first = sorted(range(num_shares), key=num_records.__getitem__)
         for share, microbatch in zip(least_first, largest_first[first : first + num_shares]):
             shares[share].append(microbatch)
@@ -106,7 +106,7 @@ def dealt_out(microbatches: list[DrawnMicrobatch], num_shares: int) -> list[list
 
 
 def _size(microbatch: DrawnMicrobatch) -> int:
-    """Its records."""
+    """The number of its records."""
     return len(microbatch[1])
 
 
@@ -146,20 +146,20 @@ class MicrobatchDataset(Dataset):
         return dict(batch)
 
     def _found_in(self, records: list[Any], numbers: np.ndarray) -> str:
-        """Which record it is that cannot be collated, if it is one by itself."""
+        """Names the record that cannot be collated, if there is one that alone cannot be."""
         for record, number in zip(records, numbers.tolist()):
             try:
                 self.collator([record])
             except ValueError:
                 return f" (Found in {described(self.dataset, number)}.)"
             except Exception:
-                # Another error, of a collator that takes no single records.
+                # Another error: the collator does not take single records.
                 return ""
         return ""
 
     def _fetched_together(self, forward_batch: list[DrawnMicrobatch]) -> list[list[Any] | None]:
-        """The records of each microbatch, in one access where that cannot make them depend on one another: transforms
-        draw random numbers, and other formats choose one dtype for all that is read together."""
+        """The records of each microbatch, read in one access; `None` where that could make microbatches depend on one
+        another: transforms draw random numbers, and other formats choose one dtype for all that is read together."""
         separable = isinstance(self.dataset, datasets.Dataset) and self.dataset.format["type"] is None
         if not separable or not forward_batch:
             return [None] * len(forward_batch)
@@ -170,7 +170,7 @@ class MicrobatchDataset(Dataset):
 
 
 class RecordNumbers(Dataset):
-    """Leaves a forward batch of record numbers as it is, for microbatches that are read later, in chunks."""
+    """Passes record numbers on as they are, for microbatches that are read later, in chunks."""
 
     def __init__(self, num_records: int):
         self.num_records = num_records
@@ -183,8 +183,8 @@ class RecordNumbers(Dataset):
 
 
 class LoadedChunks:
-    """The collated chunks of one microbatch, each with a seed of its own. Whenever they are gone through they are read
-    anew, unless an accelerator leaves the host's memory to them.
+    """The collated chunks of one microbatch, each with a seed of its own. Every iteration reads them anew, unless an
+    accelerator computes, which leaves the host's memory to keep them in.
 
     Args:
         dataset ([`MicrobatchDataset`]): where the records are.
@@ -194,11 +194,11 @@ class LoadedChunks:
     """
 
     def __init__(self, dataset: MicrobatchDataset, seed: int, records: np.ndarray, args: DPTrainingArguments):
-        # As many as there are of the expected size: a sample that is a little larger makes them larger, as it does
-        # forward batches of whole microbatches, and not one more.
+        # Rounded, so that a sample a little larger than expected makes chunks larger, as it does forward batches of
+        # whole microbatches, instead of adding a small one.
         count = max(1, round(len(records) / args.per_device_train_batch_size))
-        # Where it spans the processes, each draws for its own share. Where not, the sizes of all microbatches decide
-        # who computes this one, which must not show in what is drawn for it.
+        # If it spans the processes, each draws for its own share. If not, the rank must not matter, since the sizes of
+        # all microbatches decide which process computes this one.
         share = 1 + args.process_index if args.microbatch_spans_processes else 0
         seeds = np.random.SeedSequence([seed, share, 1]).generate_state(count).tolist()
         chunks = [[(seed, piece)] for seed, piece in zip(seeds, np.array_split(records, count)) if len(piece) > 0]
@@ -216,8 +216,8 @@ class _DeviceLoader(DataLoader[ForwardBatch]):
     """Moves what it loads to the device at once, as Accelerate's loaders do.
 
     Args:
-        device (`torch.device`): where to.
-        keeps (`bool`): whether all of it stays on the host too, and is loaded only once.
+        device (`torch.device`): where batches go.
+        keeps (`bool`): whether all batches stay in the host's memory too, and are loaded only once.
     """
 
     def __init__(self, device: torch.device, keeps: bool, *args, **kwargs):
@@ -227,7 +227,7 @@ class _DeviceLoader(DataLoader[ForwardBatch]):
         self._kept: list[ForwardBatch] = []
 
     def __iter__(self) -> Iterator[ForwardBatch]:
-        # Other accelerators may still be reading memory that is given back.
+        # Other accelerators may still read host memory after it was freed.
         non_blocking = self.device.type == "cuda"
         for forward_batch in self._kept or self._loaded():
             yield send_to_device(forward_batch, self.device, non_blocking=non_blocking)
@@ -247,9 +247,9 @@ def make_dataloader(
     args: DPTrainingArguments,
     keeps: bool = False,
 ) -> DataLoader[ForwardBatch]:
-    """A loader with the workers and the pinning that `args` ask for. One item is one forward batch, on the device.
+    """A loader with the workers and pinned memory that `args` ask for. One item is one forward batch, on the device.
 
-    With `keeps`, what is pinned stays in the host's memory, and is there when the loader is gone through again.
+    With `keeps`, pinned batches stay in the host's memory for further iterations.
     """
     pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
     return _DeviceLoader(

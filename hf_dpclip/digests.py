@@ -1,4 +1,4 @@
-"""What records are recognised by: digests of their images, sounds and numbers."""
+"""Digests of images, sounds and numbers, by which records are recognised."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ BATCH = 64
 # Records whose images are looked at when training is set up: enough to find captions that share images, and seldom
 # more than a minute of reading.
 LOOKED_AT = 100_000
-# Rows by which datasets are compared over processes: another order goes unnoticed if it leaves all of these in place.
+# Rows by which processes compare their datasets. A different order goes unnoticed if all of these stay in place.
 SAMPLED_ROWS = 64
 
 
@@ -46,26 +46,26 @@ def array_digests(dataset: Dataset, column: str) -> Iterator[bytes]:
     """For each record, a digest of the numbers in a column."""
     for value in dataset.select_columns([column]).with_format("numpy")[column]:
         numbers = np.asarray(value)
-        # Of what is missing, or not rectangular, the bytes are addresses.
+        # The bytes of object arrays, for missing or ragged values, would be addresses.
         content = repr(numbers.tolist()).encode() if numbers.dtype == object else numbers.tobytes()
         yield hashlib.sha256(content).digest()
 
 
 def column_digests(dataset: Dataset, column: str) -> Iterator[bytes | None]:
-    """Those of files where there are, and else of numbers."""
+    """For each record, a digest of its image or sound in a column of such, or of its numbers in another."""
     return file_digests(dataset, column) if column in file_columns(dataset) else array_digests(dataset, column)
 
 
 def sampled_digest(microbatches: "MicrobatchDataset") -> bytes | str | None:
-    """Of some records, spread over all of them: of a `datasets.Dataset` as they are stored, of others as they are
-    collated; `None` where they are never the same twice, or cannot be told.
+    """A digest of some records, spread evenly: as they are stored in a `datasets.Dataset`, and collated for others.
+    `None` if collating gives another result each time, or none that can be compared.
 
-    Files are told apart by their content where the table holds it, and else by their names without the folders.
+    Of a file, it covers the content if the table holds it, and else the name without folders.
     """
     dataset: Any = microbatches.dataset
     rows = np.linspace(0, len(dataset) - 1, min(len(dataset), SAMPLED_ROWS)).astype(int).tolist()
     if not isinstance(dataset, datasets.Dataset):
-        return _digest_of_what_is_collated(microbatches, rows)
+        return _collated_digest(microbatches, rows)
     digest = hashlib.sha256()
     table = dataset.with_format("arrow").select_columns(sorted(dataset.column_names))
     for row in rows:
@@ -76,14 +76,14 @@ def sampled_digest(microbatches: "MicrobatchDataset") -> bytes | str | None:
     return digest.digest()
 
 
-def _digest_of_what_is_collated(microbatches: "MicrobatchDataset", rows: list[int]) -> str | None:
+def _collated_digest(microbatches: "MicrobatchDataset", rows: list[int]) -> str | None:
     def read() -> list[str]:
         return [Hasher.hash(microbatches[[(0, np.array([row]))]]) for row in rows]
 
     try:
         first, again = read(), read()
     except Exception:
-        # Of a collator of the user's own that takes no single records, or makes what cannot be compared.
+        # A user's own collator may not take single records, or return what cannot be compared.
         return None
     return Hasher.hash(first) if first == again else None
 

@@ -1,4 +1,4 @@
-"""Whom the guarantee protects as a whole: single records, or all that share an id."""
+"""Privacy units: single records, or all records that share an id, which the guarantee protects as a whole."""
 
 import datasets
 import numpy as np
@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 from .privacy.sampling import split_by_label
 
 
-# Texts that tables have where there is no id.
+# Texts with which tables mark a missing id.
 NO_IDS = ("", "na", "n/a", "nan", "none", "null")
 
 
@@ -17,7 +17,7 @@ class PrivacyUnits:
     Args:
         dataset: a map-style dataset.
         column (`str`, *optional*): the column whose values are the units; by default each record is a unit of its own.
-        max_records (`int`, *optional*): records with which a unit takes part at most, whenever it is drawn.
+        max_records (`int`, *optional*): the number of records with which a drawn unit takes part at most.
 
     Raises `ValueError` if `column` is not a column of ids.
     """
@@ -37,8 +37,8 @@ class PrivacyUnits:
 
         Args:
             units (`np.ndarray`): the units of one microbatch.
-            seed (`int`): the microbatch's. A unit with more than `max_records` takes part with a uniformly random
-                subset, drawn from it: the same on every process, and nothing that another microbatch depends on.
+            seed (`int`): the microbatch's, from which a uniformly random subset of a unit with more than `max_records`
+                is drawn: the same on every process, and independent of other microbatches.
         """
         if self._records is None or len(units) == 0:
             return units
@@ -68,7 +68,7 @@ def _records_by_value(dataset: Dataset, column: str) -> list[np.ndarray]:
     if missing:
         raise ValueError(
             f"record {missing[0]} ({len(missing)} such records) has {values[missing[0]]!r} as its {column!r}, as if "
-            "it had none. Records without an id are not of one unit: give each of them an id of its own."
+            "it had none. Records without an id do not form one unit: give each of them an id of its own."
         )
     without = [number for number, value in enumerate(values) if not isinstance(value, str | int)]
     if without:
@@ -78,12 +78,12 @@ def _records_by_value(dataset: Dataset, column: str) -> list[np.ndarray]:
             "missing, the others may have been read as floats): give every record the id of its unit; a record that "
             "belongs to nobody else needs an id of its own."
         )
-    # Not numpy's `unique`, for which texts that differ by NUL characters at their end are one.
+    # Not numpy's `unique`, which ignores NUL characters at the end of texts.
     numbers = {value: number for number, value in enumerate(sorted(set(values)))}
     unit_of_record = np.array([numbers[value] for value in values])
     return split_by_label(np.arange(len(values)), unit_of_record, len(numbers))
 
 
 def _subset(records: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
-    """All of them if they are few enough."""
+    """A random subset of the records, or all if they are few enough."""
     return records if len(records) <= size else generator.choice(records, size=size, replace=False, shuffle=False)

@@ -1,4 +1,4 @@
-"""What records must be like: read and looked at before training, so that no work is lost on those that are not."""
+"""Reading records and checking them before training, so that a run does not stop at one that cannot be used."""
 
 import os
 import re
@@ -20,11 +20,11 @@ from .seeding import preserved_generators
 
 
 STRINGS = ("string", "large_string")
-# Modes of Pillow with more than 8 bits a pixel, whose conversion to RGB makes everything beyond 255 white.
+# Pillow modes with more than 8 bits per channel. Conversion to RGB turns all values above 255 to white.
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
-# What decoders raise, by format and by what is wrong with the file.
+# What decoders of images raise for files that are damaged.
 UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError)
-# Numbers of records that a message lists.
+# How many record numbers a message lists.
 LISTED = 20
 # Texts in memory at a time.
 TEXT_BATCH = 10_000
@@ -35,7 +35,7 @@ def read_records(dataset: Dataset, numbers: list[int]) -> list[Any]:
     try:
         return read(dataset, numbers)
     except Exception as error:
-        # Whatever a decoder, a transform or a dataset of the user's own may raise.
+        # Decoders, transforms and users' own datasets may raise anything.
         number, cause = next(unreadable(dataset, numbers), (numbers[0], error))
         raise ValueError(
             f"{described(dataset, number)} cannot be read ({reason(cause)}): repair it, or leave it out, as in "
@@ -53,7 +53,7 @@ def read(dataset: Dataset, numbers: list[int]) -> list[Any]:
 
 
 def unreadable(dataset: Dataset, numbers: Iterable[int]) -> Iterator[tuple[int, Exception]]:
-    """Those of the records that cannot be read, each with its error."""
+    """The numbers of the records that cannot be read, each with its error."""
     for number in numbers:
         try:
             read(dataset, [number])
@@ -62,15 +62,15 @@ def unreadable(dataset: Dataset, numbers: Iterable[int]) -> Iterator[tuple[int, 
 
 
 def has_random_access(dataset: Any) -> bool:
-    """Whether records can be asked for by their numbers."""
+    """Whether records can be read by their numbers."""
     indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     return indexed and not isinstance(dataset, IterableDataset)
 
 
 @contextmanager
 def naming_unreadable(dataset: Any, name: str) -> Iterator[None]:
-    """Raises `ValueError` that names the record, where a dataset with random access is loaded inside and one cannot be
-    decoded. Any other error passes."""
+    """Turns the error of a data loader that cannot decode a record into a `ValueError` that names the record. Other
+    errors pass, and so do those of datasets without random access."""
     try:
         yield
     except UNDECODABLE as error:
@@ -89,7 +89,7 @@ def naming_unreadable(dataset: Any, name: str) -> Iterator[None]:
 
 def first_record(dataset: Dataset) -> Mapping[str, Any]:
     """The first record. Raises `ValueError` if it cannot be read, or has no columns."""
-    # What a transform draws for it would show in the state of the generators, which checkpoints hold.
+    # Random draws of a transform would show in the state of the generators, which checkpoints hold.
     with preserved_generators():
         (first,) = read_records(dataset, [0])
     if not isinstance(first, Mapping):
@@ -101,26 +101,26 @@ def first_record(dataset: Dataset) -> Mapping[str, Any]:
 
 
 def check_image(image: Any, column: str) -> PILImage:
-    """The image itself. Raises `ValueError` for what is none, and for one that would lose what it shows."""
-    if isinstance(image, PILImage) and image.mode in DEEP_MODES:
-        _check_values(image, column)
+    """Returns the image. Raises `ValueError` for anything else, and for one that conversion to RGB would spoil."""
     if not isinstance(image, PILImage):
         raise ValueError(
             f"column {column!r} holds {kind_of(image)} where a PIL image is expected: paths and bytes become images "
             f"with dataset.cast_column({column!r}, datasets.Image()), arrays with PIL.Image.fromarray; leave records "
             "without an image out."
         )
+    if image.mode in DEEP_MODES:
+        _check_values(image, column)
     return image
 
 
 def _check_values(image: PILImage, column: str) -> None:
-    """Raises `ValueError` if conversion to RGB would not leave values as they are."""
+    """Raises `ValueError` if conversion to RGB would change the values."""
     values = np.asarray(image)
     if not (values.min() >= 0 and values.max() <= 255):
         raise ValueError(
-            f"column {column!r} holds an image whose values are not within 0 and 255 (mode {image.mode}), of which "
-            "conversion to RGB would leave white or black areas: choose the window of values that matters and convert "
-            "images to 8 bits first, as in "
+            f"column {column!r} holds an image whose values are not within 0 and 255 (mode {image.mode}), which "
+            "conversion to RGB would turn to white or black areas: choose the window of values that matters and "
+            "convert images to 8 bits first, as in "
             "PIL.Image.fromarray(((values - low) / (high - low) * 255).clip(0, 255).astype('uint8'))."
         )
     if image.mode == "F" and 0 < values.max() <= 1:
@@ -131,7 +131,7 @@ def _check_values(image: PILImage, column: str) -> None:
 
 
 def check_text(text: Any, column: str) -> str:
-    """The text itself. Raises `ValueError` for what is none."""
+    """Returns the text. Raises `ValueError` for anything else."""
     if not isinstance(text, str):
         raise ValueError(
             f"column {column!r} holds {kind_of(text)} where a text is expected: convert it with dataset.map (a file "
@@ -142,7 +142,7 @@ def check_text(text: Any, column: str) -> str:
 
 
 def check_not_blank(record: Mapping[str, Any], text_column: str) -> None:
-    """Raises `ValueError` if the column holds a text without a character to be seen."""
+    """Raises `ValueError` if the text has no visible character."""
     text = record[text_column]
     if isinstance(text, str) and not text.strip():
         raise ValueError(f"column {text_column!r} holds a blank text: write one, or leave the record out.")
@@ -152,7 +152,7 @@ def check_complete(dataset: Dataset, image_column: str | None, text_column: str 
     """Raises `ValueError` if a record of a `datasets.Dataset` lacks an image or a text, has a blank text, or names an
     image file that is not there.
 
-    Looks at what the table says, and decodes nothing. Other datasets, and those with transforms, are not looked at.
+    Looks at the table and decodes nothing. Other datasets, and those with transforms, are not looked at.
     """
     if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
         return
@@ -174,8 +174,8 @@ def holds_texts(dataset: Any, column: str) -> bool:
 
 
 def described(dataset: Dataset, number: int, name: str = "the dataset") -> str:
-    """A record of the dataset of that name by its number; where records were selected, by the row of the table; and
-    by the files of its images, as far as the table names them."""
+    """A record, for messages: its number, the row of the table if records were selected, and the files of its images,
+    as far as the table names them."""
     record = f"record {number} of {name}"
     if not isinstance(dataset, datasets.Dataset):
         return record
@@ -189,7 +189,7 @@ def described(dataset: Dataset, number: int, name: str = "the dataset") -> str:
 
 
 def _is_empty(images: Any) -> Any:
-    """Whether there is neither a file's content nor a path, of which a missing image may have empty ones."""
+    """Whether images are missing: with neither the content of a file nor a path, or with empty ones."""
     sizes = (pc.binary_length(pc.struct_field(images, field)) for field in ("bytes", "path"))
     has_bytes, has_path = (pc.fill_null(pc.greater(size, 0), False) for size in sizes)
     return pc.invert(pc.or_(has_bytes, has_path))
@@ -210,31 +210,31 @@ def _check_files_exist(dataset: datasets.Dataset, column: str):
 
 
 def reason(error: Exception) -> str:
-    """What kind of error, and what it says, without addresses in memory, which differ each time."""
+    """The kind of an error and its message, without memory addresses, which differ each time."""
     return f"{type(error).__name__}: {shortened(re.sub(' at 0x[0-9a-f]+', '', str(error)), 300)}"
 
 
 def listed(numbers: list[int]) -> str:
-    """Numbers of records, in a row: all of a few, and the first of many."""
+    """Record numbers, separated by commas: all if there are few, else the first ones."""
     shown = ", ".join(map(str, numbers[:LISTED]))
     return shown if len(numbers) <= LISTED else f"{shown}, ..."
 
 
 def shortened(text: str, length: int = 100) -> str:
-    """The two ends of a text that may be a whole image instead of a path."""
+    """The beginning and the end of a text, which may hold a whole image instead of a path."""
     return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 2 :]}"
 
 
 def _names_no_file(images: Any) -> pa.Array:
     is_path = pc.is_null(pc.struct_field(images, "bytes"))
     paths = pc.if_else(is_path, pc.struct_field(images, "path"), None).to_pylist()
-    # Addresses, of the web or inside an archive, are left to `datasets`.
+    # URLs, also of files inside archives, are left to `datasets`.
     return pa.array([path is not None and "://" not in path and not os.path.isfile(path) for path in paths])
 
 
 def _rows_where(condition: Callable, dataset: datasets.Dataset, column: str, batch_size: int) -> list[int]:
     """The numbers of the records for which the condition, on an Arrow array of the column, holds."""
-    # Of the table as it is stored: reading a selected or shuffled one row by row takes a thousand times as long.
+    # First on the table as it is stored: reading a selected or shuffled one takes a thousand times as long.
     if not pc.any(condition(dataset.data.column(column))).as_py():
         return []
     batches = dataset.select_columns([column]).with_format("arrow").iter(batch_size)
@@ -254,5 +254,5 @@ def _check_none_missing(missing: list[int], kind: str, column: str, condition: s
 
 
 def kind_of(value: Any) -> str:
-    """How a value is spoken of that stands where another kind was expected."""
+    """How a message calls a value of an unexpected kind."""
     return "nothing (None)" if value is None else type(value).__name__
