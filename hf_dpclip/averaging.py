@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights: what is evaluated and saved instead of the weights of the last step."""
+"""Exponential moving average of the weights, to be evaluated and saved instead of the last weights."""
 
 import os
 from collections.abc import Iterable
@@ -82,7 +82,7 @@ class WeightAveraging(TrainerCallback):
         os.replace(temporary, path)
 
     def load(self, folder: str | Path, model: nn.Module) -> None:
-        """Goes on with the weights and averages of a checkpoint.
+        """Continues with the weights and averages of a checkpoint.
 
         Raises `FileNotFoundError` if it has none and `ValueError` if they are those of other parameters.
         """

@@ -1,4 +1,4 @@
-"""What a trainer says when it is made, on the console alone: what its guarantee leaves out as far as can be seen."""
+"""Warnings when a trainer is made, on the console only, about what its guarantee does not cover."""
 
 import copy
 from collections import Counter
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Texts whose tokens are counted, in less than a second.
+# Texts whose tokens are counted, which takes less than a second.
 COUNTED_TEXTS = 1_000
 
 
 def warn(trainer: "DPCLIPTrainer", public_negatives: list[str] | Dataset | None) -> None:
-    """Warns of all that is known here. To be called before a tracker reads the console along."""
+    """Gives all warnings of this module. To be called before a tracker records the console."""
     warn_of_private_start(trainer.model)
     if trainer.args.privacy_unit_column is None:
         warn_of_shared_images(trainer.train_dataset)
@@ -41,7 +41,7 @@ def warn(trainer: "DPCLIPTrainer", public_negatives: list[str] | Dataset | None)
 
 
 def warn_of_private_start(model: nn.Module) -> None:
-    """Warns of starting weights that another private run left in a folder, whose cost adds to that of this run."""
+    """Warns if the model, or a tower, was loaded from the folder of another private run, whose cost adds to this one."""
     # Towers too, which may have been loaded one by one.
     parts = (module for module in base_model(model).modules() if isinstance(module, PreTrainedModel))
     for folder in dict.fromkeys(part.config._name_or_path for part in parts):
@@ -52,8 +52,8 @@ def warn_of_private_start(model: nn.Module) -> None:
         logger.warning(
             f"the model starts from {folder}, which spent ε = {spent.epsilon:.4g} at δ = {spent.delta:.3g} on private "
             "records. If they are those of this run, or of the same people, both costs add up, and the "
-            f"{STATEMENT_NAME} of this run will know of one: give both runs one ledger_path, or, to go on with the "
-            "other run, use resume_from_checkpoint."
+            f"{STATEMENT_NAME} of this run will count only its own: give both runs one ledger_path, or, to go on with "
+            "the other run, use resume_from_checkpoint."
         )
 
 
@@ -79,9 +79,9 @@ def warn_of_shared_images(dataset: Any) -> None:
 def warn_of_private_captions(
     private: Any, collator: Callable, public: list[str] | Dataset | None, unit_column: str | None = None
 ) -> None:
-    """Warns of public captions that only one privacy unit has in its records, as those taken from the records do.
+    """Warns of public captions that occur in the records of a single privacy unit, as captions taken from there do.
 
-    Class prompts stand beside many. The message counts private records, and is not part of any log.
+    Class prompts occur in many records. The message counts private records, and is not part of any log.
     """
     if public is None or not isinstance(collator, ImageTextCollator) or collator.text_column is None:
         return
@@ -115,9 +115,9 @@ def warn_of_cut_texts(collator: Callable, dataset: Any) -> None:
     if not holds_texts(dataset, column):
         return
     first = dataset.select_columns([column])[:COUNTED_TEXTS][column]
-    # A collator of the user's own may know what to do where there is none.
+    # A user's own collator may handle missing texts.
     texts = [text for text in first if isinstance(text, str)]
-    # It remembers how it was called, and is saved with the weights.
+    # A copy: a tokenizer remembers how it was called, and is saved with the weights.
     tokenizer = copy.deepcopy(tokenizer_of(collator.processor))
     limit = tokenizer.model_max_length
     cut = sum(len(tokens) > limit for tokens in tokenizer(texts, verbose=False)["input_ids"]) if texts else 0

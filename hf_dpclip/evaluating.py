@@ -1,4 +1,4 @@
-"""Evaluation in the course of training: on records that are not private, and not augmented."""
+"""Evaluation by the trainer: on records that are not private, without augmentation."""
 
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -19,25 +19,25 @@ class EvaluatingTrainer(Trainer):
     """The part of [`DPCLIPTrainer`] that evaluates and predicts."""
 
     args: DPTrainingArguments
-    # Datasets that are known to hold no private records.
+    # Datasets that were checked and hold no private records.
     _held_out: list[Any]
 
     @abstractmethod
     def keep_reasons(self) -> None:
-        """What the arguments allow now was done, and stays done when they are changed back."""
+        """Keeps the reasons for which no guarantee holds now, even if arguments are changed back later."""
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As in the `Trainer`. Raises `ValueError` for the private training dataset, and for records that cannot be
         collated."""
         self._check_evaluated(eval_dataset, "eval_dataset")
-        with self._images_as_they_are():
+        with self._without_augmentation():
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """As in the `Trainer`. Raises `ValueError` for the private training dataset, and for records that cannot be
         collated."""
         self._check_evaluated(test_dataset, "test_dataset")
-        with self._images_as_they_are():
+        with self._without_augmentation():
             return super().get_test_dataloader(test_dataset)
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -49,7 +49,7 @@ class EvaluatingTrainer(Trainer):
     def _check_evaluated(self, dataset: Any, name: str) -> None:
         if self.args.log_private_statistics:
             self.keep_reasons()
-        # A name means one of the trainer's own.
+        # A name means one of the trainer's own datasets.
         own: Any = self.eval_dataset
         if isinstance(dataset, str):
             if not isinstance(own, dict) or dataset not in own:
@@ -60,12 +60,12 @@ class EvaluatingTrainer(Trainer):
             own = own[dataset]
         is_own = dataset is None or isinstance(dataset, str) or dataset is own
         self._check_held_out(own if is_own else dataset, name)
-        # What the trainer was made with was checked then.
+        # The trainer's own datasets were checked when it was made.
         if not is_own:
             data_validation.check_records(self.data_collator, dataset, name)
 
     def _check_held_out(self, evaluated: Any, name: str) -> None:
-        """Once for each dataset, since it reads the private one. Raises `ValueError` as the loaders do."""
+        """Raises `ValueError` as the loaders do. Each dataset is checked once, since that reads the private one."""
         if self.args.log_private_statistics:
             return
         for dataset in evaluated.values() if isinstance(evaluated, dict) else [evaluated]:
@@ -75,8 +75,8 @@ class EvaluatingTrainer(Trainer):
                 self._held_out.append(dataset)
 
     @contextmanager
-    def _images_as_they_are(self) -> Iterator[None]:
-        """Views and augmentation are for training."""
+    def _without_augmentation(self) -> Iterator[None]:
+        """Views and augmentation are for training only."""
         collator = self.data_collator
         if isinstance(collator, ImageTextCollator):
             self.data_collator = collator.unaugmented()

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 
-# What a trainer holds beside the modules of its loss: the model, and data, in which are none.
+# Attributes of a trainer in which no modules are looked for: the model, and data.
 NOT_HELD = ("model", "model_wrapped", "train_dataset", "eval_dataset")
-# Containers, functions and objects in one another that are looked into: a method's object's list of losses.
+# How deeply containers, functions and objects are searched: enough for the list of losses of a method's object.
 LEVELS = 3
-# Of modules: which parameters there are and which are trained, what shows that one was written to, and their buffers
-# with the values of each.
+# Of modules: the ids of their parameters and whether each is trained, the version of each parameter, and the buffers
+# with a copy of the values of each.
 Snapshot = tuple[list[tuple[int, bool]], list[tuple[int, int]], list[tuple[Tensor, Tensor]]]
 
 
@@ -24,9 +24,9 @@ class StepGuard:
     """Remembers what the guarantee rests on when training begins, and compares before every release.
 
     Args:
-        modules (`nn.ModuleList`): the model in training, and the loss, which never change but in their parameters.
-        held (`nn.ModuleList`): modules that the trainer holds, which must not change while gradients are computed:
-            what it does with them between steps is its own.
+        modules (`nn.ModuleList`): the model in training, and the loss, of which only parameters may ever change.
+        held (`nn.ModuleList`): other modules of the trainer, such as teachers, which must not change while gradients
+            are computed, but may between steps.
         forward_passes (`int`): forward passes in one optimizer step, the gradient accumulation steps of the plan.
     """
 
@@ -42,9 +42,9 @@ class StepGuard:
         self._of_held: Snapshot = ([], [], [])
 
     def count_forward_pass(self) -> int:
-        """To be called once in every forward pass, before it. Returns how many there have been in this step.
+        """To be called before every forward pass. Returns its number within the step, from 1.
 
-        Raises `ValueError` for a hook on a parameter, as trackers add them when training has begun.
+        Raises `ValueError` for a hook on a parameter, such as trackers add when training has begun.
         """
         check_no_hooks(self._parameters)
         self._seen += 1
@@ -117,12 +117,12 @@ def _modules_within(values: Iterable[Any], levels: int = LEVELS) -> dict[int, nn
 
 
 def _is_module(value: Any) -> bool:
-    """By its type: asked for its class, a proxy may fail."""
+    """By its type: `isinstance` asks for `__class__`, which may fail for a proxy."""
     return issubclass(type(value), nn.Module)
 
 
 def _parts(value: Any) -> Iterable[Any]:
-    """What a container holds, and what something that can be called works with."""
+    """The elements of a container, and the objects that a callable refers to."""
     kind = type(value)
     if issubclass(kind, list | tuple | set):
         return value
@@ -138,7 +138,7 @@ def _parts(value: Any) -> Iterable[Any]:
 
 
 def _attributes(value: Any) -> Iterable[Any]:
-    """Without asking a `__getattr__` of its own."""
+    """Attribute values, without calling a `__getattr__` that the object may have."""
     try:
         return object.__getattribute__(value, "__dict__").values()
     except AttributeError:
@@ -146,18 +146,18 @@ def _attributes(value: Any) -> Iterable[Any]:
 
 
 def _variables(function: types.FunctionType) -> Iterable[Any]:
-    """Those of the functions and of the file around it, and its defaults."""
+    """Variables of the enclosing functions and of the module that it uses, and its defaults."""
     try:
         around = inspect.getclosurevars(function)
     except ValueError:
-        # One of them was deleted: it cannot be used either.
+        # A variable was deleted: the function cannot use it either.
         return ()
     defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
     return *around.nonlocals.values(), *around.globals.values(), *defaults
 
 
 def check_no_hooks(parameters: Iterable[nn.Parameter]) -> None:
-    """Raises `ValueError` if anybody would see the gradient of a parameter before it is clipped and noised."""
+    """Raises `ValueError` if a hook would see the gradient of a parameter before it is clipped and noised."""
     if any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in parameters):
         raise ValueError(
             "a hook on a parameter would see its gradient before it is clipped and noised: remove it (and unset "
@@ -166,9 +166,9 @@ def check_no_hooks(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _fingerprint(model: nn.Module) -> tuple[list[tuple[int, bool]], list[Tensor]]:
-    """Which parameters there are, which of them are trained, and the buffers.
+    """The ids of all parameters, with whether each is trained, and the buffers.
 
-    In one walk through the modules, which takes a good part of the time that a step of a small model has.
+    In one walk through the modules, since walks take a good part of a step of a small model.
     """
     modules = list(model.modules())
     parameters = (parameter for module in modules for parameter in module._parameters.values())
@@ -178,7 +178,7 @@ def _fingerprint(model: nn.Module) -> tuple[list[tuple[int, bool]], list[Tensor]
 
 
 def _versions(parameters: Iterable[nn.Parameter]) -> list[tuple[int, int]]:
-    """What changes when a parameter, trained or not, is replaced in memory or written to."""
+    """Values that change when a parameter, trained or not, is replaced in memory or written to."""
     return [(parameter.data_ptr(), parameter._version) for parameter in parameters]
 
 
@@ -188,7 +188,7 @@ def _snapshot(modules: nn.ModuleList) -> Snapshot:
 
 
 def _are_unchanged(buffers: list[Tensor], then: list[tuple[Tensor, Tensor]]) -> bool:
-    """By their values: those written through `.data` leave no other trace."""
+    """Compares values too: writing through `.data` leaves no other trace."""
     return len(buffers) == len(then) and all(
         buffer is before and torch.equal(buffer, values) for buffer, (before, values) in zip(buffers, then)
     )

@@ -39,13 +39,13 @@ class PublishingTrainer(EvaluatingTrainer):
     model: nn.Module
     optimizer: Optimizer
     plan: PrivacyPlan | None
-    # A `str` where there is a repository. The `Trainer` sets it to `None` first, which is then all that it may be.
+    # A `str` if there is a repository. Type checkers see only that the `Trainer` first sets it to `None`.
     hub_model_id: Any
     _reads_records = False
 
     @property
     def output_dir(self) -> str:
-        """`args.output_dir`, which is never `None` once the arguments are made, although it is declared so."""
+        """`args.output_dir`, which is declared as optional, but never `None` once the arguments are made."""
         return self._get_output_dir(trial=None)
 
     @abstractmethod
@@ -66,16 +66,16 @@ class PublishingTrainer(EvaluatingTrainer):
                 "without noise: do not call log in compute_loss, or set log_private_statistics=True on public data. "
                 "What depends on the weights alone can be logged in on_step_end of a callback."
             )
-        # Not in place: they are the metrics that a hyperparameter search adds up.
+        # Not in place: a hyperparameter search adds up these metrics.
         shown = self._without_private_statistics(logs) | self._privacy_figures()
         super().log(shown, *args, **kwargs)
         if isinstance(logs, dict) and "epoch" in shown:
-            # Where the Trainer puts it, for those to whom the metrics are returned.
+            # The Trainer adds it in place, for whoever the metrics are returned to.
             logs["epoch"] = shown["epoch"]
 
     @contextmanager
     def reading_records(self) -> Iterator[None]:
-        """While gradients of private records are computed, nothing is logged: it would be of these."""
+        """Gradients of private records are computed inside, so that nothing may be logged."""
         self._reads_records = True
         try:
             yield
@@ -100,7 +100,7 @@ class PublishingTrainer(EvaluatingTrainer):
         folder = Path(output_dir or self.output_dir)
         states_privacy = self.args.should_save and self.plan is not None
         if self.args.should_save:
-            # Whatever interrupts this, and if there is nothing to claim, no weights lie beside the claim of others.
+            # Before the weights: whatever interrupts this, no weights lie beside the statement of others.
             if self.plan is None and Path(folder, STATEMENT_NAME).exists():
                 logger.warning(
                     f"{STATEMENT_NAME} in {folder} is removed: this trainer does not know what weights cost."
@@ -122,7 +122,7 @@ class PublishingTrainer(EvaluatingTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        # After this, only the state of training is missing from a checkpoint.
+        # Now only the state of training is missing from the checkpoint.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoints.seal(Path(output_dir), self.state.global_step)
@@ -152,13 +152,13 @@ class PublishingTrainer(EvaluatingTrainer):
             write_model_card(self, **names)
 
     def push_to_hub(self, *args, **kwargs) -> CommitInfo:
-        """As in the `Trainer`. Where it fails, what this trainer has trained is in `args.output_dir` all the same."""
+        """As in the `Trainer`. If it fails, the trained model is saved in `args.output_dir` all the same."""
         self._wait_for_upload()
         try:
             return super().push_to_hub(*args, **kwargs)
         except Exception:
             if self.plan is not None and self.privacy_statement().steps:
-                # Whatever it was: the weights have cost ε, and may be in this process only.
+                # Whatever the error: the weights have cost ε, and may exist in this process only.
                 self.save_model(_internal_call=True)
                 logger.warning(f"The upload failed. What was trained is in {self.output_dir}.")
             raise
@@ -168,12 +168,12 @@ class PublishingTrainer(EvaluatingTrainer):
             if self.args.hub_always_push:
                 self._wait_for_upload()
             if self.push_in_progress is None or self.push_in_progress.is_done():
-                # The Trainer copies the files that it knows from the checkpoint to the folder that is uploaded.
+                # The Trainer copies only files that it knows from the checkpoint to the folder that it uploads.
                 self.privacy_statement().save(self.output_dir)
                 self.create_model_card(model_name=self.hub_model_id.split("/")[-1])
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _wait_for_upload(self) -> None:
-        """Files must not change while the client reads them: later weights would go with an earlier ε."""
+        """Files must not change while they are uploaded: later weights would go with an earlier ε."""
         if self.is_world_process_zero():
             self._finish_current_push()

@@ -32,8 +32,8 @@ class PrivacyCallback(TrainerCallback):
 class EpochCallback(TrainerCallback):
     """Lets a run that was resumed in the middle of an epoch go on to its end.
 
-    The `Trainer` would begin it anew where it does not skip data, of which there is none to be skipped. To be called
-    before others, which then see the epoch as it is.
+    With `ignore_data_skip`, the `Trainer` would begin that epoch anew. Has to be the first callback, so that others
+    see the right epoch.
     """
 
     def __init__(self, trainer):
@@ -61,7 +61,7 @@ class PrivacyProgressCallback(ProgressCallback):
 
 
 def privacy_progress(callback: type[TrainerCallback]) -> TrainerCallback:
-    """What takes the place of the `Trainer`'s progress callback: a bar, or a table in notebooks."""
+    """Our version of the `Trainer`'s progress callback: a bar, or a table in notebooks."""
     if callback is ProgressCallback:
         return PrivacyProgressCallback()
     from .notebook import PrivacyNotebookProgressCallback
@@ -72,7 +72,7 @@ def privacy_progress(callback: type[TrainerCallback]) -> TrainerCallback:
 def summary(statement: PrivacyStatement, model: nn.Module, total_steps: int) -> str:
     """The plan in words and figures, with a warning if it cannot work.
 
-    `total_steps` are those that will have been taken at the end: more than planned where `train` is called again.
+    `total_steps` is the number of steps taken at the end: more than planned if `train` is called again.
     """
     plan = statement.plan
     num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run may continue from."""
+"""Finding and checking the checkpoint that a run continues from."""
 
 import dataclasses
 import json
@@ -23,9 +23,9 @@ logger = logging.get_logger(__name__)
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str:
-    """The newest checkpoint in `output_dir` that was written to its end. One that was cut short is passed over.
+    """The newest complete checkpoint in `output_dir`. One that was cut short is passed over.
 
-    Raises `ValueError` if there is none, or one of a later run that did not get as far.
+    Raises `ValueError` if there is none, or if a later run also left one, of an earlier step.
     """
     complete = whole_checkpoints_in(output_dir)
     if not complete:
@@ -44,15 +44,15 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
 
 
 def whole_checkpoints_in(folder: str | Path) -> list[Path]:
-    """Those that were written to their end, in the order of their steps."""
+    """The complete checkpoints in a folder, in the order of their steps."""
     return [path for path in _checkpoints_in(folder) if why_incomplete(path) is None]
 
 
 def check_resumable(checkpoint: str | Path, plan: PrivacyPlan) -> PrivacyStatement:
     """The statement of a checkpoint that was trained under `plan`.
 
-    Raises `FileNotFoundError` or `ValueError` if the checkpoint has none, or that of another plan: its ε would then be
-    neither plan's. Raises `ValueError` too if the checkpoint is not whole. Warns if the run had gone on beyond it.
+    Raises `FileNotFoundError` or `ValueError` if the checkpoint has none, or one of another plan: ε would then follow
+    from neither. Raises `ValueError` too if the checkpoint is not complete. Warns if the run had gone on beyond it.
     """
     if not isinstance(checkpoint, str | Path):
         raise ValueError(f"resume_from_checkpoint={checkpoint!r} is no folder: name one, or pass True for the last.")
@@ -79,7 +79,7 @@ def check_resumable(checkpoint: str | Path, plan: PrivacyPlan) -> PrivacyStateme
 
 
 def warn_of_unfinished_run(output_dir: str | Path, run: str) -> None:
-    """Warns a new run if the newest whole checkpoint is one from which another would go on."""
+    """Warns a new run if the newest complete checkpoint is from another run that could still go on."""
     checkpoint = next(reversed(whole_checkpoints_in(output_dir)), None)
     statement = checkpoint and readable_statement(checkpoint)
     if statement and statement.run != run and statement.steps < statement.plan.num_steps:
@@ -91,7 +91,7 @@ def warn_of_unfinished_run(output_dir: str | Path, run: str) -> None:
 
 
 def readable_statement(checkpoint: Path) -> PrivacyStatement | None:
-    """That of a checkpoint which nobody is going to resume, if it has one that can be read."""
+    """The statement of a checkpoint, or `None` if it has none that can be read."""
     try:
         return PrivacyStatement.load(checkpoint)
     except (OSError, ValueError):
@@ -103,9 +103,9 @@ def loading(checkpoint: str | Path | None) -> Iterator[None]:
     """A checkpoint is loaded inside. Raises `ValueError` if it is one of another model or optimizer."""
     try:
         yield
-    # What torch raises for other shapes, and for other groups of parameters.
+    # torch raises these for other shapes and other parameter groups.
     except (RuntimeError, ValueError) as error:
-        # Of many parameters, the first is enough.
+        # torch lists all parameters; the first is enough.
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
         raise ValueError(
             f"{checkpoint} does not fit the model or the optimizer ({reason}): make both as they were in the run that "
@@ -114,20 +114,20 @@ def loading(checkpoint: str | Path | None) -> Iterator[None]:
 
 
 def check_adapters(checkpoint: str | Path, model: nn.Module) -> None:
-    """Raises `ValueError` if adapters would be looked for in a checkpoint that has none, and stay as they are."""
+    """Raises `ValueError` if a model has adapters and the checkpoint has none, which peft would not notice."""
     if isinstance(model, PeftModel) and not any(Path(checkpoint).rglob("adapter_config.json")):
         raise ValueError("it has no adapters")
 
 
 def check_settings(optimizer: Optimizer, expected: list[set[str]]) -> None:
-    """Raises `ValueError` if the settings that an optimizer loaded lack some of its own: those of another kind."""
+    """Raises `ValueError` if an optimizer loaded the state of another kind, which lacks some of its own settings."""
     missing = [name for group, names in zip(optimizer.param_groups, expected) for name in names - group.keys()]
     if missing:
         raise ValueError(f"its optimizer's state has no {min(missing)}")
 
 
 def differences(first: PrivacyPlan, second: PrivacyPlan) -> list[str]:
-    """What two plans disagree in, in words."""
+    """The differences between two plans, in words."""
     if _same_calibration(second, first):
         second = dataclasses.replace(second, noise_multiplier=first.noise_multiplier)
     fields, others = dataclasses.asdict(first), dataclasses.asdict(second)
@@ -142,7 +142,7 @@ def _same_calibration(plan: PrivacyPlan, saved: PrivacyPlan) -> bool:
 
 
 def _warn_of_lost_steps(checkpoint: Path) -> None:
-    # Its name need not say it, as that of the copy in a repository.
+    # The name need not say the step, such as that of the copy in a Hub repository.
     state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
     later = [path.name for path in _checkpoints_in(checkpoint.parent) if _step(path) > state.global_step]
     if later:
@@ -153,7 +153,7 @@ def _warn_of_lost_steps(checkpoint: Path) -> None:
 
 
 def _checkpoints_in(folder: str | Path) -> list[Path]:
-    """The checkpoint folders, finished or not, in the order of their steps."""
+    """All checkpoint folders, complete or not, in the order of their steps."""
     return sorted((path for path in Path(folder).glob("checkpoint-*") if _step(path) >= 0), key=_step)
 
 
@@ -162,7 +162,7 @@ def _written(checkpoint: Path) -> int:
 
 
 def _run_of(checkpoint: Path) -> str | None:
-    """The id of its run, which is read without the accountant."""
+    """The id of its run, read without checking the statement, which takes the accountant a while."""
     try:
         return json.loads(Path(checkpoint, STATEMENT_NAME).read_text(encoding="utf-8")).get("run")
     except (OSError, ValueError):

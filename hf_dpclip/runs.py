@@ -1,4 +1,4 @@
-"""Runs: what is planned, taken, recorded and spent, from the first step to the last, resumed or not."""
+"""Runs: counting planned, taken and spent steps, over several calls of `train` and over resumptions."""
 
 import math
 from abc import abstractmethod
@@ -34,28 +34,28 @@ logger = logging.get_logger(__name__)
 
 
 class RunningTrainer(PublishingTrainer):
-    """The part of [`DPCLIPTrainer`] that counts: several calls of `train`, and resumed runs.
+    """The part of [`DPCLIPTrainer`] that counts steps, over several calls of `train` and resumed runs.
 
     Formal guarantees:
-        Weights that several runs led to are the outcome of their composition: what [`~privacy.composed`] makes of it.
+        Weights to which several runs led have the privacy of their composition, by [`~privacy.composed`].
     """
 
-    # None where there is no training dataset, as in a trainer that only evaluates.
+    # None without a training dataset, as in a trainer that only evaluates.
     plan: PrivacyPlan
-    # What it was made of.
+    # The arguments that the plan was made from.
     _planned_values: dict[str, Any]
 
     @abstractmethod
     def begin_run(self) -> None:
-        """Makes a plan from the arguments as they are now. What was spent before counts on."""
+        """Makes a new plan from the arguments as they are now. Earlier runs still count."""
 
     @abstractmethod
     def _leave_search(self) -> None:
-        """Begins a run if the plan is that of a search's last trial."""
+        """Begins a new run if the plan is that of the last trial of a search."""
 
     @abstractmethod
     def _draw_randomness(self) -> None:
-        """Fresh streams for the steps to come."""
+        """Makes fresh streams for the steps to come."""
 
     @abstractmethod
     def _microbatch_dataset(self) -> MicrobatchDataset:
@@ -107,7 +107,7 @@ class RunningTrainer(PublishingTrainer):
 
     @property
     def _known_runs(self) -> NamedRuns:
-        """All that took steps, by their ids."""
+        """All runs that took steps, by id."""
         return merge_runs(
             self._earlier_runs, {self._run_id: (self.plan, self._steps_taken)} if self._steps_taken else {}
         )
@@ -118,7 +118,7 @@ class RunningTrainer(PublishingTrainer):
 
     @property
     def _reasons(self) -> tuple[str, ...]:
-        """Why no guarantee holds, in the past or by the arguments of today."""
+        """Why no guarantee holds, by arguments of the past or of now."""
         return tuple(dict.fromkeys(self._not_private_because + self.args.not_private_because))
 
     def _check_planned(self):
@@ -160,23 +160,23 @@ class RunningTrainer(PublishingTrainer):
         return TrainOutput(output.global_step, loss, metrics)
 
     def _take_over(self, checkpoint: str) -> int:
-        """Continues the count of a checkpoint. Returns how many steps its run has left."""
+        """Continues the count of a checkpoint. Returns how many planned steps its run has left."""
         statement = check_resumable(checkpoint, self.plan)
         run = statement.run or new_run_id()
-        # What this trainer did before counts beside another run, and within its own.
+        # Earlier steps of this trainer count as an earlier run, unless they belong to the run that is resumed.
         runs = merge_runs(self._known_runs, statement.earlier_runs, {run: (statement.plan, statement.steps)})
         self._run_id, (self.plan, self._steps_taken) = run, runs.pop(run)
         self._earlier_runs = runs
-        # What the resumed steps lost, the steps to come cannot restore.
+        # If the steps before were not private, the run stays so.
         self._not_private_because += statement.not_private_because
         self.state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
-        # In the file they are those of the process that wrote it.
+        # The file has the values of the process that wrote it.
         self.state.is_local_process_zero = self.is_local_process_zero()
         self.state.is_world_process_zero = self.is_world_process_zero()
         return max(self.plan.num_steps - self.state.global_step, 0)
 
     def _finished(self, checkpoint: str | None) -> TrainOutput:
-        """The end of a run whose steps have all been taken. The loop of the `Trainer` would take one more."""
+        """Ends a run whose steps were all taken: the loop of the `Trainer` would take one more."""
         target_is_spent = self.remaining_steps == 0
         why = f"target_epsilon={self.plan.target_epsilon} is spent" if target_is_spent else f"{checkpoint} is the end"
         logger.warning(
@@ -194,21 +194,21 @@ class RunningTrainer(PublishingTrainer):
 
     @property
     def planned_steps(self) -> int:
-        """Steps that this call of `train` is going to take at most."""
+        """The number of steps that this call of `train` takes at most."""
         return min(self._steps_ahead, self.remaining_steps)
 
     def _inner_training_loop(self, *args, **kwargs):
-        # Not before a trial of a search has a plan of its own.
+        # Here, since only now a trial of a search has its own plan.
         self._check_unchanged()
-        self._agree()
+        self._agree_on_run()
         self._draw_randomness()
         self._last_step = self._steps_taken + self.planned_steps
         with recorded(self, self._run_id, self.planned_steps) as self._before_release:
             return super()._inner_training_loop(*args, **kwargs)
 
     def _check_unchanged(self) -> None:
-        """Raises `ValueError` if arguments were changed since the plan was made of them, and would have no effect, or
-        if they ask for more steps than were planned, and than a ledger allowed."""
+        """Raises `ValueError` if arguments were changed after the plan was made, and would have no effect, or if they
+        now ask for more steps than were planned, and recorded in the ledger."""
         now = planned_values(self.args)
         changed = [name for name, value in self._planned_values.items() if value != now[name]]
         if changed:
@@ -223,8 +223,8 @@ class RunningTrainer(PublishingTrainer):
                 "trainer.begin_run() after changing arguments that say how many there are."
             )
 
-    def _agree(self) -> None:
-        """One run on all processes. Raises `ValueError`, on all of them, if they planned different ones."""
+    def _agree_on_run(self) -> None:
+        """Gives all processes one run id. Raises `ValueError`, on all of them, if their plans or records differ."""
         (self._run_id,) = broadcast_object_list([self._run_id])
         plans = gather_object([self.plan])
         apart = [name for plan in plans for name in differences(plans[0], plan)]

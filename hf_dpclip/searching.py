@@ -1,4 +1,4 @@
-"""Hyperparameter searches: every trial is a run, and counts for the choice of the best."""
+"""Hyperparameter searches: every trial is a run, and the choice of the best depends on all of them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,16 +20,16 @@ class SearchingTrainer(RunningTrainer):
     """The part of [`DPCLIPTrainer`] that searches.
 
     Formal guarantees:
-        Whoever sees the results of all trials, or trains on with the best of their settings, has seen the composition
-        of all runs: what [`~privacy.composed`] makes of them.
+        The results of all trials together, and models trained further with the best settings, have the privacy of the
+        composition of all runs, by [`~privacy.composed`].
     """
 
-    # Whether the plan is that of the last trial, whose steps are taken.
+    # Whether the plan is that of the last trial, whose steps were all taken.
     _plan_is_a_trials = False
 
     def _begin_first_run(self, plan: PrivacyPlan | None) -> None:
         super()._begin_first_run(plan)
-        # Where the checkpoints of all trials are, by the ids of their runs.
+        # The folders with the checkpoints of the trials, by run id.
         self._trials: dict[str, Path] = {}
 
     def hyperparameter_search(
@@ -45,20 +45,19 @@ class SearchingTrainer(RunningTrainer):
         """As in the `Trainer`, one trial after another.
 
         Each trial spends what its arguments say: with `target_epsilon=3`, up to ε = 3. What all of them spent together
-        is printed at the end and, from then on, part of `privacy_spent` and of what is saved with any weights, and of
-        what the checkpoints of the trials say. `n_trials`, and how many steps a trial has, are treated as fixed
-        beforehand.
+        is printed at the end. From then on it is part of `privacy_spent` and of every privacy statement, also of those
+        in the checkpoints of trials. `n_trials`, and the number of steps of a trial, are treated as fixed beforehand.
 
-        On several processes no trial is pruned, and all of them get the result.
+        On several processes no trial is pruned, and all processes return the result.
 
-        Raises `ValueError` for settings with which trials would not see one another, or processes lose one another.
+        Raises `ValueError` for settings with which trials would not be counted, or processes would wait forever.
         """
         backend = HPSearchBackend(backend or HPSearchBackend.OPTUNA)
         validation.check_search(backend, kwargs, self.args.world_size)
         validation.check_trials_are_evaluated(self)
         if self.args.world_size > 1:
             kwargs["pruner"] = _never()
-        # Other backends are told of a space in words of their own.
+        # Other backends have their own formats for a space.
         if hp_space and backend == HPSearchBackend.OPTUNA:
             hp_space = self._of_known_arguments(hp_space)
         try:
@@ -74,7 +73,7 @@ class SearchingTrainer(RunningTrainer):
         return best
 
     def _of_known_arguments(self, hp_space: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
-        """The same space. Raises `ValueError` for a name that is none of an argument: trials would spend ε on it."""
+        """The same space, which raises `ValueError` for a name that is no argument: trials would waste ε on it."""
 
         def checked(trial: Any) -> dict[str, Any]:
             values = hp_space(trial)
@@ -96,10 +95,10 @@ class SearchingTrainer(RunningTrainer):
             self._trials[self._run_id] = Path(self._get_output_dir(trial))
 
     def _leave_search(self) -> None:
-        """As in [`RunningTrainer`]: a plan from the arguments, in which the best settings may be now."""
+        """As in [`RunningTrainer`]. The user may have put the best settings into the arguments by now."""
         if not self._plan_is_a_trials:
             return
-        # The last trial left none.
+        # The search leaves the trainer without a model.
         if self.model is None:
             self.model = self.model_wrapped = self.call_model_init()
             if self.place_model_on_device:
@@ -108,7 +107,7 @@ class SearchingTrainer(RunningTrainer):
         self._plan_is_a_trials = False
 
     def _restate_trials(self) -> None:
-        """Whichever trial's checkpoint is chosen, the choice saw what all of them found."""
+        """Adds all trials to the statements of their checkpoints: whichever is chosen, the choice depends on all."""
         known = self._known_runs
         for run, folder in self._trials.items():
             others = {other: runs for other, runs in known.items() if other != run}
@@ -121,7 +120,7 @@ class SearchingTrainer(RunningTrainer):
 
 
 def _never() -> Any:
-    """A pruner that prunes nothing, where optuna's default would: only process 0 would know of it."""
+    """A pruner that prunes nothing, unlike optuna's default: only process 0 would know of a pruned trial."""
     from optuna.pruners import NopPruner
 
     return NopPruner()

@@ -1,4 +1,4 @@
-"""Randomness of models and data pipelines: dropout, augmentation, NEFTune."""
+"""Seeding the global generators, from which models and data pipelines draw: dropout, augmentation, NEFTune."""
 
 import random
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ def seeded(seed: int) -> Iterator[None]:
     """The global generators of Python, numpy and torch start from `seed` inside, and go on afterwards as if nothing
     had been drawn.
 
-    What is drawn for one microbatch then depends neither on how much was drawn for those before it, which would carry
-    one record's presence into all of them, nor shows in the generators' state, which checkpoints hold.
+    The draws for one microbatch then do not depend on those for the microbatches before it, which would carry the
+    presence of one record into all later ones; nor do they show in the generators' state, which checkpoints hold.
     """
     with preserved_generators():
         seed_generators(seed)
