@@ -5,14 +5,14 @@ import math
 from .privacy import PrivacyPlan
 
 
-# Below this, all steps together add up to less signal than this share of their noise, and training mostly wanders.
+# If the signal of all steps together is below this share of their noise, training is mostly a random walk.
 HOPELESS_SIGNAL_TO_NOISE = 0.3
 # Beyond these, a guarantee says little.
 LARGE_EPSILON, LARGE_DELTA = 10, 1e-3
 
 
 def total_signal_to_noise(plan: PrivacyPlan, num_parameters: int) -> float:
-    """Ceiling of all steps together: aligned signals add up, T independent noises only grow by √T."""
+    """Ceiling of the signal-to-noise ratio of all steps: aligned signals grow by T, independent noise only by √T."""
     return plan.signal_to_noise(num_parameters) * math.sqrt(plan.num_steps)
 
 
@@ -22,7 +22,7 @@ def is_hopeless(plan: PrivacyPlan, num_parameters: int) -> bool:
 
 
 def weak_promises(plan: PrivacyPlan, epsilon: float) -> list[str]:
-    """What an (ε, δ) hardly promises, in words; nothing where it does."""
+    """Warnings about an (ε, δ) that guarantees little."""
     if plan.non_private:
         return []
     weak = []
@@ -40,7 +40,7 @@ def weak_promises(plan: PrivacyPlan, epsilon: float) -> list[str]:
 
 
 def advice(plan: PrivacyPlan, num_parameters: int) -> str:
-    """What to change when noise drowns the signal, with the factor that each change is worth."""
+    """What to change if noise drowns the signal, with the factor that each change gains."""
     gains = []
     if plan.num_microbatches < plan.expected_batch_size / 8:
         gain = plan.expected_batch_size / 8 / plan.num_microbatches

@@ -1,4 +1,4 @@
-"""Evaluation on held-out records: of labelled images without a trainer, and `compute_metrics` for a trainer."""
+"""Evaluation on held-out records: zero-shot classification, and `compute_metrics` for a trainer."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from .records import UNDECODABLE, check_image, unreadable
 
 @contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout inside; afterwards in the mode in which the model was."""
+    """The model is in evaluation mode inside, and in its earlier mode afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -88,7 +88,7 @@ def retrieval_recall(
     """`compute_metrics` for image-text retrieval among all records of `eval_dataset`.
 
     Args:
-        prediction ([`~transformers.EvalPrediction`]): embeddings, of which [`keep_embeddings`] took care.
+        prediction ([`~transformers.EvalPrediction`]): embeddings, as [`keep_embeddings`] returns them.
         image_ids (`Sequence`, *optional*): of each record, which image it shows, in the order of the dataset. By
             default every record has an image of its own.
         ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): as in [`~metrics.RetrievalRecall`].
@@ -117,7 +117,7 @@ def retrieval_recall(
     images, texts = tuple(prediction.predictions)
     if image_ids is not None:
         images, texts = _by_image(images, texts, image_ids)
-    # In memory: each process of a trainer computes for itself, and would wait for the others' file.
+    # In memory: every process of a trainer computes all by itself, and would wait for the files of the others.
     return RetrievalRecall(ks=ks, keep_in_memory=True).compute(predictions=images, references=texts)
 
 
@@ -140,7 +140,7 @@ def vqa_accuracy(prediction: EvalPrediction, id2label: dict[int, str]) -> dict[s
 
 
 def _decoded(dataset: Dataset, rows: range) -> dict[str, list]:
-    """The columns of some records. Where an image fails, they are tried in turn, to find out which it is."""
+    """The columns of some records. Raises `ValueError` that names the record with an image that cannot be decoded."""
     try:
         return dataset[rows]
     except UNDECODABLE as error:
@@ -151,7 +151,7 @@ def _decoded(dataset: Dataset, rows: range) -> dict[str, list]:
 
 
 def _by_image(images: np.ndarray, texts: np.ndarray, image_ids: Sequence) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The embedding of each image, once, and those of its captions."""
+    """One embedding per image, and for each image those of its captions."""
     if len(image_ids) != len(images):
         raise ValueError(f"there are {len(image_ids)} image_ids for {len(images)} records: give one for each.")
     _, first, image_of_row = np.unique(image_ids, return_index=True, return_inverse=True)

@@ -34,7 +34,7 @@ def plot_epsilon(plan: PrivacyPlan, path: str | Path) -> None:
 
 def draw_epsilon(axes: Any, plan: PrivacyPlan) -> None:
     """Draws the curve of ε against steps, and the target, on axes of matplotlib."""
-    # Close together at first, where the curve is steep.
+    # Points are close together at first, where the curve is steep.
     steps = np.unique(np.ceil(plan.num_steps * np.linspace(0, 1, CURVE_POINTS + 1) ** 2).astype(int)).tolist()
     axes.plot(steps, [plan.epsilon(each) for each in steps], marker="o", markersize=3, label="spent")
     if plan.target_epsilon is not None:

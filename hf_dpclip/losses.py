@@ -1,7 +1,7 @@
-"""Contrastive losses, each for many microbatches at once, whose pairs are contrasted with one another only.
+"""Contrastive losses of many microbatches at once. Pairs are contrasted only with others of their microbatch.
 
 Pairs with the same caption are no negatives of one another: telling "a photo of a coat" from "a photo of a coat" would
-teach the model that its own match is wrong. Public images and captions are negatives of every microbatch; they do not
+teach the model that a right match is wrong. Public images and captions are negatives of every microbatch; they do not
 depend on the private records, so they are constants of the mechanism (`docs/privacy.md`, "Public negatives").
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PublicEmbeddings:
-    """What every microbatch is contrasted with beside its own pairs.
+    """Public images and captions, with which every microbatch is contrasted beside its own pairs.
 
     Args:
         images (`Tensor` of shape `[P, d]`): normalised embeddings of public images, P = 0 for none.
@@ -47,7 +47,7 @@ def contrastive_losses(
         captions (`Tensor` of shape `[N]`, *optional*): keys of the captions; by default all captions differ.
         public ([`PublicEmbeddings`], *optional*): further negatives.
 
-    Returns the K losses in float32. What is not finite in one microbatch stays there, in the gradients too.
+    Returns the K losses in float32. Values that are not finite stay in their own microbatch, in the gradients too.
 
     Reference: Radford et al., Learning Transferable Visual Models From Natural Language Supervision (2021), figure 3.
     """
@@ -84,7 +84,7 @@ def sigmoid_losses(
     """SigLIP's loss of each microbatch: every image-text combination is a yes-or-no question of its own.
 
     Args and return value are those of [`contrastive_losses`], and `logit_biases` (`Tensor` of shape `[K]`).
-    Combinations with the pair's own caption are to be answered with yes.
+    The right answer is yes for combinations with the pair's own caption.
 
     Reference: Zhai et al., Sigmoid Loss for Language Image Pre-Training (2023), algorithm 1.
     """
@@ -112,10 +112,10 @@ class _Blocks:
         self.num_rows = sum(sizes)
         counts = torch.tensor(sizes)
         present = torch.arange(max(sizes)) < counts[:, None]
-        # Which places are taken is worked out on the CPU: how many there are would have to be asked of an accelerator.
+        # Computed on the CPU: on an accelerator, the number of positions would take a wait for the device.
         device = image_embeds.device
         self.counts, self.present = counts.to(device), present.to(device)
-        self._places = tuple(numbers.to(device) for numbers in present.nonzero(as_tuple=True))
+        self._positions = tuple(numbers.to(device) for numbers in present.nonzero(as_tuple=True))
         self.images, self.texts = self._block(image_embeds.float()), self._block(text_embeds.float())
         if captions is None:
             captions = torch.arange(self.num_rows, device=self.counts.device)
@@ -123,7 +123,7 @@ class _Blocks:
 
     def _block(self, rows: Tensor) -> Tensor:
         blocks = rows.new_zeros(*self.present.shape, *rows.shape[1:])
-        return blocks.index_put(self._places, rows[: self.num_rows])
+        return blocks.index_put(self._positions, rows[: self.num_rows])
 
     def similarities(self) -> Tensor:
         """`[K, M, M]`, texts by images."""
@@ -134,7 +134,7 @@ class _Blocks:
         return self.captions[:, :, None] == self.captions[:, None, :]
 
     def contrasted(self) -> Tensor:
-        """`[K, M, M]`: a pair with itself and with its negatives. Never nothing, also where there is no pair."""
+        """`[K, M, M]`: whether a pair is contrasted with another. Always with itself, even in rows of padding."""
         itself = torch.eye(self.present.shape[1], dtype=torch.bool, device=self.present.device)
         return itself | (self.present[:, None, :] & self.present[:, :, None] & ~self.same())
 
@@ -143,7 +143,7 @@ class _Blocks:
         return self.texts @ public.images.float().T, self.images @ public.texts.float().T
 
     def same_as_public(self, public: PublicEmbeddings) -> tuple[Tensor, Tensor]:
-        """`[K, M, P]` and `[K, M, Q]`: whether a pair's own caption is that of the public image, is the public one."""
+        """`[K, M, P]` and `[K, M, Q]`: whether a pair's caption is that of the public image, or the public caption."""
         keys = self.captions[:, :, None]
         known_texts = keys == public.captions_of_texts
         if public.captions_of_images is None:
@@ -151,5 +151,5 @@ class _Blocks:
         return keys == public.captions_of_images, known_texts
 
     def means(self, rows: Tensor) -> Tensor:
-        """`[K, M]` to `[K]`, over the pairs that there are."""
+        """`[K, M]` to `[K]`: means over the pairs of each microbatch, without padding."""
         return rows.where(self.present, 0).sum(dim=1) / self.counts

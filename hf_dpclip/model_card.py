@@ -1,4 +1,4 @@
-"""The model card: what was promised, on what it was trained, how well it does, and how to load it.
+"""The model card: the guarantee, the training data, the evaluation, and how to load the model.
 
 Written anew from the trainer each time. It holds public constants, noised quantities and metrics of held-out records,
 never a statistic of the private ones.
@@ -43,10 +43,10 @@ TASKS = {
     CLIPForVisualQuestionAnswering.__name__: VQA,
 }
 
-# What an evaluation logs beside its metrics.
+# The endings of what an evaluation logs beside its metrics.
 _TIMES = ("_runtime", "_per_second", "_time")
 
-# The builder of a dataset (`imagefolder`, `generator`) is not its name: whoever calls names it, or nobody.
+# By default datasets have no name: what the `Trainer` would take is the name of a builder, such as `imagefolder`.
 _UNNAMED: dict[str, list[str]] = {"dataset_tags": [], "dataset_args": [], "dataset_metadata": []}
 
 
@@ -85,8 +85,8 @@ def write_model_card(trainer: "PublishingTrainer", **names: Any) -> None:
 
 
 def evaluations_of(trainer: "PublishingTrainer") -> list[Evaluation]:
-    """All evaluations that were logged, in order, those of several datasets at one step together; none where private
-    records may have been evaluated on."""
+    """All logged evaluations in order, those on several datasets at one step as one; none if private records may have
+    been used."""
     if STATISTICS_WERE_LOGGED in trainer.privacy_statement().not_private_because:
         return []
     evaluations: list[Evaluation] = []
@@ -103,13 +103,13 @@ def evaluations_of(trainer: "PublishingTrainer") -> list[Evaluation]:
 
 
 def _complete_one_another(first: Evaluation, second: Evaluation) -> bool:
-    """Whether they are of the same weights, and of several datasets."""
+    """Whether they are evaluations of the same weights on different datasets."""
     same_weights = (first.step, first.epsilon) == (second.step, second.epsilon)
     return same_weights and first.metrics.keys().isdisjoint(second.metrics)
 
 
 def metadata(trainer: "PublishingTrainer", facts: TrainingSummary, evaluations: list[Evaluation]) -> ModelCardData:
-    """What the Hub filters and lists models by."""
+    """Metadata by which the Hub filters and lists models."""
     results = _results(trainer, facts, evaluations[-1]) if evaluations else None
     base = _hub_id(facts.finetuned_from)
     adapter = isinstance(trainer.model, PeftModel)
@@ -154,20 +154,20 @@ def _home(model_class: type) -> str:
 
 
 def _loading(model: nn.Module, where: str, to_be_published: bool) -> list[str]:
-    # The configuration is no attribute that torch declares of a module.
+    # `Any`: torch does not declare that a module has a configuration.
     inner: Any = base_model(model)
     name = type(inner).__name__
     if not isinstance(model, PeftModel):
         return [f'model = {name}.from_pretrained("{where}")']
     start = inner.config.name_or_path
-    # A folder on this machine is of no use to others, and none of their business.
+    # A folder on this machine is of no use to others, and its name is private.
     is_known = start and not (to_be_published and Path(start).is_dir())
     base = f'{name}.from_pretrained("{start}")' if is_known else "...  # the weights that training started from"
     return [f"base = {base}", f'model = PeftModel.from_pretrained(base, "{where}")']
 
 
 def _example(model: nn.Module, processor: ProcessorMixin) -> list[str]:
-    """What the model is for, on a picture that the reader replaces."""
+    """Code that uses the model on an image that the reader replaces."""
     settings = ", ".join(f"{name}={value!r}" for name, value in text_settings(processor).items())
     image = ["", 'image = Image.new("RGB", (224, 224))  # yours']
     if isinstance(model, CLIPForVisualQuestionAnswering):

@@ -9,7 +9,7 @@ class PrivacyNotebookProgressCallback(NotebookProgressCallback):
     """The usual table with a column for ε, and a line for every log even where there is no training loss to show."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        # The last log, of the whole run, has no loss of a step.
+        # The last log, of the whole run, has no loss of single steps.
         if args.eval_strategy == "no" and self.training_tracker is not None and "train_runtime" not in logs:
             loss = logs.get("loss", "private")
             epsilon = NOT_PRIVATE if NOT_PRIVATE in logs else logs.get("epsilon", "none")
@@ -17,7 +17,7 @@ class PrivacyNotebookProgressCallback(NotebookProgressCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         metrics = dict(metrics or {})
-        # The last log is that of the evaluation; its ε is that of now.
+        # The last log is that of this evaluation, and has the current ε.
         if "epsilon" in state.log_history[-1]:
             metrics["eval_epsilon"] = state.log_history[-1]["epsilon"]
         super().on_evaluate(args, state, control, metrics=metrics, **kwargs)

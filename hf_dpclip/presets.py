@@ -1,4 +1,4 @@
-"""Datasets that the examples know by name: from files that packages install, and from the Hub."""
+"""Datasets that the examples load by name, from installed packages or the Hub."""
 
 import gzip
 from collections.abc import Callable
@@ -108,7 +108,7 @@ def load_labelled_images(
     )
 
 
-# Those with a slash are on the Hub, under this name.
+# Names with a slash are those of datasets on the Hub.
 PRESETS = {
     "mnist-5k": Preset(load_mnist_5k, "a handwritten digit {}"),
     "fashion-mnist": Preset(load_fashion_mnist, "a photo of a {}"),

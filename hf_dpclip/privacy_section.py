@@ -1,4 +1,4 @@
-"""What a model card says of the guarantee, written from the privacy statement and read back against it."""
+"""The privacy section of a model card: written from the privacy statement, and compared with it."""
 
 import math
 import re
@@ -12,7 +12,7 @@ HEADING = "## Privacy"
 NOT_PRIVATE = "NOT PRIVATE"
 
 _CLAIM = re.compile(r"\(\s*([^(),]+),\s*([^(),]+)\)[^\w\n]{0,3}(?:differentially\s+private|DP\b)", re.IGNORECASE)
-# In lines that are about privacy, or begin with it: optimizers and layers have an epsilon too.
+# Lines in which ε is looked for: optimizers and layers have an epsilon too.
 _EPSILON_LINE = re.compile(r"[\s*_>|]*(?:ε|epsilon\b)|.*(?:differential|privacy|\bDP\b)", re.IGNORECASE)
 _EPSILON = re.compile(
     r"(?<!target )(?:ε|\bepsilon\b)[\s*]*([=:≈≤<])[\s*]*([0-9][0-9.]*(?:e[+-]?[0-9]+)?)", re.IGNORECASE
@@ -38,7 +38,7 @@ holds the figures in machine-readable form."""
 
 
 def plan_rows(plan: PrivacyPlan) -> dict[str, str]:
-    """Everything that the guarantee depends on, by the names that the documentation uses, with its unit."""
+    """Everything that the guarantee depends on, under the names of the documentation, for a table."""
     return {
         "privacy units n": f"{plan.num_examples:,} (one unit = one {plan.privacy_unit})",
         "adjacency": "one privacy unit added or removed",
@@ -54,7 +54,7 @@ def plan_rows(plan: PrivacyPlan) -> dict[str, str]:
 
 
 def statement_rows(statement: PrivacyStatement) -> dict[str, str]:
-    """[`plan_rows`], and what was done and spent of the plan."""
+    """[`plan_rows`], and the steps taken and ε spent."""
     plan = statement.plan
     earlier = {"earlier runs, counted in ε": f"{len(statement.earlier_runs)}"} if statement.earlier_runs else {}
     return {
@@ -85,8 +85,8 @@ def privacy_section(statement: PrivacyStatement) -> str:
 def contradictions(card: str, statement: PrivacyStatement) -> list[str]:
     """Where the text of a card disagrees with the statement, one sentence each; none where it says nothing of privacy.
 
-    Every claim, wherever it stands, every row of the table and every line of the section are compared. What stands in
-    comments, nobody reads.
+    Compares every claim, wherever it stands, every row of the table and every line of the section. Comments are
+    ignored.
     """
     card = _COMMENT.sub("", card)
     claims = _CLAIM.findall(card)
@@ -101,7 +101,7 @@ def contradictions(card: str, statement: PrivacyStatement) -> list[str]:
     rows = statement_rows(statement)
     found += [problem for name, value in rows.items() for problem in _check_row(card, name, value)]
     found += _check_epsilons(card, statement)
-    # Lines that carry a wrong number have been named.
+    # A line with a wrong number was already found.
     return found or _check_lines(card, statement)
 
 
@@ -138,7 +138,7 @@ def _check_row(card: str, name: str, expected: str) -> list[str]:
 
 
 def _check_epsilons(card: str, statement: PrivacyStatement) -> list[str]:
-    """Outside the section, where a claim would not be looked for."""
+    """Compares every ε outside the section."""
     lines = [line for line in _lines(card)[1] if _EPSILON_LINE.match(line)]
     return [
         f"it gives {found[0]!r} outside the section, but {STATEMENT_NAME} gives {statement.spent.epsilon:.4g}"
@@ -154,7 +154,7 @@ def _is_true(relation: str, number: str, epsilon: float) -> bool:
 
 
 def _check_lines(card: str, statement: PrivacyStatement) -> list[str]:
-    """Of the section. Numbers are compared where they are claims, or in rows."""
+    """Compares the lines of the section, but for numbers, which are compared in claims and rows."""
     written, expected = (
         {_without_numbers(line): line for line in _lines(text)[0]} for text in (card, privacy_section(statement))
     )
@@ -165,7 +165,7 @@ def _check_lines(card: str, statement: PrivacyStatement) -> list[str]:
 
 
 def _lines(card: str) -> tuple[list[str], list[str]]:
-    """Those of the section, up to the next heading of its rank, and all others."""
+    """The lines of the section, up to the next heading of its level, and all other lines."""
     inside: list[str] = []
     outside: list[str] = []
     is_inside = False

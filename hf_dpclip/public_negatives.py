@@ -1,4 +1,4 @@
-"""Public images and captions as negatives: what a private pair alone can be contrasted with."""
+"""Public images and captions as negatives, with which even a single private pair can be contrasted."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,12 +15,12 @@ from .losses import PublicEmbeddings
 from .records import shortened
 
 
-# What belongs to an image; the rest of a batch belongs to its text.
+# The inputs for images; all others are for texts.
 IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 
 
 class PublicNegatives:
-    """Encodes public negatives in chunks, with the weights as they are.
+    """Encodes public negatives in chunks, with the current weights.
 
     They must not be derived from the private records: then they are constants of the mechanism, and a microbatch of
     one pair has something to be contrasted with, so that the sensitivity is C (`docs/privacy.md`, "Public negatives").
@@ -39,16 +39,16 @@ class PublicNegatives:
         self._kept: PublicEmbeddings | None = None
 
     def __len__(self) -> int:
-        """Public records."""
+        """The number of public records."""
         return sum(num_rows(chunk) for chunk in self.chunks)
 
     def forget(self) -> None:
-        """To be called when training begins: embeddings of other weights are of no use."""
+        """Drops embeddings that were made with other weights. To be called when training begins."""
         self._steps_left = 0
 
     def begin_step(self, model: ContrastiveModel) -> None:
-        """To be called before the first forward pass of every optimizer step, whatever was drawn: when negatives are
-        encoded must not depend on the private records."""
+        """To be called before the first forward pass of every optimizer step, whatever was drawn: the time at which
+        negatives are encoded must not depend on the private records."""
         if self.with_gradient:
             return
         if self._steps_left == 0:
@@ -56,7 +56,7 @@ class PublicNegatives:
         self._steps_left -= 1
 
     def embeddings(self, model: ContrastiveModel) -> PublicEmbeddings:
-        """With gradient: of now. Without: those of the last step in which they were encoded."""
+        """The current embeddings if they have gradients, else those of the last step in which they were encoded."""
         return self._encode(model) if self.with_gradient else self._kept
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ def collate_public_negatives(
         processor: tokenizer or processor, for captions.
         batch_size (`int`): records in a chunk.
 
-    Raises `ValueError` for anything else, and where there is nothing.
+    Raises `ValueError` for anything else, and if it is empty.
     """
     if isinstance(public, Sequence | Dataset) and len(public) == 0:
         raise ValueError("public_negatives is empty: give captions, images or pairs, or leave it out.")

@@ -1,4 +1,4 @@
-"""Recall@k of image-text retrieval, both ways."""
+"""Recall@k of image-text retrieval, in both directions."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import evaluate
 import numpy as np
 
 
-# Queries that are compared with all candidates at once.
+# Queries that are compared with all candidates at a time.
 BLOCK = 1024
 
 
@@ -90,12 +90,12 @@ def _normalised(rows: list[list[float]]) -> np.ndarray:
 def _ranks(
     queries: np.ndarray, candidates: np.ndarray, owners: np.ndarray, candidate_owners: np.ndarray
 ) -> np.ndarray:
-    """How many foreign candidates are at least as similar to each query as the most similar own one."""
+    """For each query, how many wrong candidates are at least as similar as the most similar right one."""
     ranks = []
     for start in range(0, len(queries), BLOCK):
         similarities = queries[start : start + BLOCK] @ candidates.T
         own = owners[start : start + BLOCK, None] == candidate_owners
         best = np.where(own, similarities, -np.inf).max(axis=1, keepdims=True)
-        # Not `>=`: what is not a number must not count as found.
+        # Not `>=`: NaN must not count as found.
         ranks.append((~(similarities < best) & ~own).sum(axis=1))
     return np.concatenate(ranks)

@@ -55,6 +55,6 @@ def _score(prediction: str, reference: str | Sequence[str]) -> float:
 
 
 def _normalised(answer: str) -> list[str]:
-    """The words that count. Articles do where there is nothing else."""
+    """The words to compare, without articles unless there is nothing else."""
     words = [word.strip(PUNCTUATION) for word in answer.lower().split()]
     return [word for word in words if word and word not in ARTICLES] or words

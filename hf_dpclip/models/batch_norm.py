@@ -1,4 +1,4 @@
-"""BatchNorm that keeps the statistics it came with."""
+"""BatchNorm with frozen statistics."""
 
 from torch import nn
 
@@ -35,12 +35,12 @@ _FROZEN = {
 
 
 def freeze_batch_norm(model: nn.Module) -> nn.Module:
-    """Lets every BatchNorm layer normalise with the running statistics that it came with, in training too.
+    """Lets every BatchNorm layer normalise with its present running statistics, in training too.
 
     BatchNorm in training mode updates its running statistics from the private records, outside the mechanism, and
-    [`DPCLIPTrainer`] refuses it. With constants instead, which are those of the pretrained weights, it is an ordinary
-    linear layer, whose scale and shift can still be trained. Names and values of all weights stay as they are, so that
-    `from_pretrained` opens what was saved.
+    [`DPCLIPTrainer`] refuses it. With the statistics of the pretrained weights as constants, it is an ordinary linear
+    layer, whose scale and shift can still be trained. Names and values of all weights stay as they are, so that
+    `from_pretrained` loads what was saved.
 
     Args:
         model (`nn.Module`): changed in place.

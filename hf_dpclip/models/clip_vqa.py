@@ -37,7 +37,7 @@ class CLIPVQAConfig(PreTrainedConfig):
 class AnswerHead(nn.Module):
     """Logits of the answers, `[records, num_labels]`, from embeddings of images and questions, `[records, d]` each.
 
-    It sees both, and their elementwise product: what the two have in common ("is there a *red* shape?").
+    It reads both, and their elementwise product, which shows what they have in common ("is there a *red* shape?").
     """
 
     def __init__(self, config: CLIPVQAConfig):
@@ -83,7 +83,7 @@ class CLIPForVisualQuestionAnswering(PreTrainedModel):
     def __init__(self, config: CLIPVQAConfig):
         super().__init__(config)
         self.clip = CLIPModel(config.clip_config)
-        # The temperature of a contrastive loss: there is none here, and noise would move it all the same.
+        # This loss does not use the temperature of a contrastive one, but noise would still change it.
         del self.clip.logit_scale
         self.head = AnswerHead(config)
         self.post_init()
@@ -144,7 +144,7 @@ class CLIPForVisualQuestionAnswering(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
-            # Activations of the same size whatever the width: small ones would drown in noise.
+            # Keeps activations of the same size for any width: small ones would drown in noise.
             init.normal_(module.weight, std=module.in_features**-0.5)
 
 

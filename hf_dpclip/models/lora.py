@@ -9,12 +9,12 @@ from ..privacy.plan import is_whole
 from .clip_vqa import CLIPForVisualQuestionAnswering
 
 
-# Attention inputs of the towers, by the names that the dual encoders of `transformers` give them, and the projections
-# into the shared space, which have two layers in CLAP.
+# Query and value layers, by their names in the dual encoders of `transformers`, and the projections into the shared
+# space, which have two layers in CLAP.
 _ADAPTED = re.compile(
     r"(.*\.)?(q_proj|v_proj|query|value|visual_projection|text_projection|(audio|text)_projection\.linear[12])"
 )
-# What is inside the text tower or projects from it.
+# Layers of the text tower, and its projection.
 _TEXT = re.compile(r"(.*\.)?text_(model|projection)(\..*)?")
 
 
@@ -32,9 +32,9 @@ def lora_config(
         model (`nn.Module`): a `CLIPModel` or another dual encoder, or a [`CLIPForVisualQuestionAnswering`].
         r (`int`, *optional*, defaults to 8): rank.
         lora_alpha (`int`, *optional*, defaults to `2 * r`): scale.
-        text_tower (`bool`, *optional*, defaults to `True`): whether the text tower is adapted too. `False` where the
-            captions are a few class prompts: what the tower would learn of them takes up more of the clipping norm
-            than it is worth.
+        text_tower (`bool`, *optional*, defaults to `True`): whether the text tower is adapted too. Use `False` if the
+            captions are a few class prompts: what the tower could learn from them is not worth its share of the
+            clipping norm.
         kwargs: further fields of [`peft.LoraConfig`].
 
     Raises `ValueError` for what is no model, for a rank that is no whole number of at least 1, and if the model has
