@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -24,6 +25,7 @@ DrawnMicrobatch = tuple[int, np.ndarray]
 ForwardBatch = list[Microbatch] | list[DrawnMicrobatch]
 
 
+@dataclass(eq=False)
 class ForwardBatchSampler(Sampler[list[DrawnMicrobatch]]):
     """Deals the microbatches of every step out to processes and forward passes.
 
@@ -44,23 +46,13 @@ class ForwardBatchSampler(Sampler[list[DrawnMicrobatch]]):
         spanning (`bool`): whether every microbatch spans all processes.
     """
 
-    def __init__(
-        self,
-        sampler: PoissonSampler,
-        units: PrivacyUnits,
-        steps: int,
-        forward_passes: int,
-        process: int = 0,
-        num_processes: int = 1,
-        spanning: bool = False,
-    ):
-        self.sampler = sampler
-        self.units = units
-        self.steps = steps
-        self.forward_passes = forward_passes
-        self.process = process
-        self.num_processes = num_processes
-        self.spanning = spanning
+    sampler: PoissonSampler
+    units: PrivacyUnits
+    steps: int
+    forward_passes: int
+    process: int = 0
+    num_processes: int = 1
+    spanning: bool = False
 
     def __len__(self) -> int:
         return self.steps * self.forward_passes
@@ -110,6 +102,7 @@ def _size(microbatch: DrawnMicrobatch) -> int:
     return len(microbatch[1])
 
 
+@dataclass(eq=False)
 class MicrobatchDataset(Dataset):
     """Turns a forward batch of record numbers into collated microbatches.
 
@@ -117,9 +110,8 @@ class MicrobatchDataset(Dataset):
     padding nor its augmentation, depends on the records of another one.
     """
 
-    def __init__(self, dataset: Dataset, collator: Callable[[list[Any]], dict[str, Any]]):
-        self.dataset = dataset
-        self.collator = collator
+    dataset: Dataset
+    collator: Callable[[list[Any]], dict[str, Any]]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -169,11 +161,11 @@ class MicrobatchDataset(Dataset):
         return [[*itertools.islice(records, size)] for size in sizes]
 
 
+@dataclass(eq=False)
 class RecordNumbers(Dataset):
     """Passes record numbers on as they are, for microbatches that are read later, in chunks."""
 
-    def __init__(self, num_records: int):
-        self.num_records = num_records
+    num_records: int
 
     def __len__(self) -> int:
         return self.num_records

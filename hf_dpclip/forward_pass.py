@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,6 +61,7 @@ def _num_collectives() -> int:
     return sum(group._get_sequence_number_for_group() for group in dist.distributed_c10d._world.pg_map)
 
 
+@dataclass(frozen=True)
 class OneByOne:
     """One forward and one backward pass per microbatch. Works for every model and every loss.
 
@@ -69,15 +71,9 @@ class OneByOne:
         backward (`Callable`): runs the backward pass.
     """
 
-    def __init__(
-        self,
-        mechanism: GaussianMechanism,
-        compute_loss: Callable[[dict[str, Any]], Tensor],
-        backward: Callable[[Tensor], None],
-    ):
-        self.mechanism = mechanism
-        self.compute_loss = compute_loss
-        self.backward = backward
+    mechanism: GaussianMechanism
+    compute_loss: Callable[[dict[str, Any]], Tensor]
+    backward: Callable[[Tensor], None]
 
     def __call__(self, forward_batch: list[Microbatch]) -> list[Tensor]:
         """Adds the clipped gradients of the collated microbatches to the step's sum. Returns their losses."""
@@ -88,6 +84,7 @@ class OneByOne:
         return losses
 
 
+@dataclass
 class AllAtOnce:
     """One forward and one backward pass for all microbatches of a forward batch.
 
@@ -99,11 +96,10 @@ class AllAtOnce:
         model ([`~gradients.VectorizableModel`]): the model in training.
     """
 
-    def __init__(self, one_by_one: OneByOne, model: VectorizableModel):
-        self.one_by_one = one_by_one
-        self.model = model
-        # Unknown before the first pass.
-        self.possible: bool | None = None
+    one_by_one: OneByOne
+    model: VectorizableModel
+    # Whether the model can be vectorized, which is unknown before the first pass.
+    possible: bool | None = field(default=None, init=False)
 
     def __call__(self, forward_batch: list[Microbatch]) -> list[Tensor]:
         """As [`OneByOne`]. Raises `RuntimeError` if the model could be vectorized before, and no longer can."""
@@ -136,6 +132,7 @@ class AllAtOnce:
         return list(losses)
 
 
+@dataclass(frozen=True)
 class ChunkByChunk:
     """Microbatches larger than a forward batch: the exact gradient of each, in chunks of that size.
 
@@ -147,19 +144,11 @@ class ChunkByChunk:
         args ([`DPTrainingArguments`]): the size of a chunk, and how data is loaded.
     """
 
-    def __init__(
-        self,
-        mechanism: GaussianMechanism,
-        model: ContrastiveModel,
-        dataset: MicrobatchDataset,
-        accelerator: Accelerator,
-        args: DPTrainingArguments,
-    ):
-        self.mechanism = mechanism
-        self.model = model
-        self.dataset = dataset
-        self.accelerator = accelerator
-        self.args = args
+    mechanism: GaussianMechanism
+    model: ContrastiveModel
+    dataset: MicrobatchDataset
+    accelerator: Accelerator
+    args: DPTrainingArguments
 
     def __call__(self, forward_batch: list[DrawnMicrobatch]) -> list[Tensor]:
         """As [`OneByOne`], from record numbers."""

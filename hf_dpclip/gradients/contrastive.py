@@ -1,7 +1,7 @@
 """Models with CLIP's or SigLIP's loss: their embeddings, temperature and padding."""
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ class Negatives(Protocol):
     def embeddings(self, model: "ContrastiveModel") -> PublicEmbeddings: ...
 
 
+@dataclass(eq=False)
 class ContrastiveModel(VectorizableModel):
     """A model with CLIP's or SigLIP's loss, as it is or with adapters.
 
@@ -46,16 +47,7 @@ class ContrastiveModel(VectorizableModel):
         public_negatives ([`Negatives`], *optional*): what every microbatch is contrasted with beside its own pairs.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        base: PreTrainedModel,
-        prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]],
-        static_shapes: bool = False,
-        public_negatives: Negatives | None = None,
-    ):
-        super().__init__(model, base, prepare_inputs, static_shapes)
-        self.public_negatives = public_negatives
+    public_negatives: Negatives | None = None
 
     @property
     def scalars(self) -> list[nn.Parameter]:

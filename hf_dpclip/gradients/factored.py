@@ -8,6 +8,7 @@ once for all parameters is enough.
 
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ SIDE_BY_SIDE = 2**28
 JOINED_ROW = 2**12
 
 
+@dataclass(eq=False)
 class Dense:
     """Each gradient by itself.
 
@@ -35,8 +37,7 @@ class Dense:
         gradients (`Tensor` of shape `[K, *parameter]`): float32.
     """
 
-    def __init__(self, gradients: Tensor):
-        self.gradients = gradients
+    gradients: Tensor
 
     @property
     def is_small(self) -> bool:
@@ -174,6 +175,7 @@ def _side_by_side(products: list[Outer]) -> Iterator[Dense]:
     return map(Dense, products[0].layout.sum_rows(of_rows).unbind(dim=1))
 
 
+@dataclass(eq=False)
 class SpareMemory:
     """Memory to spend on keeping gradients of weight matrices multiplied out instead of as factors.
 
@@ -183,8 +185,7 @@ class SpareMemory:
         num_elements (`int`): by how many elements all of them together may exceed their factors.
     """
 
-    def __init__(self, num_elements: int):
-        self.num_elements = num_elements
+    num_elements: int
 
     def cheaper_form(self, products: Outer) -> Dense | Outer:
         """The same gradients in the form that takes less time. Multiplying out does not if the result is more than

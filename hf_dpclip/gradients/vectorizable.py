@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +33,7 @@ FIRST_POSITION_TEXTS = (
 TEXT_STEP, STATIC_TEXT_STEP = 8, 16
 
 
+@dataclass(eq=False)
 class VectorizableModel:
     """A model in training. Subclasses know its loss, and the `needed_inputs` that computing it takes.
 
@@ -44,17 +46,10 @@ class VectorizableModel:
 
     needed_inputs = frozenset({"input_ids", "pixel_values"})
 
-    def __init__(
-        self,
-        model: nn.Module,
-        base: PreTrainedModel,
-        prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]],
-        static_shapes: bool = False,
-    ):
-        self.model = model
-        self.base = base
-        self.prepare_inputs = prepare_inputs
-        self.static_shapes = static_shapes
+    model: nn.Module
+    base: PreTrainedModel
+    prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]]
+    static_shapes: bool = False
 
     @cached_property
     def trainable(self) -> list[nn.Parameter]:
