@@ -153,15 +153,12 @@ class DPTrainingArguments(TrainingArguments):
     def __post_init__(self):
         # Skipping the batches that an interrupted run saw makes no sense when every step draws anew.
         self.ignore_data_skip = True
-        self._check_noise()
-        self._check_mechanism()
         # Before the Trainer looks for the library.
         if self.deepspeed:
             raise ValueError("DeepSpeed reduces gradients before they are clipped: use DDP (torchrun).")
         if self.tf32:
             raise ValueError("tf32=True rounds the products that norms are made of: use bf16=True.")
         super().__post_init__()
-        # The rest depends on the number of processes.
         self.check()
 
     def check(self) -> None:

@@ -1,8 +1,8 @@
-"""Attacks on the mechanism: empirical lower bounds on ε, to be held against what is claimed.
+"""Attacks on the mechanism: empirical lower bounds on ε, to be compared with the claim.
 
-`bounds` turns guesses into lower bounds on ε, `game` plays the distinguishing game through the real trainer,
-`mistakes` holds what published code gets wrong, `zoo` names each mistake with the game that convicts it, `one_run`
-audits a whole run by canaries, and `fine_tune` is such a run, for which `small_clip` needs no files.
+`bounds` turns guesses into lower bounds on ε, `game` plays the distinguishing game with the real trainer, `mistakes`
+has what published code gets wrong, `zoo` pairs each mistake with the game that exposes it, `one_run` audits a whole
+run with canaries, `fine_tune` is such a run, and `small_clip` a model for it that needs no files.
 `docs/auditing.md` says what a result means.
 """
 

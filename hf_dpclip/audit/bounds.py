@@ -1,4 +1,4 @@
-"""From an adversary's guesses to lower bounds on ε, each true with a stated confidence."""
+"""From an adversary's guesses to lower bounds on ε, each with a stated confidence."""
 
 import math
 from collections.abc import Sequence
@@ -14,22 +14,22 @@ class ErrorBounds:
     """Upper confidence bounds on how often the adversary is wrong.
 
     Args:
-        false_positive (`float`): it says that the canary is there, and it is not.
-        false_negative (`float`): the other way round.
+        false_positive (`float`): of guesses that the canary is present when it is absent.
+        false_negative (`float`): of guesses that it is absent when it is present.
     """
 
     false_positive: float
     false_negative: float
 
     def epsilon(self, delta: float) -> float:
-        """Lower bound on ε of any mechanism (Kairouz, Oh, Viswanath 2015): an (ε, δ)-private one lets no adversary
-        have 1 - δ - FNR > e^ε · FPR, nor the same with FPR and FNR exchanged."""
+        """Lower bound on ε of any mechanism (Kairouz, Oh, Viswanath 2015): with an (ε, δ)-private one, no adversary
+        has 1 - δ - FNR > e^ε · FPR, nor the same with FPR and FNR exchanged."""
         sides = (self.false_positive, self.false_negative), (self.false_negative, self.false_positive)
         odds = max((1 - delta - missed) / alarms for alarms, missed in sides)
         return math.log(max(odds, 1.0))
 
     def gaussian_epsilon(self, delta: float) -> float:
-        """The same where a Gaussian mechanism is claimed (Nasr et al. 2023): such a mechanism of signal-to-noise ratio
+        """The same if a Gaussian mechanism is claimed (Nasr et al. 2023): such a mechanism of signal-to-noise ratio
         μ has Φ⁻¹(1 - FPR) - Φ⁻¹(FNR) ≤ μ for every adversary, and μ has an ε at every δ (Dong, Roth, Su 2022)."""
         mu = -stats.norm.ppf(self.false_positive) - stats.norm.ppf(self.false_negative)
         return float(dp_accounting.get_epsilon_gaussian(1 / mu, delta)) if mu > 0 else 0.0
@@ -39,7 +39,7 @@ def upper_bound(events: int, trials: int, significance: float) -> float:
     """Clopper and Pearson's one-sided upper confidence bound on a probability.
 
     Args:
-        events, trials (`int`): how often it happened, out of how many independent trials.
+        events, trials (`int`): how often the event happened, in how many independent trials.
         significance (`float`): the probability that the bound is too low.
     """
     return 1.0 if events >= trials else float(stats.beta.ppf(1 - significance, events + 1, trials - events))
@@ -51,8 +51,8 @@ def lower_bounds(
     """Lower bounds on ε from the scores of independent plays: for any mechanism, and for a Gaussian one.
 
     Args:
-        present, absent (`np.ndarray` of shape `[plays]`): larger scores speak for the canary being there.
-        thresholds (`Sequence[float]`): above which the adversary says so; chosen before the plays.
+        present, absent (`np.ndarray` of shape `[plays]`): scores; larger ones speak for the canary's presence.
+        thresholds (`Sequence[float]`): above which the adversary guesses presence; chosen before the plays.
         delta (`float`): δ of the claim.
         confidence (`float`): with which all bounds hold together.
 
@@ -74,7 +74,7 @@ def one_run_p_value(canaries: int, guesses: int, correct: int, epsilon: float, d
     5.4): their number is dominated by Binomial(guesses, e^ε / (1 + e^ε)), up to a term for δ.
 
     Args:
-        canaries (`int`): records of which each was in the run or not by a fair coin of its own.
+        canaries (`int`): records, each of which was in the run or not by a fair coin of its own.
         guesses (`int`): canaries about which the adversary did not abstain.
         correct (`int`): guesses that were right.
     """

@@ -1,4 +1,4 @@
-"""A fine-tune that is audited: labelled images, some of them canaries with a wrong label, and as many held out."""
+"""A fine-tune to be audited: on labelled images, some of which are canaries with wrong labels."""
 
 import dataclasses
 import math
@@ -29,15 +29,15 @@ from .small_clip import small_clip, small_processor
 
 
 UNCLIPPED = 1e6
-# Without privacy, the white-box adversary looks at one release out of so many; all would take longer than training.
+# Without privacy, the white-box adversary looks at every 25th release: all would take longer than the training.
 LOOK_EVERY = 25
-# Expected records in a step of a private run.
+# Expected batch size of a private run.
 PRIVATE_BATCH = 256
 
 
 @dataclass(frozen=True)
 class Membership:
-    """Membership inference on records of one draw, half of which were trained on.
+    """Membership inference on randomly split records, half of which were trained on.
 
     Args:
         members, others (`np.ndarray`): scores; larger ones speak for membership.
@@ -53,7 +53,7 @@ class Membership:
         return float(wins / (len(self.members) * len(self.others)))
 
     def true_positive_rate(self, false_positive_rate: float = 0.01) -> float:
-        """Share of members found at a threshold that so many others pass."""
+        """Share of members found, at a threshold with this false positive rate."""
         return float(np.mean(self.members > np.quantile(self.others, 1 - false_positive_rate)))
 
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
@@ -74,9 +74,9 @@ class FineTuneAudit:
         canaries ([`Membership`]): the same canaries, by their final losses.
         membership ([`Membership`]): of ordinary records, by their final losses.
         accuracy (`float`): on the held-out records.
-        start ([`Membership`]): the same ordinary records by the losses of the first weights, which saw none of them:
-            how far the two halves of the draw differ by chance.
-        accuracy_at_start (`float`): of the first weights.
+        start ([`Membership`]): of the same ordinary records, by their losses before training, which show how far the
+            two halves differ by chance.
+        accuracy_at_start (`float`): on the held-out records before training.
     """
 
     run: RunAudit
@@ -87,7 +87,7 @@ class FineTuneAudit:
     accuracy_at_start: float
 
     def to_dict(self) -> dict[str, Any]:
-        """What `hf-dpclip audit run --json` prints; ε is `None` where there is none."""
+        """What `hf-dpclip audit run --json` prints; ε is `None` if it is infinite."""
         values = dataclasses.asdict(self.run)
         if not math.isfinite(self.run.claimed_epsilon):
             values["claimed_epsilon"] = None
@@ -102,7 +102,7 @@ class FineTune:
     Args:
         model_name_or_path (`str`, *optional*): a `CLIPModel`; by default a small one with random weights.
         dataset_name (`str`): one of the presets.
-        num_members, num_canaries (`int`): ordinary records, as many of which are held out, and canaries.
+        num_members, num_canaries (`int`): ordinary records, of which as many more are held out, and canaries.
         lora_rank (`int`): 0 trains all parameters.
     """
 
@@ -117,8 +117,8 @@ class FineTune:
 
         Args:
             target_epsilon (`float`, *optional*): ε of the run; `None` trains without privacy.
-            max_steps (`int`, *optional*): by default as many as learn well at this size; without privacy, as many as
-                learn wrong labels by heart.
+            max_steps (`int`, *optional*): defaults to a number at which the model learns well, or, without privacy, at
+                which it memorises wrong labels.
 
         Raises `ValueError` for an unknown dataset, too few records, or no step.
         """
@@ -187,7 +187,7 @@ class FineTune:
             output_dir=output_dir,
             target_epsilon=target_epsilon,
             non_private=not private,
-            # The theorem multiplies δ by the number of canaries: with 1/n, no guesses would tell anything.
+            # The theorem multiplies δ by the number of canaries: with 1/n, guesses would show nothing.
             target_delta=1e-6,
             max_grad_norm=1.0 if private else UNCLIPPED,
             per_device_train_batch_size=PRIVATE_BATCH if private else 64,
@@ -229,7 +229,7 @@ class LabelLosses:
 
     @torch.no_grad()
     def scores(self, model: nn.Module) -> np.ndarray:
-        """Larger ones speak for membership."""
+        """Negative losses: larger scores speak for membership."""
         return -self(model).cpu().numpy()
 
     @torch.no_grad()
@@ -244,10 +244,10 @@ class LabelLosses:
 
 
 def _attack(model: nn.Module, members: LabelLosses, others: LabelLosses) -> tuple[Membership, float]:
-    """Who was trained on, and how many of the others are labelled rightly."""
+    """Membership inference, and the accuracy on the records that were not trained on."""
     return Membership(members.scores(model), others.scores(model)), others.accuracy(model)
 
 
 def _mislabel(record: dict[str, Any], number: int, classes: int) -> dict[str, Any]:
-    """Another class than the true one, each of them equally often."""
+    """A wrong class, each of them equally often."""
     return {"label": (record["label"] + 1 + number % (classes - 1)) % classes}

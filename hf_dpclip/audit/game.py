@@ -1,8 +1,8 @@
-"""The distinguishing game on one step: was the canary there or not, seen from what the real trainer releases.
+"""The distinguishing game on one step: was the canary present or absent, judging by what the real trainer releases?
 
-A game has a model whose gradient on each record can be chosen, so that a canary does the worst that a record can do.
+A game has a model whose gradient on each record can be chosen, so that the canary is a worst-case record.
 `DPCLIPTrainer` trains it, one step per play, with its own sampler, gradients, clipping, noise and optimizer; before
-each step the weights are put back, which makes all plays alike. What the adversary sees are the weights.
+each step the weights are reset, which makes all plays alike. The adversary sees the weights.
 """
 
 import logging
@@ -32,15 +32,15 @@ from .mistakes import PresentUnits
 
 DELTA = 0.01
 CONFIDENCE = 0.999
-# Where Linux keeps files in memory: the ledgers of so many runs need not outlast a power cut.
+# Where Linux keeps files in memory: the ledgers of so many runs need not be on a disk.
 MEMORY = "/dev/shm"
 
 
 class ChosenGradients(nn.Module):
-    """A model whose gradient on a microbatch is the sum of its records' own vectors.
+    """A model whose gradient on a microbatch is the sum of its records' `vector`s.
 
     Args:
-        sizes (`Sequence[int]`): coordinates of each parameter tensor, together as many as a record's `vector` has.
+        sizes (`Sequence[int]`): coordinates of each parameter tensor, together as many as those of a `vector`.
     """
 
     def __init__(self, *sizes: int):
@@ -52,7 +52,7 @@ class ChosenGradients(nn.Module):
 
 
 class ContrastiveTemperature(nn.Module):
-    """CLIP's loss between given embeddings of images and texts, of which the temperature alone is trained."""
+    """CLIP's loss on given embeddings of images and texts. Only the temperature is trained."""
 
     def __init__(self):
         super().__init__()
@@ -66,24 +66,24 @@ class ContrastiveTemperature(nn.Module):
 
 @dataclass(frozen=True)
 class Game:
-    """Records of which some are canaries, and what the adversary makes of the release.
+    """Records, some of which are canaries, and how the adversary scores a release.
 
     Args:
         model (`Callable`): makes the model.
         records (`list[dict]`): all records, the canaries among them.
         score (`Callable`): from the released sums of clipped gradients, `[plays, coordinates]`, to one number for each
-            play; larger ones speak for the canary being there.
-        thresholds (`Sequence[float]`): above which the adversary says so.
+            play; larger ones speak for the canary's presence.
+        thresholds (`Sequence[float]`): above which the adversary guesses that it is present.
         plays (`int`): of each kind, with the canary and without it.
-        canaries (`Sequence[int]`, *optional*, defaults to the last record): which records are there or not. Several
-            of them are plays of their own, in one step, where each has a coordinate for itself.
+        canaries (`Sequence[int]`, *optional*, defaults to the last record): the records that are present or absent.
+            Several canaries make one step several plays, if each has a coordinate for itself.
         settings (`dict`, *optional*): training arguments; by default every record takes part in every step, σ = 1.
         steps (`int`, *optional*, defaults to 1): steps of one play, whose releases the adversary adds up.
-        resumed (`bool`, *optional*): whether the last of these steps follows on a resumption from a checkpoint.
-        knows_noise (`bool`, *optional*): whether the adversary, who knows all other records and the seed, subtracts
-            what a run of its own releases without the canary.
+        resumed (`bool`, *optional*): whether the run is resumed from a checkpoint before the last of these steps.
+        knows_noise (`bool`, *optional*): whether the adversary, who knows all other records and the seed, repeats the
+            run without the canary and subtracts its release.
         delta (`float`, *optional*, defaults to 0.01): δ at which ε is claimed and bounded; with a small one, most of
-            the claim lies in events that no number of plays would show.
+            the claim is about events too rare to be seen in the plays.
     """
 
     model: Callable[[], nn.Module]
@@ -99,11 +99,11 @@ class Game:
     delta: float = DELTA
 
     def missing(self, present: bool) -> list[int]:
-        """The units that are not there."""
+        """The units that are absent."""
         return [] if present else [canary % len(self.records) for canary in self.canaries]
 
     def arguments(self, folder: str, max_steps: int, accountant: str) -> DPTrainingArguments:
-        """Plain descent of learning rate 1, so that the weights show the release as it is."""
+        """Plain gradient descent with learning rate 1, so that the weights show the release itself."""
         defaults = {
             "output_dir": folder,
             "max_steps": max_steps,
@@ -125,13 +125,13 @@ class Game:
 
 @dataclass(frozen=True)
 class Mechanism:
-    """A mechanism to be audited, and the game that it is put to.
+    """A mechanism to be audited, and the game by which it is.
 
     Args:
         name (`str`): for the command line.
         description (`str`): what it does.
-        game ([`Game`]): with the adversary that is made for it.
-        mechanism, sampler, trainer (`type`, *optional*): what it does otherwise than the honest code.
+        game ([`Game`]): has an adversary made for this mechanism.
+        mechanism, sampler, trainer (`type`, *optional*): the parts that differ from the honest code.
     """
 
     name: str
@@ -153,8 +153,8 @@ class StepAudit:
 
     Args:
         mechanism (`str`): its name.
-        claimed_epsilon (`float`): what the trainer itself says that one play costs.
-        clopper_pearson, gaussian_dp (`float`): lower bounds on ε, which hold together with the stated confidence.
+        claimed_epsilon (`float`): ε of one play by the trainer itself.
+        clopper_pearson, gaussian_dp (`float`): lower bounds on ε, which hold jointly with the stated confidence.
         confidence, delta (`float`): of the bounds.
         plays (`int`): of each kind.
         gaussian (`bool`): whether the claim is that of a Gaussian mechanism without sampling, which the second bound
@@ -190,7 +190,7 @@ def audit_step(mechanism: Mechanism, confidence: float = CONFIDENCE) -> StepAudi
     """Plays a mechanism's game.
 
     Args:
-        mechanism ([`Mechanism`]): one of [`MECHANISMS`], say.
+        mechanism ([`Mechanism`]): for example one of [`MECHANISMS`].
         confidence (`float`, *optional*, defaults to 0.999): with which the lower bounds hold.
     """
     game = mechanism.game
@@ -210,7 +210,7 @@ def audit_step(mechanism: Mechanism, confidence: float = CONFIDENCE) -> StepAudi
 
 
 def claimed(mechanism: Mechanism) -> DPCLIPTrainer:
-    """The trainer after one play without the canary, which is asked what the play cost."""
+    """A trainer after one play without the canary, which knows what the play cost."""
     return _train(mechanism, False, mechanism.game.steps, accountant="pld")[1]
 
 
@@ -226,7 +226,7 @@ def scores(mechanism: Mechanism, present: bool) -> np.ndarray:
 
 
 def _releases(mechanism: Mechanism, present: bool, steps: int) -> Tensor:
-    """`[steps, coordinates]`. A run that stops on the way is started again; that is what its step released."""
+    """`[steps, coordinates]`. A run that stops early released that, and a new one is started."""
     seen = []
     while len(seen) < steps:
         seen += _train(mechanism, present, steps - len(seen))[0]
@@ -236,7 +236,7 @@ def _releases(mechanism: Mechanism, present: bool, steps: int) -> Tensor:
 def _train(
     mechanism: Mechanism, present: bool, steps: int, accountant: str = "rdp"
 ) -> tuple[list[Tensor], DPCLIPTrainer]:
-    """Releases of one run, and its trainer."""
+    """The releases of one run, and its trainer."""
     game, recorder = mechanism.game, ReleaseRecorder()
     memory = MEMORY if os.path.isdir(MEMORY) else None
     with tempfile.TemporaryDirectory(dir=memory) as folder, planted(mechanism, game.missing(present)), quiet():
@@ -249,7 +249,7 @@ def _train(
         if not game.resumed:
             return recorder.releases, trainer
         resumed = mechanism.trainer(game.model(), args, train_dataset=game.records, callbacks=[recorder])
-        # The last step once more, from the checkpoint before it; the first attempt is not looked at.
+        # Repeats the last step from the checkpoint before it, and drops the first attempt.
         del recorder.releases[-1]
         resumed.train(resume_from_checkpoint=str(Path(folder, f"checkpoint-{steps - 1}")))
         return recorder.releases, resumed
@@ -257,7 +257,7 @@ def _train(
 
 @contextmanager
 def planted(mechanism: Mechanism, missing: list[int]) -> Iterator[None]:
-    """A mechanism's parts where `DPCLIPTrainer` looks for its own."""
+    """Replaces the parts of `DPCLIPTrainer` by those of a mechanism, inside."""
     parts = {
         "GaussianMechanism": mechanism.mechanism,
         "PoissonSampler": partial(mechanism.sampler, missing=missing),
@@ -268,7 +268,7 @@ def planted(mechanism: Mechanism, missing: list[int]) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Thousands of runs would each print a summary and advice."""
+    """Silences the summaries and warnings of thousands of runs, inside."""
     logging.disable(logging.WARNING)
     try:
         with redirect_stdout(StringIO()):
@@ -278,19 +278,19 @@ def quiet() -> Iterator[None]:
 
 
 class ReleaseRecorder(TrainerCallback):
-    """Reads each step's release off the weights, and puts them back to zero, where they began."""
+    """Reads each step's release off the weights, and resets them to zero, where they began."""
 
     def __init__(self):
         self.releases: list[Tensor] = []
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        # Descent subtracted the release divided by K.
+        # Gradient descent subtracted the release divided by K.
         self.releases.append(-args.num_microbatches * self.weights(model))
         for parameter in model.parameters():
             parameter.zero_()
 
     @staticmethod
     def weights(model: nn.Module) -> Tensor:
-        """All of them, as one vector."""
+        """All weights, as one vector."""
         return nn.utils.parameters_to_vector(model.parameters()).detach()

@@ -1,6 +1,6 @@
-"""What published code gets wrong (`docs/privacy.md`, "Pitfalls"): doubles of the mechanism, sampler and trainer.
+"""What published code gets wrong (`docs/privacy.md`, "Pitfalls"): variants of the mechanism, sampler and trainer.
 
-Each is the honest code with one mistake. They are here to be caught: by the games of `zoo`, and by the tests.
+Each is the honest code with one mistake, for the games of `zoo` and the tests to catch.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from ..privacy import GaussianMechanism, PoissonSampler, PrivacyStatement, clip_
 from ..trainer import DPCLIPTrainer
 
 
-# ---- Doubles of the mechanism ----
+# ---- Variants of the mechanism ----
 
 
 class NoiseRelativeToC(GaussianMechanism):
@@ -41,7 +41,7 @@ class PublishedRecipe(NoiseRelativeToC, ClipsEachTensor):
 
 
 class DividesByRealisedCount(GaussianMechanism):
-    """The mean over the microbatches that happened to be there."""
+    """Takes the mean over the microbatches that were drawn."""
 
     realised = 0
 
@@ -58,7 +58,7 @@ class DividesByRealisedCount(GaussianMechanism):
 
 
 class SkipsEmptyBatches(GaussianMechanism):
-    """No noise where there is no gradient."""
+    """Adds no noise if there is no gradient."""
 
     def release(self):
         if any(total is not None for total in self._sum):
@@ -69,7 +69,7 @@ class SkipsEmptyBatches(GaussianMechanism):
 
 
 class LetsNaNPass(GaussianMechanism):
-    """Clips without looking whether the gradient is finite."""
+    """Clips without checking that the gradient is finite."""
 
     @contextmanager
     def microbatch(self):
@@ -80,7 +80,7 @@ class LetsNaNPass(GaussianMechanism):
 
 
 class StopsOnNaN(LetsNaNPass):
-    """Ends the run where the data is bad, for everyone to see."""
+    """Ends the run at bad data, which everyone sees."""
 
     def release(self):
         if any(total.isnan().any() for total in self._sum):
@@ -89,7 +89,7 @@ class StopsOnNaN(LetsNaNPass):
 
 
 class ReusesGeneratorState(GaussianMechanism):
-    """Each tensor starts from the same state."""
+    """The noise of each tensor starts from the same state."""
 
     def _add_noise_(self, tensors):
         state = self.generators[0].get_state()
@@ -99,7 +99,7 @@ class ReusesGeneratorState(GaussianMechanism):
 
 
 class HalfPrecisionNoise(GaussianMechanism):
-    """Noise in bfloat16, which knows 128 values between two powers of two."""
+    """Noise in bfloat16, which has 128 values between two powers of two."""
 
     def _add_noise_(self, tensors):
         for values in tensors:
@@ -108,7 +108,7 @@ class HalfPrecisionNoise(GaussianMechanism):
 
 
 class ScaledLoss(GaussianMechanism):
-    """Noise while the gradients are still those of a scaled loss: 1/1024 of it is left when the scaler divides."""
+    """Noise is added to the gradients of a scaled loss: 1/1024 of it is left after unscaling."""
 
     scale = 1024
 
@@ -128,23 +128,23 @@ class GlobalGenerator(GaussianMechanism):
 
 
 class NoNoise(GaussianMechanism):
-    """Neither target_epsilon nor noise_multiplier was given, and σ = 0 came of it; ε is that of the plan on paper."""
+    """Neither target_epsilon nor noise_multiplier was given, which meant σ = 0; the claimed ε is that of the plan."""
 
     def _add_noise_(self, tensors):
         pass
 
 
-# ---- Doubles of the sampler ----
+# ---- Variants of the sampler ----
 
 
 class PresentUnits(PoissonSampler):
     """The honest sampler on a dataset that lacks some of the plan's units.
 
-    They are drawn as if they were there, and left out: the law of all others' draws is that of a dataset without them,
-    while n, q and everything else that is public stays what it was.
+    They are drawn as if they were present, and left out: the distribution of all other draws is that of a dataset
+    without them, while n, q and everything else that is public stays the same.
 
     Args:
-        missing (collection of `int`, *optional*): the units that are not there.
+        missing (collection of `int`, *optional*): the units that are absent.
     """
 
     def __init__(self, plan, generator, missing: Collection[int] = ()):
@@ -166,7 +166,7 @@ class PositionalMicrobatches(PresentUnits):
 
 
 class ShuffledFixedSize(PresentUnits):
-    """The next B records of a shuffled epoch: a record that comes takes the place of another."""
+    """The next B records of a shuffled epoch: a present record takes the place of another."""
 
     def _draw_units(self):
         present = self._without_missing(np.arange(self.plan.num_examples))
@@ -182,7 +182,7 @@ class SameSeedOnEveryRank(PresentUnits):
         return [self._without_missing(drawn)] * self.plan.num_microbatches
 
 
-# ---- Doubles of the trainer ----
+# ---- Variants of the trainer ----
 
 
 class NoiseInEveryMicroStep(DPCLIPTrainer):
@@ -213,7 +213,7 @@ class CountsMicroSteps(DPCLIPTrainer):
 
 
 class ForgetsOnResume(DPCLIPTrainer):
-    """The count lives in an object that is made anew for every run, after the checkpoint was read."""
+    """The count is in an object that is made anew for every run, after the checkpoint was read."""
 
     def _draw_randomness(self):
         super()._draw_randomness()

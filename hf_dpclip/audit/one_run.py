@@ -1,7 +1,7 @@
-"""Audit of a whole run by canaries in that one run (Steinke, Nasr, Jagielski 2023).
+"""Audit of a whole run with canaries, in that one run (Steinke, Nasr, Jagielski 2023).
 
-Each canary is in the run or not by a fair coin of its own. Afterwards the adversary guesses the coins of those
-canaries about which it is surest, and the number of right guesses bounds ε from below.
+Each canary is in the run or not by a fair coin of its own. Afterwards the adversary guesses the coins of the canaries
+about which it is surest, and the number of right guesses bounds ε from below.
 """
 
 import math
@@ -21,10 +21,10 @@ from .bounds import one_run_lower_bound
 from .mistakes import PresentUnits
 
 
-# Of all canaries, about how many the adversary guesses; the best of these bounds is reported, each at its share of the
+# The shares of the canaries that are guessed. The best of the bounds is reported, so each gets its part of the
 # significance.
 GUESS_SHARES = (1.0, 0.5, 0.2, 0.1)
-# Length of the step in weight space over which losses are compared.
+# Distance in weight space over which losses are compared.
 DIFFERENCE = 0.01
 
 # From a model to the loss on each canary, `[canaries]`.
@@ -33,7 +33,7 @@ Losses = Callable[[nn.Module], Tensor]
 
 @dataclass(frozen=True)
 class Canaries:
-    """Which records are canaries, and which of these are in the run.
+    """Which records are canaries, and which of them are in the run.
 
     Args:
         units (`np.ndarray` of shape `[canaries]`): their numbers in the training dataset.
@@ -45,12 +45,12 @@ class Canaries:
 
     @classmethod
     def toss(cls, units: np.ndarray) -> "Canaries":
-        """With coins from the operating system's entropy, which nobody can know beforehand."""
+        """Tosses the coins, with entropy from the operating system, so that nobody knows them beforehand."""
         return cls(units, np.random.default_rng().random(len(units)) < 0.5)
 
     @contextmanager
     def planted(self) -> Iterator[None]:
-        """A trainer that is trained inside runs without the canaries whose coin says so."""
+        """A trainer that trains inside does so without the canaries that are not included."""
         sampler = partial(PresentUnits, missing=self.units[~self.included])
         with patch("hf_dpclip.trainer.PoissonSampler", sampler):
             yield
@@ -59,12 +59,12 @@ class Canaries:
 class WhiteBox(TrainerCallback):
     """The adversary who sees every release: how far each points along the gradient of each canary's loss.
 
-    That is the derivative of the loss in the direction of the release, taken as a central difference, so that no
-    canary's gradient has to be computed by itself.
+    That is the derivative of the loss in the direction of the release, computed as a central difference, so that no
+    gradient of a single canary is needed.
 
     Args:
         losses (`Callable`): from the model to the loss on each canary.
-        every (`int`, *optional*): look at one release out of so many.
+        every (`int`, *optional*): looks at every so-many-th release.
     """
 
     def __init__(self, losses: Losses, every: int = 1):
@@ -90,11 +90,11 @@ class WhiteBox(TrainerCallback):
 
 @dataclass(frozen=True)
 class RunAudit:
-    """What one run let out.
+    """What one run leaked.
 
     Args:
-        claimed_epsilon, delta (`float`): what the trainer says that the run cost.
-        white_box, black_box (`float`): lower bounds on ε, from all releases and from the final losses.
+        claimed_epsilon, delta (`float`): what the run cost, by the trainer itself.
+        white_box, black_box (`float`): lower bounds on ε, from all releases, and from the final losses.
         white_box_accuracy, black_box_accuracy (`float`): share of right guesses if all coins are guessed.
         confidence (`float`): of each bound.
         canaries (`int`): how many there were.
@@ -111,24 +111,24 @@ class RunAudit:
 
     @property
     def refuted(self) -> bool:
-        """Whether a bound exceeds the claim, which happens to a true one with a probability of at most twice what
-        either confidence leaves."""
+        """Whether a bound exceeds the claim. For a true claim, the probability of that is at most 2 · (1 -
+        `confidence`)."""
         return max(self.white_box, self.black_box) > self.claimed_epsilon
 
 
 def audit_run(
     trainer: DPCLIPTrainer, canaries: Canaries, losses: Losses, confidence: float = 0.999, every: int = 1
 ) -> RunAudit:
-    """Trains, with the canaries whose coin says so, and guesses the coins.
+    """Trains with the canaries that are included, and guesses which they were.
 
     Args:
-        trainer ([`DPCLIPTrainer`]): not yet trained; its dataset holds all canaries, those left out too.
-        canaries ([`Canaries`]): which they are.
+        trainer ([`DPCLIPTrainer`]): not yet trained; its dataset has all canaries, also those that are left out.
+        canaries ([`Canaries`]): the canaries and their coins.
         losses (`Callable`): from a model to the loss on each canary.
         confidence (`float`, *optional*, defaults to 0.999): of each lower bound.
-        every (`int`, *optional*): the white-box adversary looks at one release out of so many.
+        every (`int`, *optional*): as in [`WhiteBox`].
 
-    Raises `ValueError` where canaries are not units of their own, and for fewer than two.
+    Raises `ValueError` if canaries are not privacy units of their own, and for fewer than two.
     """
     if len(canaries.units) < 2:
         raise ValueError(
@@ -168,13 +168,13 @@ def best_bound(scores: np.ndarray, included: np.ndarray, delta: float, confidenc
 
 
 def number_of_guesses(num_canaries: int, share: float) -> int:
-    """About a share of the canaries, of which there are two or more: as many said to be in as out, and none to be
-    both."""
+    """About a share of the canaries, of which there are at least two: an even number, since as many are guessed to be
+    in the run as out of it."""
     return 2 * max(1, math.floor(share * num_canaries / 2))
 
 
 def correct_guesses(scores: np.ndarray, included: np.ndarray, guesses: int) -> int:
-    """How many are right if the upper half of `guesses` is said to be in, the lower half out, and the rest left."""
+    """How many guesses are right: the highest scores are guessed to be in the run, as many of the lowest out of it."""
     order = np.argsort(scores, kind="stable")
     half = guesses // 2
     return int(np.sum(included[order[len(order) - half :]]) + np.sum(~included[order[:half]]))

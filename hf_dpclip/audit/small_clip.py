@@ -9,7 +9,7 @@ from ..seeding import seeded
 try:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 except ModuleNotFoundError:
-    # Where it has no module of its own, it is the only one.
+    # Earlier releases of transformers have only this one.
     from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 IMAGE_SIZE = 28

@@ -1,4 +1,4 @@
-"""The honest mechanism and the broken ones, each with the game in which its mistake shows most."""
+"""The honest mechanism and the broken ones, each with a game that exposes its mistake."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ from . import mistakes
 from .game import ChosenGradients, ContrastiveTemperature, Game, Mechanism
 
 
-# So much larger than any other record's that the canary decides on its microbatch's direction.
+# So much larger than other gradients that the canary determines the direction of its microbatch's.
 LOUD = 1000.0
 
 
@@ -43,17 +43,17 @@ def quietness(releases: Tensor) -> Tensor:
 
 
 def any_value(releases: Tensor) -> Tensor:
-    """With the canary there is a release at all."""
+    """Only with the canary is there a release at all."""
     return (releases != 0).any(dim=1)
 
 
 def not_a_number(releases: Tensor) -> Tensor:
-    """The canary's gradient shows."""
+    """Only the canary's gradient is NaN."""
     return releases.isnan().any(dim=1)
 
 
 def difference_of_halves(releases: Tensor) -> Tensor:
-    """The canary pulls the two tensors apart; noise that they share cancels."""
+    """The canary moves the two tensors apart; noise that they share cancels."""
     first, second = releases.chunk(2, dim=1)
     return (second - first).sum(dim=1)
 
@@ -72,7 +72,7 @@ def coarseness(releases: Tensor) -> Tensor:
 
 
 def turned_around(tensors: int = 1, plays: int = 200, thresholds: tuple[float, ...] = (0.0,), **options) -> Game:
-    """One microbatch, whose gradient the canary turns around in each tensor: from +C to -C where there is one."""
+    """One microbatch, whose gradient the canary reverses in each tensor: from +C to -C if there is one tensor."""
     records = chosen([1.0] * tensors, [-LOUD] * tensors)
     return Game(partial(ChosenGradients, *[1] * tensors), records, downwards, thresholds, plays, **options)
 
@@ -80,14 +80,14 @@ def turned_around(tensors: int = 1, plays: int = 200, thresholds: tuple[float, .
 def lone_canary(
     gradient: list[float], score: Callable, threshold: float, plays: int = 200, others: int = 0, **options
 ) -> Game:
-    """A canary among records without a gradient, each in a microbatch of its own unless told otherwise."""
+    """A canary among records without a gradient, each in a microbatch of its own by default."""
     records = chosen(*[[0.0] * len(gradient)] * others, gradient)
     options = {"settings": {"microbatch_size": 1}, **options}
     return Game(partial(ChosenGradients, len(gradient)), records, score, (threshold,), plays, **options)
 
 
 def every_record_a_canary(count: int, threshold: float, plays: int, **options) -> Game:
-    """Each in a microbatch and a coordinate of its own, so that one step is `count` plays."""
+    """Each record has its own microbatch and coordinate, so that one step is `count` plays."""
     records, canaries = chosen(*(LOUD * torch.eye(count)).tolist()), tuple(range(count))
     model = partial(ChosenGradients, count)
     return Game(model, records, each_upwards, (threshold,), plays, canaries, **options)
@@ -95,10 +95,10 @@ def every_record_a_canary(count: int, threshold: float, plays: int, **options) -
 
 CONTRASTIVE = Game(
     ContrastiveTemperature,
-    # Two pairs that agree, which a higher temperature would serve, and a canary that contradicts itself.
+    # Two matching pairs, whose loss falls with `logit_scale`, and a canary whose image and text are opposites.
     [pair([1.0, 0.0], [1.0, 0.0]), pair([0.0, 1.0], [0.0, 1.0]), pair([9.0, 0.0], [-9.0, 0.0])],
     lambda releases: releases[:, 0],
-    # Halfway between -C and C, in noise of 0.8 C; and where a canary that is not there hardly ever gets.
+    # Halfway between -C and C, in noise of 0.8 C; and a value that is rarely reached without the canary.
     thresholds=(0.0, 0.009),
     plays=4500,
     settings={"noise_multiplier": 0.4, "max_grad_norm": 0.01},

@@ -1,4 +1,4 @@
-"""`hf-dpclip`: what the library knows, from the command line.
+"""`hf-dpclip`, the command line.
 
 Each command is a module of this package with a `SUMMARY`, `add_arguments(parser)` and `run(arguments)`, which returns
 the exit code: 0 for yes, 1 for no. Modules import what is heavy when they run, so that `--help` is immediate.

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..audit import StepAudit
 
-SUMMARY = "Attack the mechanism, and hold the lower bound on ε that comes of it against the claim."
+SUMMARY = "Attack the mechanism, and compare the resulting lower bound on ε with the claim."
 STEP_SUMMARY = "One step: the honest mechanism passes, published mistakes are convicted."
 RUN_SUMMARY = "A whole fine-tune, with canaries and membership inference."
 WORKERS = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own commands."""
+    """The subcommands of the command."""
     commands = parser.add_subparsers(dest="audit", required=True, metavar="step | run")
     step = commands.add_parser("step", help=STEP_SUMMARY, description=STEP_SUMMARY)
     step.add_argument("--mechanism", metavar="NAME", help="only this one; the exit code is 1 if it is convicted")
@@ -79,7 +79,7 @@ def run_whole(arguments: argparse.Namespace) -> int:
 
 
 def _audit_all(names: list[str]) -> Iterator["StepAudit"]:
-    """In two processes: each game is many small trainings one after another."""
+    """In two processes, since each game is a long sequence of small trainings."""
     workers = min(WORKERS, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(_audit_step, names)
@@ -91,7 +91,7 @@ def _audit_step(name: str) -> "StepAudit":
     from ..audit import audit_step, find_mechanism
 
     torch.set_num_threads(1)
-    # Every training begins with a garbage collection, which would go through all that the imports left each time.
+    # Every training begins with a garbage collection, which would go through all imported objects each time.
     gc.freeze()
     return audit_step(find_mechanism(name))
 

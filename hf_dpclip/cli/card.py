@@ -26,7 +26,7 @@ SUMMARY = "What a model claims of its privacy, recomputed from its plan."
 
 @dataclass(frozen=True)
 class Findings:
-    """What was read (`None` if it cannot be believed), where it does not hold, and what the card makes of it."""
+    """The statement (`None` if it is damaged), where it does not hold, and whether the card agrees."""
 
     statement: "PrivacyStatement | None"
     problems: list[str]
@@ -81,7 +81,7 @@ def check(folder: Path) -> Findings:
 
 
 def _folder_of(model: str, revision: str | None) -> Path:
-    """The folder of that name, or one with what the Hub has of the two files."""
+    """The folder of that name, or one with `privacy.json` and the card from the Hub."""
     if Path(model).is_file():
         raise ValueError(f"{model} is a file: name the folder that it is in, {Path(model).resolve().parent}")
     if not Path(model).is_dir():
@@ -123,9 +123,9 @@ def _as_dict(findings: Findings) -> dict:
     values = {"holds": not findings.problems, "problems": findings.problems}
     if findings.statement is None:
         return values
-    spent = findings.statement.spent
     from ..privacy.plan import finite_or_none
 
+    spent = findings.statement.spent
     recomputed = {"epsilon": finite_or_none(spent.epsilon), "delta": spent.delta, "steps": spent.steps}
     return {**values, **recomputed, "plan": findings.statement.plan.to_dict()}
 

@@ -1,4 +1,4 @@
-"""`hf-dpclip check`: every record read and encoded once, before a run would stop at one for which that is impossible.
+"""`hf-dpclip check`: reads and encodes every record once, so that no run has to stop at one that it cannot use.
 
 ```bash
 hf-dpclip check scans.csv --model openai/clip-vit-base-patch32 --image-column scan --text-column report
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "Read every record of a dataset once, and name those that cannot be trained on."
 
-# So many reasons are shown; `--json` has all.
+# The number of reasons that are shown; `--json` has all.
 SHOWN = 20
 
 

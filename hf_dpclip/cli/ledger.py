@@ -17,7 +17,7 @@ COLUMNS = ("run", "began", "steps", "q", "σ", "δ", "ε", "")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own arguments."""
+    """The options of the command."""
     parser.add_argument("path", type=Path, help="a ledger, or the output folder of a run")
     parser.add_argument("--delta", type=float, help="δ of the totals; by default the smallest of a dataset's runs")
     parser.add_argument("--json", action="store_true", help="print JSON; an ε that is not finite is null")
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints JSON, tables in a terminal, and lines of tab-separated values anywhere else."""
+    """Prints JSON if asked, tables in a terminal, and tab-separated values anywhere else. Returns 0."""
     from ..privacy import LEDGER_NAME, Ledger, totals
 
     ledger = Ledger(arguments.path / LEDGER_NAME if arguments.path.is_dir() else arguments.path)

@@ -1,4 +1,4 @@
-"""Tables of names and values: framed in a terminal, plain where another program reads."""
+"""Tables of names and values: framed in a terminal, plain text anywhere else."""
 
 import sys
 
@@ -21,6 +21,6 @@ def _print_framed(title: str, rows: dict[str, str]) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for row in rows.items():
-        # As it is: square brackets in values are no markup.
         table.add_row(*row)
+    # Values may have square brackets, which are not markup.
     Console(markup=False).print(table)
