@@ -75,7 +75,7 @@ class WeightAveraging(TrainerCallback):
         self._parameters, self._weights, self._averages = {}, {}, {}
 
     def save(self, folder: str | Path) -> None:
-        """Writes weights and averages into a checkpoint, whole or not at all."""
+        """Writes weights and averages into a checkpoint, atomically."""
         path = Path(folder, AVERAGES_NAME)
         temporary = path.with_suffix(".tmp")
         save_file({name: tensor.contiguous() for name, tensor in self._tensors().items()}, temporary)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or do not count.
+"""Checkpoints that are complete or do not count.
 
 The `Trainer` writes a checkpoint file by file into its final folder, the state of training last. Just before that, we
 write a seal, with the digests of all other files. A checkpoint that was cut short therefore has no readable state of
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .privacy import PrivacyStatement
-from .privacy.statement import STATEMENT_NAME, write_whole
+from .privacy.statement import STATEMENT_NAME, write_atomically
 
 
 SEAL_NAME = "checkpoint_seal.json"
@@ -33,18 +33,18 @@ def saving(checkpoint: Path) -> Iterator[None]:
     # What safetensors, torch and Python raise when they cannot write.
     except (SafetensorError, RuntimeError, OSError) as error:
         if why_incomplete(checkpoint) is None:
-            # The checkpoint is whole; uploading it failed.
+            # The checkpoint is complete; uploading it failed.
             raise
         raise OSError(
             f"{checkpoint} could not be saved ({error}) and does not count as a checkpoint; earlier ones, if any, are "
             "as they were. If the disk is full, make room (save_total_limit=2 keeps two checkpoints), then go on from "
-            "the last whole one with resume_from_checkpoint=True."
+            "the last complete one with resume_from_checkpoint=True."
         ) from error
 
 
 def set_aside(checkpoint: Path) -> None:
-    """Clears the folder in which a checkpoint is to be written. If it holds a whole one, from another run, that one is
-    moved aside, and kept until the new one is whole."""
+    """Clears the folder in which a checkpoint is to be written. If it holds a complete one, from another run, that one
+    is moved aside, and kept until the new one is complete."""
     if checkpoint.is_dir() and why_incomplete(checkpoint) is None:
         shutil.rmtree(_replaced(checkpoint), ignore_errors=True)
         os.replace(checkpoint, _replaced(checkpoint))
@@ -52,14 +52,14 @@ def set_aside(checkpoint: Path) -> None:
 
 
 def remove_replaced(checkpoint: Path) -> None:
-    """Deletes the checkpoint that was set aside, once the new one is whole."""
+    """Deletes the checkpoint that was set aside, once the new one is complete."""
     shutil.rmtree(_replaced(checkpoint), ignore_errors=True)
 
 
 def seal(checkpoint: Path, step: int) -> None:
     """Writes the digests of a checkpoint's files, when all but the state of training are there.
 
-    Raises `OSError` for a file of torch that is not whole.
+    Raises `OSError` for a file of torch that was cut short.
     """
     # Early releases of torch do not notice a full disk when they close a small file. Their files are zip archives.
     for path in [*checkpoint.rglob("*.pt"), *checkpoint.rglob("*.pth")]:
@@ -67,7 +67,7 @@ def seal(checkpoint: Path, step: int) -> None:
             raise OSError(f"{path.name} is cut short")
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     digests = {path.relative_to(checkpoint).as_posix(): _digest(path) for path in files}
-    write_whole(Path(checkpoint, SEAL_NAME), {"step": step, "sha256": digests})
+    write_atomically(Path(checkpoint, SEAL_NAME), {"step": step, "sha256": digests})
 
 
 def replace_statement(checkpoint: Path, statement: PrivacyStatement) -> None:
@@ -76,7 +76,7 @@ def replace_statement(checkpoint: Path, statement: PrivacyStatement) -> None:
     sealed = _sealed(checkpoint)
     if sealed["sha256"]:
         sealed["sha256"][STATEMENT_NAME] = _digest(Path(checkpoint, STATEMENT_NAME))
-        write_whole(Path(checkpoint, SEAL_NAME), sealed)
+        write_atomically(Path(checkpoint, SEAL_NAME), sealed)
 
 
 def why_incomplete(checkpoint: Path) -> str | None:
@@ -92,7 +92,7 @@ def why_incomplete(checkpoint: Path) -> str | None:
         needed = _sealed(checkpoint)["sha256"].keys() - {STATEMENT_NAME}
         missing = [name for name in needed if not Path(checkpoint, name).is_file()]
     except (ValueError, KeyError, TypeError):
-        return f"{state.name} or {SEAL_NAME} is not whole"
+        return f"{state.name} or {SEAL_NAME} is cut short or damaged"
     return f"{min(missing)} is missing" if missing else None
 
 
@@ -101,8 +101,8 @@ def check_undamaged(checkpoint: Path) -> None:
     why = why_incomplete(checkpoint) or _difference(checkpoint)
     if why is not None:
         raise ValueError(
-            f"{checkpoint} is no whole checkpoint: {why}. Restore it from a backup, or remove this folder and go on "
-            "from the one before with resume_from_checkpoint=True."
+            f"{checkpoint} is not a complete checkpoint: {why}. Restore it from a backup, or remove this folder and "
+            "go on from the one before with resume_from_checkpoint=True."
         )
 
 

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-GO_ON = "Then go on from the last whole checkpoint with resume_from_checkpoint=True; the ledger has counted the steps."
+GO_ON = (
+    "Then go on from the last complete checkpoint with resume_from_checkpoint=True; the ledger has counted the steps."
+)
 
 OTHER_PROCESS_DIED = "Another process of this run died: what it said above, or its machine's log, says why."
 

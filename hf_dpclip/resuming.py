@@ -27,7 +27,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
 
     Raises `ValueError` if there is none, or if a later run also left one, of an earlier step.
     """
-    complete = whole_checkpoints_in(output_dir)
+    complete = complete_checkpoints_in(output_dir)
     if not complete:
         raise ValueError(
             f"no complete checkpoint in {output_dir} ({len(_checkpoints_in(output_dir))} unfinished): check "
@@ -43,7 +43,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
     return str(newest)
 
 
-def whole_checkpoints_in(folder: str | Path) -> list[Path]:
+def complete_checkpoints_in(folder: str | Path) -> list[Path]:
     """The complete checkpoints in a folder, in the order of their steps."""
     return [path for path in _checkpoints_in(folder) if why_incomplete(path) is None]
 
@@ -80,7 +80,7 @@ def check_resumable(checkpoint: str | Path, plan: PrivacyPlan) -> PrivacyStateme
 
 def warn_of_unfinished_run(output_dir: str | Path, run: str) -> None:
     """Warns a new run if the newest complete checkpoint is from another run that could still go on."""
-    checkpoint = next(reversed(whole_checkpoints_in(output_dir)), None)
+    checkpoint = next(reversed(complete_checkpoints_in(output_dir)), None)
     statement = checkpoint and readable_statement(checkpoint)
     if statement and statement.run != run and statement.steps < statement.plan.num_steps:
         logger.warning(

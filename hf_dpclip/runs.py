@@ -89,7 +89,7 @@ class RunningTrainer(PublishingTrainer):
     @property
     def remaining_steps(self) -> float:
         """Steps left until the target ε would be exceeded; infinite where no target was promised."""
-        self._check_planned()
+        self._check_has_plan()
         if self.plan.target_epsilon is None:
             return math.inf
         return max(self.plan.num_steps - self._steps_taken, 0)
@@ -100,7 +100,7 @@ class RunningTrainer(PublishingTrainer):
 
     def privacy_statement(self) -> PrivacyStatement:
         """What may be claimed of the weights as they are now. Raises `ValueError` if there is no training dataset."""
-        self._check_planned()
+        self._check_has_plan()
         return PrivacyStatement(
             self.plan, self._steps_taken, self._reasons, run=self._run_id, earlier_runs=self._earlier_runs
         )
@@ -121,7 +121,7 @@ class RunningTrainer(PublishingTrainer):
         """Why no guarantee holds, by arguments of the past or of now."""
         return tuple(dict.fromkeys(self._not_private_because + self.args.not_private_because))
 
-    def _check_planned(self):
+    def _check_has_plan(self):
         if self.plan is None:
             raise ValueError("there is no privacy plan without a train_dataset: pass it to DPCLIPTrainer.")
 
@@ -139,7 +139,7 @@ class RunningTrainer(PublishingTrainer):
         A second call composes with the first. Resuming continues the count of the checkpoint with fresh randomness.
         Raises `ValueError` if the checkpoint's plan is not this one.
         """
-        self._check_planned()
+        self._check_has_plan()
         validation.check_best_metric(self)
         if trial is None:
             self._leave_search()

@@ -12,7 +12,7 @@ from . import validation
 from .checkpoints import replace_statement
 from .privacy import PrivacyPlan
 from .reporting import search_summary
-from .resuming import readable_statement, whole_checkpoints_in
+from .resuming import complete_checkpoints_in, readable_statement
 from .runs import RunningTrainer
 
 
@@ -111,7 +111,7 @@ class SearchingTrainer(RunningTrainer):
         known = self._known_runs
         for run, folder in self._trials.items():
             others = {other: runs for other, runs in known.items() if other != run}
-            for checkpoint in whole_checkpoints_in(folder):
+            for checkpoint in complete_checkpoints_in(folder):
                 statement = readable_statement(checkpoint)
                 if statement and statement.run == run:
                     replace_statement(

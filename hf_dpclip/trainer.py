@@ -3,6 +3,9 @@
 One step, from the dataset to the optimizer: `get_train_dataloader` deals Poisson-drawn microbatches out to forward
 passes, `training_step` computes and clips the gradient of each, `_clip_grad_norm` (which the training loop calls once
 before every optimizer step) releases their noisy sum. Everything else is the `Trainer`'s.
+
+The class comes in layers, from the bottom: `evaluating` (on records that are not private), `publishing` (logs, saved
+folders, the Hub), `runs` (counting steps over several calls of `train`), `searching` (hyperparameters), this one.
 """
 
 import inspect
@@ -113,7 +116,7 @@ class DPCLIPTrainer(SearchingTrainer):
 
     def begin_run(self) -> None:
         """As in [`RunningTrainer`]. Raises `ValueError` for arguments that construction would not have accepted."""
-        self._check_planned()
+        self._check_has_plan()
         self.args.check()
         validation.check_loss_is_known(self.args, self.contrastive_base, self.public_negatives is not None)
         plan, units = self._make_plan()
@@ -169,7 +172,7 @@ class DPCLIPTrainer(SearchingTrainer):
 
         Raises `ValueError` if there is no training dataset, or another one than was planned for.
         """
-        self._check_planned()
+        self._check_has_plan()
         if self._sampler is None:
             self._draw_randomness()
         if self.train_dataset is not self._units.dataset:

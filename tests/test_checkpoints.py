@@ -1,4 +1,4 @@
-"""Checkpoints are whole or do not count, and one that was damaged is refused by the name of the file."""
+"""Checkpoints are complete or do not count, and one that was damaged is refused by the name of the file."""
 
 import json
 import shutil
@@ -59,10 +59,8 @@ def test_the_seal_covers_every_file_but_itself_and_the_last(checkpoint):
 @pytest.mark.parametrize("damage", [flip, truncate], ids=["edited", "truncated"])
 def test_a_damaged_file_is_refused_by_name(make_trainer, checkpoint, name, damage):
     damage(checkpoint / name)
-    message = (
-        rf"checkpoint-4 is no whole checkpoint: {name} is not what was saved. Restore it .* or remove this folder"
-    )
-    with pytest.raises(ValueError, match=message):
+    message = rf"checkpoint-4 is not a complete checkpoint: {name} is not what was saved. Restore it .* or remove this"
+    with pytest.raises(ValueError, match=message + " folder"):
         make_trainer(max_steps=4, **SAVING).train(resume_from_checkpoint=True)
 
 
@@ -89,7 +87,7 @@ def test_an_edited_state_of_training_is_refused(make_trainer, checkpoint):
 @pytest.mark.parametrize("name", ["trainer_state.json", SEAL_NAME])
 def test_a_checkpoint_that_was_cut_short_is_passed_over_or_refused_by_name(make_trainer, checkpoint, name, caplog):
     truncate(checkpoint / name)
-    with pytest.raises(ValueError, match=r"checkpoint-4 is no whole checkpoint: .*trainer_state.json"):
+    with pytest.raises(ValueError, match=r"checkpoint-4 is not a complete checkpoint: .*trainer_state.json"):
         make_trainer(max_steps=4, **SAVING).train(resume_from_checkpoint=str(checkpoint))
     resumed = make_trainer(max_steps=4, **SAVING)
     resumed.train(resume_from_checkpoint=True)

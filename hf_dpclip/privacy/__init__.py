@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .statement import PrivacyStatement as PrivacyStatement
 
 
-_HOME_OF = {
+_MODULE_OF = {
     "LEDGER_NAME": "ledger",
     "STATEMENT_NAME": "statement",
     "GaussianMechanism": "mechanism",
@@ -53,13 +53,13 @@ _HOME_OF = {
     "totals": "composition",
 }
 
-__all__ = sorted(_HOME_OF)
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str):
-    if name not in _HOME_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

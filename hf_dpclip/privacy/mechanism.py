@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from torch.nn.utils import get_total_norm
 
 from .plan import PrivacyPlan
+from .randomness import CPU_STREAMS
 from .reduction import all_gather_, all_reduce_, flat_chunks, reduce_scatter
 
 
@@ -100,7 +101,7 @@ class GaussianMechanism:
         # the slices of all, which is reused, since touching new memory takes longer than filling it.
         self._slices_of_sum: list[Tensor] | None = None
         self._gathered: list[Tensor] = []
-        self._noise_threads = ThreadPoolExecutor(self._num_noise_threads)
+        self._noise_threads = ThreadPoolExecutor(CPU_STREAMS)
 
     @contextmanager
     def microbatch(self) -> Iterator[None]:
@@ -188,10 +189,6 @@ class GaussianMechanism:
         self._add_noise_(own)
         all_gather_(memory, own, self.num_processes)
         return memory
-
-    @property
-    def _num_noise_threads(self) -> int:
-        return len(self.generators)
 
     def _add_noise_(self, tensors: list[Tensor]) -> None:
         """Adds an independent draw from N(0, (σΔ)²) to every coordinate. Each stream serves a share of them."""

@@ -11,7 +11,7 @@ import torch
 
 _SAMPLING, _NOISE = 0, 1
 # Independent streams of one process's noise on the CPU, used in parallel.
-_CPU_STREAMS = 4
+CPU_STREAMS = 4
 _MT19937_WORDS = 624
 # torch's CPU generator state: an 8-byte seed, two 4-byte counters (`left`, `seeded`), an 8-byte index, then the words.
 _COUNTERS = slice(8, 16)
@@ -41,7 +41,7 @@ class Randomness:
     def noise(self, device: torch.device | str = "cpu", process: int = 0) -> list[torch.Generator]:
         """The streams of Gaussian noise of one process, on the device that holds its gradients."""
         if torch.device(device).type == "cpu":
-            seeds = [self._spawn(_NOISE, process, stream) for stream in range(_CPU_STREAMS)]
+            seeds = [self._spawn(_NOISE, process, stream) for stream in range(CPU_STREAMS)]
             return [_fill_state(torch.Generator(), np.random.MT19937(seed)) for seed in seeds]
         # The generators of accelerators take a seed of 64 bits.
         seed = self._spawn(_NOISE, process).generate_state(1, np.uint64)[0]

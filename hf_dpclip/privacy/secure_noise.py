@@ -20,7 +20,6 @@ from .reduction import reduce_scatter
 
 # Grid points in one standard deviation of the noise, at least. Rounding to them adds at most 10^-7 of its variance.
 POINTS_PER_DEVIATION = 2**10
-THREADS = 4
 # Binary digits of a float64, and of the uniform numbers behind each normal.
 DIGITS = 53
 
@@ -37,10 +36,6 @@ class SecureGaussianMechanism(GaussianMechanism):
         is post-processing, so sensitivity, σ and ε are those of [`GaussianMechanism`]. Float64 only approximates real
         numbers: the probability of a grid point near the centre is off by a relative error of the order of 2^-40.
     """
-
-    @property
-    def _num_noise_threads(self) -> int:
-        return THREADS
 
     def _noised_and_reduced(self, sums: list[Tensor]) -> list[Tensor]:
         """Adds noise after the sums are added up: sums rounded to the grid before would leave it when those of other

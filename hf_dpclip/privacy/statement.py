@@ -53,7 +53,7 @@ class PrivacyStatement:
 
     def save(self, folder: str | Path) -> None:
         """Writes `privacy.json`, atomically."""
-        write_whole(Path(folder, STATEMENT_NAME), self._to_dict())
+        write_atomically(Path(folder, STATEMENT_NAME), self._to_dict())
 
     @classmethod
     def load(cls, folder: str | Path) -> "PrivacyStatement":
@@ -130,7 +130,7 @@ def _all_text(values: Iterable) -> bool:
     return all(isinstance(value, str) for value in values)
 
 
-def write_whole(path: Path, values: dict) -> None:
+def write_atomically(path: Path, values: dict) -> None:
     """Writes a JSON file atomically: if the disk is full or the process dies, the old file stays."""
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", encoding="utf-8") as file:

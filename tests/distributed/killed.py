@@ -3,8 +3,8 @@
 python killed.py FOLDER KILLS SEED
 
 One process imports everything and forks for every attempt, so that an attempt takes a fraction of a second. An attempt
-resumes from the last whole checkpoint of its run, if there is one. Independently of the library, it appends a byte to
-a file before every release, and the step to another file after every checkpoint that is saved.
+resumes from the last complete checkpoint of its run, if there is one. Independently of the library, it appends a byte
+to a file before every release, and the step to another file after every checkpoint that is saved.
 """
 
 import dataclasses
@@ -194,7 +194,7 @@ def problems(run: Run, plan) -> list[str]:
         return [*found, f"step {run.saved} was saved and is lost"] if run.saved else found
     step = int(checkpoint.name.removeprefix("checkpoint-"))
     if step < run.saved:
-        found.append(f"step {run.saved} was saved, and the last whole checkpoint is {step}")
+        found.append(f"step {run.saved} was saved, and the last complete checkpoint is {step}")
     try:
         statement = check_resumable(checkpoint, plan)
         read(checkpoint)
