@@ -250,7 +250,7 @@ def test_a_collator_may_ask_for_the_loss(make_trainer):
 
 
 @pytest.mark.parametrize("name", ["AltCLIPModel", "SiglipModel"])
-def test_texts_that_cannot_be_filled_up_are_not_put_together(make_trainer, name):
+def test_texts_that_cannot_be_padded_are_not_put_together(make_trainer, name):
     trainer = make_trainer(make(name, "LoRA"), data(name), microbatch_size=4, max_steps=1)
     trainer.train()
     batches = [batch(name, 2, seed=1, length=5), batch(name, 3, seed=2, length=7), batch(name, 2, seed=3, length=5)]
@@ -264,7 +264,7 @@ def test_texts_that_cannot_be_filled_up_are_not_put_together(make_trainer, name)
         assert_same(trainer.model, group)
 
 
-def clip_tower_filled_up_with_end_tokens():
+def clip_tower_padded_with_end_tokens():
     tower = tiny_clip().text_model
     tower.config.pad_token_id = tower.config.eos_token_id
     return tower
@@ -273,7 +273,7 @@ def clip_tower_filled_up_with_end_tokens():
 @pytest.mark.parametrize(
     "make_tower",
     [
-        clip_tower_filled_up_with_end_tokens,
+        clip_tower_padded_with_end_tokens,
         pytest.param(
             lambda: tiny_siglip().text_model,
             id="SigLIP's",

@@ -110,7 +110,7 @@ def test_compiled_models_are_an_obstacle(part):
     assert vectorization_obstacle(model["model"]) == "torch_compile hides the model's layers"
 
 
-def test_dropout_in_filled_up_batches_goes_one_by_one(tmp_path, monkeypatch):
+def test_dropout_in_padded_batches_goes_one_by_one(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("hf_dpclip.forward_pass.logger.warning_once", said.append)
     _, trainer = one_update(tmp_path, model=lora_clip(lora_dropout=0.4), static_shapes=True, **MANY)
@@ -124,7 +124,7 @@ def test_static_shapes_one_by_one_are_the_same_too(tmp_path):
 
 
 @pytest.mark.parametrize("value", [None, True, ["a", "b"], torch.tensor(1.0), torch.arange(7).repeat(2, 1)], ids=str)
-def test_inputs_that_cannot_be_filled_up_are_left_as_they_are(value):
+def test_inputs_that_cannot_be_padded_are_left_as_they_are(value):
     _, inputs = microbatch(2)
     model = tiny_clip()
     contrastive = as_contrastive(model, static_shapes=True)
@@ -167,7 +167,7 @@ def test_a_model_that_turns_out_to_be_unknown_goes_on_one_by_one(tmp_path, monke
 
 
 def test_a_model_that_draws_goes_on_with_microbatches_as_they_were_drawn(tmp_path):
-    """Those of the pass that was tried have texts that were filled up, and what is drawn depends on their length."""
+    """Those of the pass that was tried have texts that were padded, and what is drawn depends on their length."""
 
     def drawing():
         model = tiny_clip()
@@ -233,7 +233,7 @@ def test_what_is_asked_for_goes_before_the_default(asked, filled, tmp_path, monk
     assert trainer._contrastive_model.static_shapes is filled
 
 
-def test_small_microbatches_one_by_one_are_not_filled_up_unasked(tmp_path, monkeypatch):
+def test_small_microbatches_one_by_one_are_not_padded_unasked(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_dpclip.forward_pass.static_by_default", lambda model, accelerator: True)
     for asked, filled in ((None, False), (True, True)):
         _, trainer = one_update(tmp_path, vectorized=False, static_shapes=asked, **MANY)

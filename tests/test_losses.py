@@ -134,8 +134,8 @@ def test_a_public_image_whose_caption_is_the_pairs_own_is_no_negative():
 @pytest.mark.parametrize(
     ("first", "second", "equal"),
     [
-        ([7, 1, 2, 9], [7, 1, 2, 9, 0, 0], True),  # filled up with the padding token
-        ([7, 1, 2, 9], [7, 1, 2, 9, 9, 9], True),  # filled up with the last token
+        ([7, 1, 2, 9], [7, 1, 2, 9, 0, 0], True),  # padded with the padding token
+        ([7, 1, 2, 9], [7, 1, 2, 9, 9, 9], True),  # padded with the last token
         ([7, 1, 2, 9], [7, 2, 1, 9], False),
         ([7, 1, 2, 9], [7, 1, 2, 3, 9], False),
         ([7, 1, 1, 9], [7, 1, 9, 9], False),
@@ -144,7 +144,7 @@ def test_a_public_image_whose_caption_is_the_pairs_own_is_no_negative():
         ([5, 7, 0, 0], [5, 7, 0, 0, 0], True),
     ],
 )
-def test_captions_are_told_apart_however_they_are_filled_up(first, second, equal):
+def test_captions_are_told_apart_however_they_are_padded(first, second, equal):
     keys = [int(caption_keys({"input_ids": torch.tensor([tokens])}, pad_token_id=0)) for tokens in (first, second)]
     assert (keys[0] == keys[1]) is equal
 

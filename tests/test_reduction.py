@@ -54,7 +54,7 @@ def test_all_processes_end_with_the_sums(results, bucket, way):
 
 @pytest.mark.parametrize("bucket", BUCKETS)
 def test_every_coordinate_is_in_the_slices_of_one_process(results, bucket):
-    """Which is what one draw of noise for each depends on: beside it, slices hold the zeros that fill up buckets."""
+    """Which is what one draw of noise for each depends on: beside it, slices hold the zeros that pad buckets."""
     slices = torch.cat([each for result in results for each in result[bucket]["slices"]])
     sums = torch.cat([each.flatten() for each in results[0][bucket]["at once"]])
     assert torch.equal(slices[slices != 0].sort().values, sums[sums != 0].sort().values)

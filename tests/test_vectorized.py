@@ -86,7 +86,7 @@ def test_every_form_of_a_weights_gradient(form, joined, monkeypatch):
 
 @pytest.fixture
 def as_on_an_accelerator(monkeypatch):
-    """Microbatches filled up with zeros, several products at a time, also of layers of one shape, weighted sums from
+    """Microbatches padded with zeros, several products at a time, also of layers of one shape, weighted sums from
     narrow parts."""
     monkeypatch.setattr(Layout, "batches_products", True)
     monkeypatch.setattr(products, "_at_once", lambda a, b: 2)
@@ -126,7 +126,7 @@ def test_narrow_parts_lose_nothing():
     assert torch.equal(sum(part.double() for part in parts), exact.double())
 
 
-def test_microbatches_are_filled_up_to_less_than_twice_their_size(monkeypatch):
+def test_microbatches_are_padded_to_less_than_twice_their_size(monkeypatch):
     monkeypatch.setattr(Layout, "batches_products", True)
     groups = Layout([1, 2, 3, 4, 4, 5, 7, 8, 9], 43, torch.device("cpu")).groups
     assert [group.sizes for group in groups] == [[1], [2], [3, 4, 4], [5, 7, 8], [9]]
@@ -307,7 +307,7 @@ def test_texts_that_would_be_read_up_to_the_filler(end):
 
 @pytest.mark.parametrize("hidden", [7, 3], ids=["all of it", "its beginning"])
 def test_texts_that_are_hidden_from_themselves(hidden):
-    """Attention that sees nothing is attention to everything, what fills a text up included."""
+    """Attention that sees nothing is attention to everything, padding included."""
     model = tiny_clip()
     model.set_attn_implementation("eager")
     batches = [microbatch(2, length=length, seed=length, mask=True) for length in (5, 9, 4, 6)]
