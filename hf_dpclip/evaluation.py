@@ -12,7 +12,7 @@ from transformers import EvalPrediction, ProcessorMixin
 from .collators import encoded_texts
 from .metrics import RetrievalRecall, VQAAccuracy, ZeroShotAccuracy
 from .privacy.sampling import split_by_label
-from .records import UNDECODABLE, check_image, unreadable
+from .records import UNDECODABLE, check_image, unreadable, unreadable_message
 
 
 @contextmanager
@@ -145,9 +145,7 @@ def _decoded(dataset: Dataset, rows: range) -> dict[str, list]:
         return dataset[rows]
     except UNDECODABLE as error:
         row, cause = next(unreadable(dataset, rows), (rows.start, error))
-        raise ValueError(
-            f"an image of record {row} cannot be decoded ({cause}): replace the file, or leave the record out."
-        ) from cause
+        raise ValueError(unreadable_message(dataset, row, cause)) from cause
 
 
 def _by_image(images: np.ndarray, texts: np.ndarray, image_ids: Sequence) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -158,13 +158,13 @@ class ChunkByChunk:
         losses = []
         for seed, records in forward_batch:
             chunks = LoadedChunks(self.dataset, seed, records, self.args)
-            # Every iteration of a loader draws a random number, and how many there are depends on the records.
+            # Each iteration of a loader draws a random number, and how many there are depends on the records.
             with adding(), preserved_generators():
                 losses.append(accumulate_chunked_gradient(self.model, chunks, self.accelerator.backward, *gathering))
         return losses
 
     def _gather(self, rows: Tensor) -> tuple[Tensor, int]:
-        """The rows of all processes, of which each may have another number, and the index of this one's first row."""
+        """The rows of all processes, which may have different numbers of them, and the index where its own begin."""
         count = torch.tensor([len(rows)], device=rows.device)
         counts = self.accelerator.gather(count).tolist()
         padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])

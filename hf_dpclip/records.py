@@ -38,9 +38,7 @@ def read_records(dataset: Dataset, numbers: list[int]) -> list[Any]:
         # Decoders, transforms and users' own datasets may raise anything.
         number, cause = next(unreadable(dataset, numbers), (numbers[0], error))
         raise ValueError(
-            f"{described(dataset, number)} cannot be read ({reason(cause)}): repair it, or leave it out, as in "
-            "dataset.select([row for row in range(len(dataset)) if row != "
-            f"{number}]); hf_dpclip.data.unusable_records finds all of its kind. A run that has begun goes on, with "
+            f"{unreadable_message(dataset, number, cause)} A run that has begun goes on, with "
             "resume_from_checkpoint=True, only if it is repaired: without it, the dataset is another."
         ) from cause
 
@@ -59,6 +57,15 @@ def unreadable(dataset: Dataset, numbers: Iterable[int]) -> Iterator[tuple[int, 
             read(dataset, [number])
         except Exception as error:
             yield number, error
+
+
+def unreadable_message(dataset: Dataset, number: int, cause: Exception, name: str = "the dataset") -> str:
+    """Says which record of the dataset of that name cannot be read, why, and what to do."""
+    return (
+        f"{described(dataset, number, name)} cannot be read ({reason(cause)}): repair it, or leave it out, as in "
+        f"dataset.select([row for row in range(len(dataset)) if row != {number}]); hf_dpclip.data.unusable_records "
+        "finds all of its kind."
+    )
 
 
 def has_random_access(dataset: Any) -> bool:
@@ -81,10 +88,7 @@ def naming_unreadable(dataset: Any, name: str) -> Iterator[None]:
         number, cause = next(unreadable(dataset, range(len(dataset))), (None, error))
         if number is None:
             raise
-        raise ValueError(
-            f"{described(dataset, number, name)} cannot be read ({reason(cause)}): repair it, or leave it out; "
-            "hf_dpclip.data.unusable_records finds all of its kind beforehand."
-        ) from cause
+        raise ValueError(unreadable_message(dataset, number, cause, name)) from cause
 
 
 def first_record(dataset: Dataset) -> Mapping[str, Any]:

@@ -108,9 +108,8 @@ class RunningTrainer(PublishingTrainer):
     @property
     def _known_runs(self) -> NamedRuns:
         """All runs that took steps, by id."""
-        return merge_runs(
-            self._earlier_runs, {self._run_id: (self.plan, self._steps_taken)} if self._steps_taken else {}
-        )
+        own = {self._run_id: (self.plan, self._steps_taken)} if self._steps_taken else {}
+        return merge_runs(self._earlier_runs, own)
 
     def keep_reasons(self) -> None:
         """As in [`EvaluatingTrainer`]."""

@@ -114,9 +114,8 @@ class SearchingTrainer(RunningTrainer):
             for checkpoint in complete_checkpoints_in(folder):
                 statement = readable_statement(checkpoint)
                 if statement and statement.run == run:
-                    replace_statement(
-                        checkpoint, dataclasses.replace(statement, steps=known[run][1], earlier_runs=others)
-                    )
+                    statement = dataclasses.replace(statement, steps=known[run][1], earlier_runs=others)
+                    replace_statement(checkpoint, statement)
 
 
 def _never() -> Any:

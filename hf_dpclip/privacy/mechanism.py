@@ -116,7 +116,7 @@ class GaussianMechanism:
     def add(
         self, norms: Tensor, weighted_sum: Callable[[Tensor, list[Tensor | None]], Iterable[Tensor | None]]
     ) -> None:
-        """Clips the gradients g_1 .. g_k of several microbatches and adds them to the sum, given their norms and sums:
+        """Clips the gradients g_1 .. g_k of several microbatches and adds them to the sum, given only:
 
         Args:
             norms (`Tensor` of shape `[k]`): the norm of each g_j over all parameters together.
