@@ -15,9 +15,21 @@ from transformers import Trainer
 NOT_HELD = ("model", "model_wrapped", "train_dataset", "eval_dataset")
 # How deeply containers, functions and objects are searched: enough for the list of losses of a method's object.
 LEVELS = 3
-# Of modules: the ids of their parameters and whether each is trained, the version of each parameter, and the buffers
-# with a copy of the values of each.
-Snapshot = tuple[list[tuple[int, bool]], list[tuple[int, int]], list[tuple[Tensor, Tensor]]]
+
+
+class Snapshot:
+    """What modules hold at one moment.
+
+    Attributes:
+        known (`list`): the id of each parameter, and whether it is trained.
+        versions (`list`): the version of each parameter.
+        buffers (`list`): each buffer, with a copy of its values.
+    """
+
+    def __init__(self, modules: nn.ModuleList):
+        self.known, buffers = _fingerprint(modules)
+        self.versions = _versions(modules.parameters())
+        self.buffers = [(buffer, buffer.clone()) for buffer in buffers]
 
 
 class StepGuard:
@@ -35,11 +47,11 @@ class StepGuard:
         self.held = held
         self.forward_passes = forward_passes
         self._seen = 0
-        self._known, buffers = _fingerprint(modules)
-        self._buffers = [(buffer, buffer.clone()) for buffer in buffers]
         self._parameters = list(modules.parameters())
-        self._values: list[tuple[int, int]] = []
-        self._of_held: Snapshot = ([], [], [])
+        self._at_start = Snapshot(modules)
+        # Taken anew in the first forward pass of every step.
+        self._versions = self._at_start.versions
+        self._held_before = Snapshot(held)
 
     def count_forward_pass(self) -> int:
         """To be called before every forward pass. Returns its number within the step, from 1.
@@ -49,14 +61,14 @@ class StepGuard:
         check_no_hooks(self._parameters)
         self._seen += 1
         if self._seen == 1:
-            self._values = _versions(self._parameters)
-            self._of_held = _snapshot(self.held)
+            self._versions = _versions(self._parameters)
+            self._held_before = Snapshot(self.held)
         return self._seen
 
     def check(self) -> None:
         """To be called before a release. Raises `RuntimeError` if something changed."""
         known, buffers = _fingerprint(self.modules)
-        if self._known != known:
+        if known != self._at_start.known:
             raise RuntimeError(
                 "requires_grad changed during training, or a parameter was added or put in the place of another, past "
                 "the mechanism: make all of them as they are to be before DPCLIPTrainer.train is called."
@@ -66,12 +78,12 @@ class StepGuard:
                 f"a step had {self._seen} forward passes instead of {self.forward_passes}: "
                 "gradient_accumulation_steps is part of the privacy plan and must not change during training."
             )
-        if self._values != _versions(self._parameters):
+        if self._versions != _versions(self._parameters):
             raise RuntimeError(
                 "a parameter of the model was written to in the forward or backward pass, so it carries private data "
                 "past the mechanism: use a model without max_norm, and no optimizer that steps in the backward pass."
             )
-        if not _are_unchanged(buffers, self._buffers):
+        if not _are_unchanged(buffers, self._at_start.buffers):
             raise RuntimeError(
                 "a buffer of the model or of the loss changed in the forward pass, so it keeps statistics of the "
                 "private data outside the mechanism: use one without running statistics, queues or codebooks."
@@ -81,9 +93,9 @@ class StepGuard:
 
     def _check_held(self) -> None:
         known, buffers = _fingerprint(self.held)
-        then_known, then_versions, then_buffers = self._of_held
-        same = known == then_known and _versions(self.held.parameters()) == then_versions
-        if not (same and _are_unchanged(buffers, then_buffers)):
+        before = self._held_before
+        same = known == before.known and _versions(self.held.parameters()) == before.versions
+        if not (same and _are_unchanged(buffers, before.buffers)):
             raise RuntimeError(
                 "a module that the trainer holds, or its loss uses, changed in the forward or backward pass, so it "
                 "keeps what it sees of private data outside the mechanism: use one without running statistics, queues "
@@ -180,11 +192,6 @@ def _fingerprint(model: nn.Module) -> tuple[list[tuple[int, bool]], list[Tensor]
 def _versions(parameters: Iterable[nn.Parameter]) -> list[tuple[int, int]]:
     """Values that change when a parameter, trained or not, is replaced in memory or written to."""
     return [(parameter.data_ptr(), parameter._version) for parameter in parameters]
-
-
-def _snapshot(modules: nn.ModuleList) -> Snapshot:
-    known, buffers = _fingerprint(modules)
-    return known, _versions(modules.parameters()), [(buffer, buffer.clone()) for buffer in buffers]
 
 
 def _are_unchanged(buffers: list[Tensor], then: list[tuple[Tensor, Tensor]]) -> bool:
