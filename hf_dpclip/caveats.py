@@ -41,8 +41,8 @@ def warn(trainer: "DPCLIPTrainer", public_negatives: list[str] | Dataset | None)
 
 
 def warn_of_private_start(model: nn.Module) -> None:
-    """Warns if the model, or a tower, was loaded from the folder of another private run, whose cost adds to this one."""
-    # Towers too, which may have been loaded one by one.
+    """Warns if the model was loaded from the folder of another private run, whose cost adds to that of this run."""
+    # Towers may have been loaded one by one.
     parts = (module for module in base_model(model).modules() if isinstance(module, PreTrainedModel))
     for folder in dict.fromkeys(part.config._name_or_path for part in parts):
         statement = readable_statement(Path(folder)) if folder else None
