@@ -223,6 +223,8 @@ def prepare(arguments: ExampleArguments, args: DPTrainingArguments) -> Job:
 def choose_folders(args: DPTrainingArguments, start: str, has_adapters: bool) -> None:
     """Adapters live in a folder of their own; the merged model goes to the folder above."""
     named, folder = args.resume_from_checkpoint, args.output_dir
+    if Path(folder).is_file():
+        raise ValueError(f"--output_dir {folder} is a file: name a folder, which need not be there yet.")
     if has_adapters and Path(start).resolve() == Path(folder).resolve():
         raise ValueError(
             f"--output_dir {folder} is where training starts from: the merged model would replace the one that the "
@@ -256,6 +258,8 @@ def load_processor(name: str):
         return AutoProcessor.from_pretrained(name)
     except OSError as error:
         raise ValueError(f"--model_name_or_path {name} is neither a folder here nor on the Hub: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"--model_name_or_path {name} is no model with a processor: {error}") from error
 
 
 def load_model(arguments: ExampleArguments):

@@ -91,7 +91,14 @@ class ImageTextCollator(PairCollator):
         return self.processor(**inputs, **text_settings(self.processor), return_tensors="pt")
 
     def _augmented(self, image: PILImage) -> PILImage:
-        return image if self.augmentation is None else self.augmentation(image)
+        augmented = image if self.augmentation is None else self.augmentation(image)
+        if not isinstance(augmented, PILImage):
+            # The processor would scale values anew that are between 0 and 1 already, and see nothing but black.
+            raise ValueError(
+                f"the augmentation returned a {type(augmented).__name__}, not a PIL image: leave ToTensor and "
+                "Normalize to the processor."
+            )
+        return augmented
 
     def unaugmented(self) -> "ImageTextCollator":
         """A collator for records that are not trained on: one view of each, without augmentation."""

@@ -23,6 +23,8 @@ from .records import first_record, has_random_access, holds_texts
 
 # The number of records for evaluation that are looked for among the private ones.
 COMPARED = 64
+# The number of private records that are collated at most, to see whether they can be.
+COLLATED = 8
 # Columns that processors make of images and sounds, with hundreds of kilobytes per record; and how many private
 # records are therefore looked at.
 ENCODED = ("pixel_values", "input_features")
@@ -72,6 +74,8 @@ def check_records(collator: Callable, collated: Dataset | dict[str, Dataset] | N
     if isinstance(collated, dict):
         for key, dataset in collated.items():
             check_records(collator, dataset, f"{name}[{key!r}]")
+    elif isinstance(collated, str):
+        raise ValueError(f"{name} is a str, not a dataset: load it with hf_dpclip.data.load_pairs.")
     elif isinstance(collator, PairCollator) and has_random_access(collated) and len(collated) > 0:
         try:
             collator.check_records(collated)
@@ -79,20 +83,20 @@ def check_records(collator: Callable, collated: Dataset | dict[str, Dataset] | N
             raise ValueError(f"{name}: {error}") from error
 
 
-def first_batch(dataset: MicrobatchDataset) -> dict[str, Any]:
-    """The first record, collated. Raises `ValueError` if it cannot be.
+def first_batch(dataset: MicrobatchDataset, microbatch_size: int) -> dict[str, Any]:
+    """The first records, collated: as many as a microbatch has, but few. Raises `ValueError` if they cannot be.
 
     A tokenizer remembers how it was called, also in its files. After this call, those do not show whether any
     microbatch was collated before they are saved.
     """
     try:
-        ((_, batch),) = dataset[[(0, np.array([0]))]]
+        ((_, batch),) = dataset[[(0, np.arange(min(microbatch_size, COLLATED, len(dataset))))]]
     except ValueError:
         raise
     except Exception as error:
         # A user's own data_collator may raise anything.
         raise ValueError(
-            f"the data_collator cannot collate the first record ({type(error).__name__}: {error}): pass an "
+            f"the data_collator cannot collate the first records ({type(error).__name__}: {error}): pass an "
             "ImageTextCollator with the columns of the dataset, or one that makes the model's inputs of such records."
         ) from error
     return batch

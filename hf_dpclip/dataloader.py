@@ -129,16 +129,19 @@ class MicrobatchDataset(Dataset):
     def _collated(self, records: list[Any], numbers: np.ndarray) -> dict[str, Any]:
         try:
             batch = self.collator(records)
-        except ValueError as error:
-            raise ValueError(f"{error}{self._found_in(records, numbers)}") from error
+        except (ValueError, RuntimeError) as error:
+            hint = self._hint(records, numbers)
+            if isinstance(error, RuntimeError) and not hint:
+                raise
+            raise ValueError(f"{error}{hint}") from error
         if not isinstance(batch, Mapping):
             raise ValueError(
                 f"the data_collator returned a {type(batch).__name__}: return a dictionary of the model's inputs."
             )
         return dict(batch)
 
-    def _found_in(self, records: list[Any], numbers: np.ndarray) -> str:
-        """Names the record that cannot be collated, if there is one that alone cannot be."""
+    def _hint(self, records: list[Any], numbers: np.ndarray) -> str:
+        """Names the record that cannot be collated even alone, or says that there is none such."""
         for record, number in zip(records, numbers.tolist()):
             try:
                 self.collator([record])
@@ -147,7 +150,10 @@ class MicrobatchDataset(Dataset):
             except Exception:
                 # Another error: the collator does not take single records.
                 return ""
-        return ""
+        return (
+            " (Each record alone can be collated. If encoded texts differ in length, encode them with "
+            "padding='max_length', or pass a data_collator that pads.)"
+        )
 
     def _fetched_together(self, forward_batch: list[DrawnMicrobatch]) -> list[list[Any] | None]:
         """The records of each microbatch, read in one access; `None` where that could make microbatches depend on one

@@ -215,7 +215,7 @@ def _check_files_exist(dataset: datasets.Dataset, column: str):
 
 def reason(error: Exception) -> str:
     """The kind of an error and its message, without memory addresses, which differ each time."""
-    return f"{type(error).__name__}: {shortened(re.sub(' at 0x[0-9a-f]+', '', str(error)), 300)}"
+    return f"{type(error).__name__}: {shortened(re.sub(' at 0x[0-9a-f]+', '', str(error)), 500)}"
 
 
 def listed(numbers: list[int]) -> str:

@@ -135,11 +135,12 @@ class DPCLIPTrainer(SearchingTrainer):
         args = self.args
         self._held_out = []
         self._check_held_out(self.eval_dataset, "eval_dataset")
+        microbatch_size = args.expected_batch_size // args.num_microbatches
         contrasts_in_batch = self.can_return_loss and self.compute_loss_func is None and self.public_negatives is None
-        validation.check_negatives_exist(args.expected_batch_size // args.num_microbatches, contrasts_in_batch)
+        validation.check_negatives_exist(microbatch_size, contrasts_in_batch)
         data_validation.check_records(self.data_collator, self.train_dataset, "train_dataset")
         data_validation.check_records(self.data_collator, self.eval_dataset, "eval_dataset")
-        batch = data_validation.first_batch(self._microbatch_dataset())
+        batch = data_validation.first_batch(self._microbatch_dataset(), microbatch_size)
         data_validation.check_model_reads_pairs(base_model(self.model), self.data_collator, batch)
         if args.privacy_unit_column is None and not (args.non_private or args.log_private_statistics):
             data_validation.check_no_copies(self.train_dataset)

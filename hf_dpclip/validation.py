@@ -19,6 +19,7 @@ from .arguments import DPTrainingArguments
 from .data_validation import check_dataset
 from .digests import image_columns
 from .evaluating import EvaluatingTrainer
+from .gradients import contrastive_base
 from .gradients.vectorizable import WITH_CAUSAL_TEXTS
 from .guard import check_no_hooks
 
@@ -51,7 +52,9 @@ def check_call(
         )
     if train_dataset is not None:
         check_dataset(train_dataset)
-    raw = image_columns(train_dataset) if isinstance(train_dataset, datasets.Dataset) else []
+    # A transform may encode them.
+    is_table = isinstance(train_dataset, datasets.Dataset) and train_dataset.format["type"] != "custom"
+    raw = image_columns(train_dataset) if is_table else []
     if raw and data_collator is None and not isinstance(processing_class, ProcessorMixin):
         raise ValueError(
             f"train_dataset has raw images (column {raw[0]!r}), which the processing_class, "
@@ -87,6 +90,11 @@ def check_model(model: nn.Module) -> None:
     if len({parameter.device for parameter in trainable}) > 1 or any(isinstance(p, DTensor) for p in trainable):
         raise ValueError(
             "trainable parameters are spread over devices: load the model without device_map or sharding."
+        )
+    if isinstance(model, PeftModel) and type(model) is not PeftModel and contrastive_base(model) is not None:
+        raise ValueError(
+            f"adapters with a task_type make a {type(model).__name__}, which calls the model in a way that it does "
+            "not understand: leave task_type out of the LoraConfig."
         )
     check_no_hooks(trainable)
 

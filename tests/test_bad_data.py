@@ -9,6 +9,8 @@ import pytest
 import torch
 from datasets import Dataset, Image
 from factories import (
+    BOS,
+    EOS,
     arguments,
     other_raw_pairs,
     pairs,
@@ -60,6 +62,16 @@ def questions(answers: list, folder, label2id=None, rows=slice(None)) -> DPCLIPT
     dataset = with_texts(["a"] * len(answers)).rename_column("text", "question").add_column("answer", answers)
     dataset = dataset.select(range(len(answers))[rows])
     return trainer(folder, dataset, model, VisualQuestionCollator(tiny_processor(), label2id=label2id))
+
+
+def augmented(augmentation) -> ImageTextCollator:
+    return ImageTextCollator(tiny_processor(), augmentation=augmentation)
+
+
+def unpadded() -> Dataset:
+    """Encoded pairs, whose texts get longer."""
+    texts = [[BOS, *[1] * row, EOS] for row in range(8)]
+    return pairs(8).remove_columns("input_ids").with_format(None).add_column("input_ids", texts)
 
 
 def evaluated_on_subset(folder, private, part) -> DPCLIPTrainer:
@@ -309,14 +321,29 @@ DATA = {
         "images of 16 x 12 pixels, the model reads 8 x 8",
         "from the same checkpoint",
     ),
+    "an augmentation that ends in tensors": (
+        lambda f: trainer(f, raw_pairs(8), collator=augmented(lambda image: torch.tensor(np.asarray(image) / 255))),
+        "the augmentation returned a Tensor, not a PIL image",
+        "leave ToTensor and Normalize to the processor",
+    ),
+    "texts of several lengths": (
+        lambda f: trainer(f, unpadded(), collator=default_data_collator),
+        "Each record alone can be collated",
+        "encode them with padding='max_length'",
+    ),
+    "tensors of several lengths": (
+        lambda f: trainer(f, unpadded().with_format("torch"), collator=default_data_collator),
+        "Each record alone can be collated",
+        "encode them with padding='max_length'",
+    ),
     "a collator for something else": (
         lambda f: trainer(f, raw_pairs(8), collator=default_data_collator, remove_unused_columns=False),
-        "the data_collator cannot collate the first record (RuntimeError",
+        "the data_collator cannot collate the first records (RuntimeError",
         "pass an ImageTextCollator",
     ),
     "a processor as collator": (
         lambda f: trainer(f, raw_pairs(8), collator=tiny_processor(), remove_unused_columns=False),
-        "the data_collator cannot collate the first record",
+        "the data_collator cannot collate the first records",
         "pass an ImageTextCollator",
     ),
     "one id for all": (
@@ -448,8 +475,8 @@ DATA = {
     ),
     "evaluation by name": (
         lambda f: processed(f, raw_pairs(8), options={"eval_dataset": "test"}),
-        "records are of type str",
-        "make them dictionaries",
+        "eval_dataset is a str, not a dataset",
+        "load it with hf_dpclip.data.load_pairs",
     ),
     "a number of public negatives": (
         lambda f: processed(f, raw_pairs(8), options={"public_negatives": 5}),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from factories import ANSWERS, arguments, pairs, pictures, raw_pairs, tiny_clip, tiny_processor
+from factories import ANSWERS, arguments, pairs, pictures, raw_pairs, tiny_clip, tiny_processor, with_adapters
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image as PILImage
 from plans import SIZES, plan
@@ -178,6 +178,10 @@ def meta_clip():
         return tiny_clip()
 
 
+def for_a_task():
+    return get_peft_model(tiny_clip(), LoraConfig(target_modules=["q_proj"], task_type="FEATURE_EXTRACTION"))
+
+
 def adapters_for_inference(folder):
     model = tiny_clip()
     get_peft_model(model, lora_config(model)).save_pretrained(folder)
@@ -241,10 +245,20 @@ MODELS = {
         "model is a str",
         "CLIPModel.from_pretrained",
     ),
+    "adapters on adapters": (
+        lambda f: lora_config(with_adapters(tiny_clip())),
+        "the model has adapters already",
+        "pass it as it was before",
+    ),
     "no text tower to leave out": (
         lambda f: lora_config(tiny_clip().vision_model, text_tower=False),
         "text_tower=False leaves out the layers of CLIPVision",
         "called text_model or text_projection",
+    ),
+    "adapters for another task": (
+        lambda f: trainer(f, pairs(8), for_a_task()),
+        "adapters with a task_type make a PeftModelForFeatureExtraction",
+        "leave task_type out of the LoraConfig",
     ),
     "the same answer twice": (
         lambda f: CLIPForVisualQuestionAnswering.from_clip(tiny_clip(), ["yes", "yes"]),

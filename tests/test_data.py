@@ -137,13 +137,14 @@ def encode(records):
     return dict(tiny_processor()(images=records["image"], text=records["text"], padding=True, return_tensors="pt"))
 
 
+@pytest.mark.parametrize("processor", [tiny_processor(), None], ids=["processor", "no processor"])
 @pytest.mark.parametrize(
     "dataset",
     [pairs(16), [*pairs(16)], raw_pairs(16).with_transform(encode)],
     ids=["columns", "records", "made by a transform"],
 )
-def test_encoded_pairs_are_not_processed_again(dataset, make_trainer):
-    options = {"processing_class": tiny_processor()}
+def test_encoded_pairs_are_not_processed_again(dataset, processor, make_trainer):
+    options = {"processing_class": processor}
     trainer = make_trainer(train_dataset=dataset, trainer_options=options, remove_unused_columns=False)
     assert not isinstance(trainer.data_collator, ImageTextCollator)
     trainer.train()

@@ -226,6 +226,8 @@ def test_a_few_records_are_taken_from_the_whole_file():
         ("--dataset_name cifar10", "check the spelling. Known by name are mnist-5k, fashion-mnist, ylecun/mnist"),
         ("--dataset_name uoft-cs/cifar10", "uoft-cs/cifar10 is neither a file or folder here nor a dataset"),
         ("--model_name_or_path no/such-model", "no/such-model is neither a folder here nor on the Hub"),
+        (f"--model_name_or_path {ROOT / 'tests'}", "tests is no model with a processor: "),
+        (f"--output_dir {ROOT / 'README.md'}", "README.md is a file: name a folder"),
         ("--eval_split train", "--eval_split train is the split of the private records: name another one"),
         ("--eval_split validation", "--eval_split validation is not a split of the dataset (train, test)"),
         ("--train_split training", "--train_split training is not a split of the dataset (train, test)"),

@@ -51,6 +51,8 @@ def lora_config(
         )
     if not is_whole(r) or r < 1:
         raise ValueError(f"r={r!r} is not possible: the rank must be a whole number of at least 1, e.g. 8.")
+    if isinstance(model, PeftModel | PeftMixedModel):
+        raise ValueError("the model has adapters already: pass it as it was before, without them.")
     matching = {name: module for name, module in model.named_modules() if _ADAPTED.fullmatch(name)}
     excluded = [
         name
