@@ -232,8 +232,9 @@ def choose_folders(args: DPTrainingArguments, start: str, has_adapters: bool) ->
         )
     if has_adapters:
         args.output_dir = str(Path(folder, "adapter"))
-    # One for all runs that share the folder, with adapters or without.
-    args.ledger_path = args.ledger_path or str(Path(folder, LEDGER_NAME))
+    # One for all runs that share the folder, with adapters or without; or that of a trainer of adapters by itself.
+    ledgers = Path(folder, LEDGER_NAME), Path(folder, "adapter", LEDGER_NAME)
+    args.ledger_path = args.ledger_path or str(next(filter(Path.is_file, ledgers), ledgers[0]))
     if named in ("True", "true") or (named and Path(named) in (Path(folder), Path(args.output_dir))):
         args.resume_from_checkpoint = True
 

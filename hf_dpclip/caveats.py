@@ -133,8 +133,8 @@ def warn_of_evaluation_without_negatives(trainer: "DPCLIPTrainer") -> None:
     """Warns if each pair of the evaluation data would be contrasted with none."""
     if trainer.eval_dataset is not None and trainer.contrastive_base is not None and trainer.args.eval_batch_size == 1:
         logger.warning(
-            "per_device_eval_batch_size=1 contrasts each pair with none, so that eval_loss says nothing of the model: "
-            "set it to 2 or more, and the same wherever losses are compared."
+            "per_device_eval_batch_size=1 contrasts each pair with none, so eval_loss does not tell how well they are "
+            "told apart: set it to 2 or more, and the same wherever losses are compared."
         )
 
 

@@ -25,7 +25,7 @@ DrawnMicrobatch = tuple[int, np.ndarray]
 ForwardBatch = list[Microbatch] | list[DrawnMicrobatch]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class ForwardBatchSampler(Sampler[list[DrawnMicrobatch]]):
     """Deals the microbatches of every step out to processes and forward passes.
 
@@ -102,7 +102,7 @@ def _size(microbatch: DrawnMicrobatch) -> int:
     return len(microbatch[1])
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class MicrobatchDataset(Dataset):
     """Turns a forward batch of record numbers into collated microbatches.
 
@@ -167,7 +167,7 @@ class MicrobatchDataset(Dataset):
         return [[*itertools.islice(records, size)] for size in sizes]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class RecordNumbers(Dataset):
     """Passes record numbers on as they are, for microbatches that are read later, in chunks."""
 

@@ -283,7 +283,7 @@ def clip_tower_padded_with_end_tokens():
         ),
     ],
 )
-def test_what_fills_a_text_up_depends_on_the_tower_that_reads_it(make_tower):
+def test_what_pads_a_text_depends_on_the_tower_that_reads_it(make_tower):
     """A mask does not keep SigLIP's tower from reading the last position, nor CLIP's from looking for an end token."""
     model = VisionTextDualEncoderModel(vision_model=tiny_dual_encoder().vision_model, text_model=make_tower())
     batches = [batch("CLIPModel", 2, seed, length) for seed, length in ((1, 5), (2, 7), (3, 5))]

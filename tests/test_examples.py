@@ -16,6 +16,7 @@ from transformers import CLIPModel, CLIPProcessor, pipeline
 
 from hf_dpclip import CLIPForVisualQuestionAnswering, DPCLIPTrainer, PrivacyStatement
 from hf_dpclip.cli.card import check
+from hf_dpclip.privacy import LEDGER_NAME
 
 
 TRAIN = load_script(ROOT / "examples" / "train.py")
@@ -193,6 +194,17 @@ def test_an_interrupted_run_goes_on_by_the_name_of_its_folder_or_without(caption
     assert re.search(rf"2 runs are recorded here; .*`hf-dpclip ledger {ledger}`", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("has_adapters", [True, False])
+@pytest.mark.parametrize("place", ["", "adapter"])
+def test_runs_in_one_folder_go_on_with_the_ledger_that_is_there(place, has_adapters, tmp_path):
+    ledger = tmp_path / place / LEDGER_NAME
+    ledger.parent.mkdir(exist_ok=True)
+    ledger.touch()
+    args = arguments(tmp_path)
+    TRAIN.choose_folders(args, "start", has_adapters)
+    assert args.ledger_path == str(ledger)
+
+
 def test_a_validation_split_takes_the_place_of_a_test_split():
     splits = DatasetDict(train=raw_pairs(8), validation=raw_pairs(3))
     pair = TRAIN.private_and_held_out(splits, TRAIN.ExampleArguments(), "text", None)
@@ -227,7 +239,6 @@ def test_a_few_records_are_taken_from_the_whole_file():
         ("--dataset_name uoft-cs/cifar10", "uoft-cs/cifar10 is neither a file or folder here nor a dataset"),
         ("--model_name_or_path no/such-model", "no/such-model is neither a folder here nor on the Hub"),
         (f"--model_name_or_path {ROOT / 'tests'}", "tests is no model with a processor: "),
-        (f"--output_dir {ROOT / 'README.md'}", "README.md is a file: name a folder"),
         ("--eval_split train", "--eval_split train is the split of the private records: name another one"),
         ("--eval_split validation", "--eval_split validation is not a split of the dataset (train, test)"),
         ("--train_split training", "--train_split training is not a split of the dataset (train, test)"),
@@ -259,6 +270,12 @@ def test_mistakes_get_one_line_that_says_how_to_mend_them(tmp_path, monkeypatch,
 def test_wrong_columns_are_named(captioned_csv, monkeypatch, columns, message):
     with pytest.raises(SystemExit, match=re.escape(message)):
         run_main(monkeypatch, TRAIN, "--dataset_name", captioned_csv, *columns.split())
+
+
+def test_a_file_is_no_output_folder(tmp_path, monkeypatch):
+    (tmp_path / "out").touch()
+    with pytest.raises(SystemExit, match="out is a file: name a folder"):
+        run_main(monkeypatch, TRAIN, "--output_dir", tmp_path / "out")
 
 
 def test_the_model_that_adapters_belong_to_is_not_replaced(tmp_path, monkeypatch):

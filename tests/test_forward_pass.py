@@ -226,18 +226,18 @@ def test_shapes_are_static_by_default_where_a_new_one_is_expensive(make, changes
     assert static_by_default(contrastive, accelerator) is expected
 
 
-@pytest.mark.parametrize("asked, filled", [(None, True), (True, True), (False, False)])
-def test_what_is_asked_for_goes_before_the_default(asked, filled, tmp_path, monkeypatch):
+@pytest.mark.parametrize("asked, padded", [(None, True), (True, True), (False, False)])
+def test_what_is_asked_for_goes_before_the_default(asked, padded, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_dpclip.forward_pass.static_by_default", lambda model, accelerator: True)
     _, trainer = one_update(tmp_path, static_shapes=asked, **MANY)
-    assert trainer._contrastive_model.static_shapes is filled
+    assert trainer._contrastive_model.static_shapes is padded
 
 
 def test_small_microbatches_one_by_one_are_not_padded_unasked(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_dpclip.forward_pass.static_by_default", lambda model, accelerator: True)
-    for asked, filled in ((None, False), (True, True)):
+    for asked, padded in ((None, False), (True, True)):
         _, trainer = one_update(tmp_path, vectorized=False, static_shapes=asked, **MANY)
-        assert trainer._contrastive_model.static_shapes is filled
+        assert trainer._contrastive_model.static_shapes is padded
 
 
 def test_static_shapes_do_not_recompile(tmp_path):

@@ -155,6 +155,9 @@ def test_what_is_no_ledger_is_refused(ledger):
     nearby.touch()
     with pytest.raises(FileNotFoundError, match=r"of a run \(there is one in .*adapter\)\."):
         ledger.runs()
+    nearby.rename(ledger.path)
+    with pytest.raises(FileNotFoundError, match=rf"of a run \(there is one in {ledger.path.parent}\)\."):
+        Ledger(nearby).runs()
 
 
 # ---- A full disk ----

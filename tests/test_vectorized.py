@@ -130,8 +130,8 @@ def test_microbatches_are_padded_to_less_than_twice_their_size(monkeypatch):
     monkeypatch.setattr(Layout, "batches_products", True)
     groups = Layout([1, 2, 3, 4, 4, 5, 7, 8, 9], 43, torch.device("cpu")).groups
     assert [group.sizes for group in groups] == [[1], [2], [3, 4, 4], [5, 7, 8], [9]]
-    filled = groups[2].matrices(torch.arange(43.0)[:, None, None])
-    assert filled.squeeze(2).tolist() == [[3, 4, 5, 0], [6, 7, 8, 9], [10, 11, 12, 13]]
+    padded = groups[2].matrices(torch.arange(43.0)[:, None, None])
+    assert padded.squeeze(2).tolist() == [[3, 4, 5, 0], [6, 7, 8, 9], [10, 11, 12, 13]]
 
 
 def test_gradients_are_multiplied_out_while_there_is_memory_for_it():
@@ -289,7 +289,7 @@ def test_images_and_texts_of_different_numbers_are_refused():
 
 
 @pytest.mark.parametrize("end", [EOS, 2], ids=["no_end_token", "old_config"])
-def test_texts_that_would_be_read_up_to_the_filler(end):
+def test_texts_that_would_be_read_up_to_the_padding(end):
     """One long text would otherwise change what is read of all others."""
     model = tiny_clip().train()
     config = model.config.text_config

@@ -162,7 +162,7 @@ class PositionalMicrobatches(PresentUnits):
     """The batch cut into K equal pieces: one inserted record shifts all later ones."""
 
     def draw(self):
-        return np.array_split(np.sort(self._draw_units()), self.plan.num_microbatches)
+        return np.array_split(self._draw_units(), self.plan.num_microbatches)
 
 
 class ShuffledFixedSize(PresentUnits):

@@ -34,7 +34,7 @@ class Negatives(Protocol):
     def embeddings(self, model: "ContrastiveModel") -> PublicEmbeddings: ...
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class ContrastiveModel(VectorizableModel):
     """A model with CLIP's or SigLIP's loss, as it is or with adapters.
 

@@ -29,7 +29,7 @@ SIDE_BY_SIDE = 2**28
 JOINED_ROW = 2**12
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Dense:
     """Each gradient by itself.
 
@@ -175,7 +175,7 @@ def _side_by_side(products: list[Outer]) -> Iterator[Dense]:
     return map(Dense, products[0].layout.sum_rows(of_rows).unbind(dim=1))
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class SpareMemory:
     """Memory to spend on keeping gradients of weight matrices multiplied out instead of as factors.
 

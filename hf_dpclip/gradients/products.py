@@ -87,7 +87,7 @@ def _squared_norms_from_gram_matrices(a: Tensor, b: Tensor) -> Tensor:
         pairs[:, :, :start] *= 2
         squares = squares + pairs.sum(dim=2).double().sum(dim=1)
         magnitudes = magnitudes + pairs.abs_().sum(dim=2).double().sum(dim=1)
-    # A norm that is too small would leave a gradient longer than C. So the most that can be missing is added: what
+    # A norm that is too small would leave a gradient longer than C. So what may be missing is added: about as much as
     # rounding takes away where large terms cancel, and what float32 cannot hold where factors differ much in size.
     float32 = torch.finfo(torch.float32)
     return squares.clamp(min=0) + 2 * float32.eps * magnitudes + float32.tiny * (vanished + rows**2)

@@ -33,7 +33,7 @@ FIRST_POSITION_TEXTS = (
 TEXT_STEP, STATIC_TEXT_STEP = 8, 16
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class VectorizableModel:
     """A model in training. Subclasses know its loss, and the `needed_inputs` that computing it takes.
 

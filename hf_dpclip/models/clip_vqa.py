@@ -110,8 +110,8 @@ class CLIPForVisualQuestionAnswering(PreTrainedModel):
             raise ValueError(f"answers must be at least one and differ from one another, not {answers}.")
         labels = {answer: label for label, answer in enumerate(answers)}
         model = cls(CLIPVQAConfig(clip.config.to_dict(), id2label=dict(enumerate(answers)), label2id=labels, **kwargs))
-        # Where the weights come from, for the model card and for whoever asks what they have cost.
-        model.config._name_or_path = clip.config._name_or_path
+        # Where the weights come from, for whoever asks what they have cost.
+        model.clip.config._name_or_path = clip.config._name_or_path
         model.clip.load_state_dict({k: v for k, v in clip.state_dict().items() if k != "logit_scale"})
         return model.to(clip.dtype)
 

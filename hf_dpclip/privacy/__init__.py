@@ -7,7 +7,7 @@ the weights), `composition` (what several runs cost together) and `ledger` (the 
 those of `ledger_lines`). `docs/privacy.md` holds the theorem and its proof.
 
 The core needs torch, numpy and dp_accounting only. Names are imported on first use, so that the command line can make
-a plan without waiting for torch, which only the mechanism and its noise need.
+a plan without waiting for torch, which only sampling, the mechanism and its noise need.
 """
 
 from importlib import import_module

@@ -123,7 +123,8 @@ class Ledger:
 
     def _check_exists(self) -> None:
         if not self.path.is_file():
-            nearby = next(self.path.parent.glob(f"*/{self.path.name}"), None)
+            places = [self.path.parent.parent / self.path.name, *self.path.parent.glob(f"*/{self.path.name}")]
+            nearby = next(filter(Path.is_file, places), None)
             found = f" (there is one in {nearby.parent})" if nearby else ""
             raise FileNotFoundError(
                 f"{self.path} does not exist: name a ledger, or the output folder of a run{found}."

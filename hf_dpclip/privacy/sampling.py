@@ -16,8 +16,9 @@ class PoissonSampler:
     Formal guarantees:
         Every unit joins a step independently of all others with probability q, and gets a uniform label in {1..K}
         independently of all others. Adding or removing one unit therefore changes neither the law of who else is drawn
-        nor their labels, and their order is that of the dataset: exactly one microbatch differs. Cutting the batch by
-        position instead would shift all later microbatches, and sensitivity would grow with K.
+        nor their labels, and units stand in ascending order, which stays that of the others: exactly one microbatch
+        differs. Cutting the batch by position instead would shift all later microbatches, and sensitivity would grow
+        with K.
     """
 
     def __init__(self, plan: PrivacyPlan, generator: np.random.Generator):
