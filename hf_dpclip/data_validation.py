@@ -75,7 +75,7 @@ def check_records(collator: Callable, collated: Dataset | dict[str, Dataset] | N
         for key, dataset in collated.items():
             check_records(collator, dataset, f"{name}[{key!r}]")
     elif isinstance(collated, str):
-        raise ValueError(f"{name} is a str, not a dataset: load it with hf_dpclip.data.load_pairs.")
+        check_dataset(collated, name)
     elif isinstance(collator, PairCollator) and has_random_access(collated) and len(collated) > 0:
         try:
             collator.check_records(collated)

@@ -22,6 +22,7 @@ from .evaluating import EvaluatingTrainer
 from .gradients import contrastive_base
 from .gradients.vectorizable import WITH_CAUSAL_TEXTS
 from .guard import check_no_hooks
+from .models.lora import check_is_model
 
 
 logger = logging.get_logger(__name__)
@@ -36,10 +37,8 @@ def check_call(
     model: nn.Module | None, data_collator: Callable | None, train_dataset: Dataset | None, processing_class: Any
 ) -> None:
     """Raises `ValueError` for arguments of [`DPCLIPTrainer`] of the wrong type, often in the wrong order."""
-    if model is not None and not isinstance(model, nn.Module):
-        raise ValueError(
-            f"model is a {type(model).__name__}: load the model itself, as in CLIPModel.from_pretrained(name)."
-        )
+    if model is not None:
+        check_is_model(model)
     if model is not None and any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
             "parameters of the model are on the meta device, without values: load them with from_pretrained, outside "

@@ -476,7 +476,7 @@ DATA = {
     "evaluation by name": (
         lambda f: processed(f, raw_pairs(8), options={"eval_dataset": "test"}),
         "eval_dataset is a str, not a dataset",
-        "load it with hf_dpclip.data.load_pairs",
+        "load one by its name with hf_dpclip.data.load_pairs",
     ),
     "a number of public negatives": (
         lambda f: processed(f, raw_pairs(8), options={"public_negatives": 5}),

@@ -44,7 +44,7 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_a_checkpoint_is_whole(checkpoint):
+def test_a_checkpoint_is_complete(checkpoint):
     assert why_incomplete(checkpoint) is None
     check_undamaged(checkpoint)
 
@@ -59,8 +59,11 @@ def test_the_seal_covers_every_file_but_itself_and_the_last(checkpoint):
 @pytest.mark.parametrize("damage", [flip, truncate], ids=["edited", "truncated"])
 def test_a_damaged_file_is_refused_by_name(make_trainer, checkpoint, name, damage):
     damage(checkpoint / name)
-    message = rf"checkpoint-4 is not a complete checkpoint: {name} is not what was saved. Restore it .* or remove this"
-    with pytest.raises(ValueError, match=message + " folder"):
+    message = (
+        rf"checkpoint-4 is not a complete checkpoint: {name} is not what was saved. "
+        "Restore it .* or remove this folder"
+    )
+    with pytest.raises(ValueError, match=message):
         make_trainer(max_steps=4, **SAVING).train(resume_from_checkpoint=True)
 
 
@@ -113,7 +116,7 @@ def test_a_finished_run_resumes_without_a_step_and_with_its_weights(make_trainer
 # ---- A checkpoint in the place of another ----
 
 
-def test_a_whole_checkpoint_stays_until_the_one_that_replaces_it_is_whole(checkpoint):
+def test_a_complete_checkpoint_stays_until_the_one_that_replaces_it_is_complete(checkpoint):
     set_aside(checkpoint)
     aside = checkpoint.with_name("_replaced-checkpoint-4")
     check_undamaged(aside)

@@ -190,7 +190,7 @@ def test_when_one_of_two_processes_dies_the_other_ends_with_the_remedy(bereaved)
     assert seconds < NO_HANG
 
 
-def test_the_step_in_which_a_process_died_is_counted_and_the_last_checkpoint_is_whole(bereaved):
+def test_the_step_in_which_a_process_died_is_counted_and_the_last_checkpoint_is_complete(bereaved):
     folder = bereaved[0]
     assert last_complete_checkpoint(folder) == str(folder / "checkpoint-2")
     assert why_incomplete(folder / "checkpoint-2") is None

@@ -77,8 +77,8 @@ class MicrobatchGradients:
         self.parameters = parameters
         # By `id` of the parameter, as in the recording.
         gradients = {number: _merged(uses) for number, uses in recording.gradients.items()}
-        outer = {number: each for number, each in gradients.items() if isinstance(each, Outer)}
-        gradients.update(multiplied_out({number: each for number, each in outer.items() if each.is_better_batched}))
+        outer = {n: each for n, each in gradients.items() if isinstance(each, Outer) and each.is_better_batched}
+        gradients.update(multiplied_out(outer))
         small = {number: each for number, each in gradients.items() if isinstance(each, Dense) and each.is_small}
         self._gradients = {number: each for number, each in gradients.items() if number not in small}
         self._joined = Joined(small) if small else None

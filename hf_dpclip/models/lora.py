@@ -1,6 +1,7 @@
 """A LoRA configuration for dual encoders that suits private training."""
 
 import re
+from typing import Any
 
 from peft import LoraConfig, PeftMixedModel, PeftModel
 from torch import nn
@@ -45,10 +46,7 @@ def lora_config(
         model = peft.get_peft_model(model, lora_config(model, r=8))
         ```
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"model is a {type(model).__name__}: load the model itself, as in CLIPModel.from_pretrained(name)."
-        )
+    check_is_model(model)
     if not is_whole(r) or r < 1:
         raise ValueError(f"r={r!r} is not possible: the rank must be a whole number of at least 1, e.g. 8.")
     if isinstance(model, PeftModel | PeftMixedModel):
@@ -76,6 +74,14 @@ def lora_config(
     return LoraConfig(
         r=r, lora_alpha=2 * r if lora_alpha is None else lora_alpha, target_modules=_ADAPTED.pattern, **kwargs
     )
+
+
+def check_is_model(model: Any) -> None:
+    """Raises `ValueError` for anything but a model, such as its name."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is a {type(model).__name__}: load the model itself, as in CLIPModel.from_pretrained(name)."
+        )
 
 
 def base_model(model: nn.Module) -> nn.Module:
