@@ -30,14 +30,18 @@ COUNTED_TEXTS = 1_000
 
 def warn(trainer: "DPCLIPTrainer", public_negatives: list[str] | Dataset | None) -> None:
     """Gives all warnings of this module. To be called before a tracker records the console."""
+    dataset, collator, unit_column = trainer.train_dataset, trainer.data_collator, trainer.args.privacy_unit_column
     warn_of_private_start(trainer.model)
-    if trainer.args.privacy_unit_column is None:
-        warn_of_shared_images(trainer.train_dataset)
-    warn_of_private_captions(
-        trainer.train_dataset, trainer.data_collator, public_negatives, trainer.args.privacy_unit_column
-    )
-    warn_of_cut_texts(trainer.data_collator, trainer.train_dataset)
+    warn_of_records(dataset, collator, unit_column)
+    warn_of_private_captions(dataset, collator, public_negatives, unit_column)
     warn_of_evaluation_without_negatives(trainer)
+
+
+def warn_of_records(dataset: Any, collator: Callable, unit_column: str | None) -> None:
+    """Warns of what training makes less of than the records hold, or protects less than it may seem to."""
+    if unit_column is None:
+        warn_of_shared_images(dataset)
+    warn_of_cut_texts(collator, dataset)
 
 
 def warn_of_private_start(model: nn.Module) -> None:

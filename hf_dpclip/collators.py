@@ -194,7 +194,7 @@ class VisualQuestionCollator(ImageTextCollator):
         unknown = [row for row, answer in enumerate(answers) if answer not in self.label2id]
         if unknown:
             raise ValueError(
-                f"the answer of {described(dataset, unknown[0])} ({len(unknown)} such records) is none of the "
+                f"the answer of {described(dataset, unknown[0])} (such records: {len(unknown)}) is none of the "
                 f"{len(self.label2id)} answers that the model can give: leave such records out, or make the model "
                 "with CLIPForVisualQuestionAnswering.from_clip(clip, answers=[...])."
             )

@@ -68,7 +68,7 @@ def check_labels(dataset: Dataset, label_column: str) -> None:
     unlabelled = [row for row, label in enumerate(dataset[label_column]) if label is None or label < 0]
     if unlabelled:
         raise ValueError(
-            f"record {unlabelled[0]} ({len(unlabelled)} such records) has no label in column {label_column!r}: leave "
+            f"record {unlabelled[0]} (such records: {len(unlabelled)}) has no label in column {label_column!r}: leave "
             "such records out, or choose a split that has labels."
         )
 
@@ -245,7 +245,7 @@ def _beside(table: Path, images: list[Any]) -> list[str]:
     if missing:
         raise ValueError(
             f"row {missing[0]} of {table}, counted from 0 below the names of the columns, holds "
-            f"{kind_of(images[missing[0]])} in the place of an image ({len(missing)} such rows: {listed(missing)}): "
+            f"{kind_of(images[missing[0]])} in the place of an image ({len(missing)} in all: {listed(missing)}): "
             "write the image's path there, or leave such rows out."
         )
     # URLs are left to `datasets`.

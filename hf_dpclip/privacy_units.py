@@ -67,16 +67,16 @@ def _records_by_value(dataset: Dataset, column: str) -> list[np.ndarray]:
     missing = [row for row, value in enumerate(values) if isinstance(value, str) and value.strip().lower() in NO_IDS]
     if missing:
         raise ValueError(
-            f"record {missing[0]} ({len(missing)} such records) has {values[missing[0]]!r} as its {column!r}, as if "
+            f"record {missing[0]} (such records: {len(missing)}) has {values[missing[0]]!r} as its {column!r}, as if "
             "it had none. Records without an id do not form one unit: give each of them an id of its own."
         )
     without = [number for number, value in enumerate(values) if not isinstance(value, str | int)]
     if without:
         raise ValueError(
             f"privacy_unit_column={column!r} has values that are neither strings nor whole numbers, such as the "
-            f"{type(values[without[0]]).__name__} of record {without[0]} ({len(without)} such records; where some are "
-            "missing, the others may have been read as floats): give every record the id of its unit; a record that "
-            "belongs to nobody else needs an id of its own."
+            f"{type(values[without[0]]).__name__} of record {without[0]} (such records: {len(without)}; where some "
+            "are missing, the others may have been read as floats): give every record the id of its unit; a record "
+            "that belongs to nobody else needs an id of its own."
         )
     # Not numpy's `unique`, which ignores NUL characters at the end of texts.
     numbers = {value: number for number, value in enumerate(sorted(set(values)))}

@@ -208,7 +208,7 @@ def _check_files_exist(dataset: datasets.Dataset, column: str):
     if missing:
         (record,) = dataset.select_columns([column]).with_format("arrow")[missing[:1]][column].to_pylist()
         raise ValueError(
-            f"record {missing[0]} ({len(missing)} such records) names an image that is not there, "
+            f"record {missing[0]} (such records: {len(missing)}) names an image that is not there, "
             f"{shortened(record['path'])!r}: put the file there, correct the path, or leave such records out."
         )
 
@@ -252,7 +252,7 @@ def _rows_where(condition: Callable, dataset: datasets.Dataset, column: str, bat
 def _check_none_missing(missing: list[int], kind: str, column: str, condition: str):
     if missing:
         raise ValueError(
-            f"record {missing[0]} ({len(missing)} such records) has no {kind} in column {column!r}: leave such "
+            f"record {missing[0]} (such records: {len(missing)}) has no {kind} in column {column!r}: leave such "
             f"records out, as in dataset.filter(lambda record: {condition})."
         )
 

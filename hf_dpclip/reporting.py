@@ -106,7 +106,7 @@ def search_summary(statement: PrivacyStatement) -> str:
 
 def _earlier(statement: PrivacyStatement) -> list[str]:
     earlier = [*statement.earlier_runs.values()]
-    return [f"  spent before, by {len(earlier)} runs: {_cost(composed(earlier))}"] if earlier else []
+    return [f"  spent before (earlier runs: {len(earlier)}): {_cost(composed(earlier))}"] if earlier else []
 
 
 def _cost(spent: PrivacySpent) -> str:

@@ -69,7 +69,7 @@ def check_model(model: nn.Module) -> None:
     model.train(was_training)
     if leaking:
         raise ValueError(
-            f"{leaking[0]} ({len(leaking)} such modules) keeps running statistics of the private data outside the "
+            f"{leaking[0]} (such modules: {len(leaking)}) keeps running statistics of the private data outside the "
             "mechanism: freeze those it came with by hf_dpclip.freeze_batch_norm(model), or replace BatchNorm by "
             "GroupNorm or LayerNorm."
         )

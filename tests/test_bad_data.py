@@ -115,12 +115,12 @@ DATA = {
     "empty list": (lambda f: trainer(f, []), "train_dataset is empty", "check the split"),
     "no caption": (
         lambda f: processed(f, with_texts(["a", None, "b", None])),
-        "record 1 (2 such records) has no text in column 'text'",
+        "record 1 (such records: 2) has no text in column 'text'",
         "dataset.filter",
     ),
     "empty caption": (
         lambda f: processed(f, with_texts(["a", "b", ""])),
-        "record 2 (1 such records) has no text",
+        "record 2 (such records: 1) has no text",
         "dataset.filter",
     ),
     "numbers as captions": (
@@ -135,7 +135,7 @@ DATA = {
     ),
     "no image": (
         lambda f: processed(f, with_images([*pictures(3), None])),
-        "record 3 (1 such records) has no image in column 'image'",
+        "record 3 (such records: 1) has no image in column 'image'",
         "dataset.filter",
     ),
     "no image in a list": (
@@ -186,7 +186,7 @@ DATA = {
             lambda f, text=text: processed(
                 f, raw_pairs(8).add_column("patient", ["a", text, *"bcdefg"]), privacy_unit_column="patient"
             ),
-            f"record 1 (1 such records) has {text!r} as its 'patient'",
+            f"record 1 (such records: 1) has {text!r} as its 'patient'",
             "give each of them an id of its own",
         )
         for text in ("", "NA", "N/A", "nan", "None")
@@ -215,7 +215,7 @@ DATA = {
         lambda f: processed(
             f, raw_pairs(8).add_column("patient", ["a", None, *"bcdefg"]), privacy_unit_column="patient"
         ),
-        "such as the NoneType of record 1 (1 such records",
+        "such as the NoneType of record 1 (such records: 1",
         "give every record the id of its unit",
     ),
     "a missing file": (
@@ -235,27 +235,27 @@ DATA = {
     ),
     "a file that is missing later": (
         lambda f: processed(f, with_images([*files(f), "nowhere.png"]).cast_column("image", Image())),
-        "record 3 (1 such records) names an image that is not there, 'nowhere.png'",
+        "record 3 (such records: 1) names an image that is not there, 'nowhere.png'",
         "correct the path, or leave such records out",
     ),
     "a folder in the place of a file": (
         lambda f: processed(f, with_images([*files(f), str(f)]).cast_column("image", Image())),
-        "record 3 (1 such records) names an image that is not there",
+        "record 3 (such records: 1) names an image that is not there",
         "correct the path, or leave such records out",
     ),
     "neither a path nor bytes": (
         lambda f: processed(f, stored([{"bytes": None, "path": path} for path in [*files(f), None, ""]])),
-        "record 3 (2 such records) has no image in column 'image'",
+        "record 3 (such records: 2) has no image in column 'image'",
         "dataset.filter",
     ),
     "a file that is missing in a selection": (
         lambda f: processed(f, with_images([*files(f), "nowhere.png"]).cast_column("image", Image()).select([0, 3])),
-        "record 1 (1 such records) names an image that is not there, 'nowhere.png'",
+        "record 1 (such records: 1) names an image that is not there, 'nowhere.png'",
         "correct the path, or leave such records out",
     ),
     "a blank text": (
         lambda f: processed(f, with_texts(["a", "b", " \t", "d"])),
-        "record 2 (1 such records) has no text in column 'text'",
+        "record 2 (such records: 1) has no text in column 'text'",
         "dataset.filter(lambda record: record['text'] and record['text'].strip())",
     ),
     "columns": (lambda f: processed(f, raw_pairs(8)[:]), "train_dataset is a dict", "Dataset.from_dict"),
@@ -420,22 +420,22 @@ DATA = {
     ),
     "evaluation without a caption of its own": (
         lambda f: processed(f, raw_pairs(8), options={"eval_dataset": with_texts(["a", None])}),
-        "eval_dataset: record 1 (1 such records) has no text",
+        "eval_dataset: record 1 (such records: 1) has no text",
         "dataset.filter",
     ),
     "evaluation without a caption": (
         lambda f: processed(f, other_raw_pairs(8), options={"eval_dataset": {"test": with_texts(["a", None])}}),
-        "record 1 (1 such records) has no text",
+        "record 1 (such records: 1) has no text",
         "dataset.filter",
     ),
     "unknown answers": (
         lambda f: questions(["yes", "maybe", "no", "maybe"], f),
-        "the answer of record 1 of the dataset (2 such records) is none of the 3 answers",
+        "the answer of record 1 of the dataset (such records: 2) is none of the 3 answers",
         "leave such records out",
     ),
     "unknown answers of selected records": (
         lambda f: questions(["yes", "maybe", "no", "maybe"], f, rows=slice(1, None, 2)),
-        "the answer of record 0 of the dataset (row 1 of the table that it was selected from) (2 such records) is",
+        "the answer of record 0 of the dataset (row 1 of the table that it was selected from) (such records: 2) is",
         "leave such records out",
     ),
     "lists of answers": (
@@ -602,6 +602,6 @@ def test_an_undecodable_image_in_a_worker_is_named(tmp_path):
 
 def test_records_are_numbered_as_they_were_selected(tmp_path):
     texts = with_texts(["a", None, "b", "c", "d"])
-    wrong = "record 3 (1 such records) has no text in column 'text'"
+    wrong = "record 3 (such records: 1) has no text in column 'text'"
     check_explained(lambda: processed(tmp_path, texts.select([4, 3, 2, 1, 0])), wrong, "dataset.filter")
     assert processed(tmp_path, texts.select([4, 3, 2, 0])).plan.num_examples == 4

@@ -142,8 +142,9 @@ def test_a_revision_of_a_folder_is_unusable_input(publish, capsys):
 
 
 def test_a_name_that_is_nowhere_is_unusable_input(tmp_path, capsys):
-    assert main(["card", str(tmp_path / "misspelt" / "folder")]) == 2
-    assert "check the spelling" in capsys.readouterr().err
+    folder = tmp_path / "misspelt" / "folder"
+    assert main(["card", str(folder)]) == 2
+    assert f"{folder} does not exist, and no model on the Hub can have such a name" in capsys.readouterr().err
 
 
 def test_without_a_connection_nothing_is_said_of_the_model(monkeypatch, capsys):

@@ -64,6 +64,16 @@ def test_a_record_without_a_unit_is_found(tmp_path, answer):
     assert answer(str(path), "--privacy-unit-column", "report")[0] == 0
 
 
+def test_what_a_trainer_would_warn_of_is_said_too(table, answer, caplog):
+    path = table(3, texts={1: "a" * 30})
+    assert answer(path)[0] == 0
+    assert "1 of the first 3 texts have more than the 16 tokens" in caplog.text and "share" not in caplog.text
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("0.png,the same from the left\n")
+    answer(path)
+    assert "2 of the 4 records looked at share their 'scan' with another record" in caplog.text
+
+
 def test_all_bad_records_are_named_with_the_reason(table, answer):
     code, text, _ = answer(table(5, images={1: b"no image"}, texts={3: " \u3000"}))
     assert code == 1
@@ -112,7 +122,7 @@ def test_all_empty_cells_of_images_are_named_at_once(answer, table):
     assert (
         code == 2
         and "row 1 of" in error
-        and "holds nothing (None) in the place of an image (2 such rows: 1, 2): write" in error
+        and "holds nothing (None) in the place of an image (2 in all: 1, 2): write" in error
     )
 
 

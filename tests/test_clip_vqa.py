@@ -160,7 +160,7 @@ def test_every_view_has_the_label_of_its_record():
 
 def test_unknown_answers_are_refused_before_training_and_not_shown(make_trainer):
     with pytest.raises(
-        ValueError, match=r"record 2 of the dataset \(13 such records\) is none of the 2 answers"
+        ValueError, match=r"record 2 of the dataset \(such records: 13\) is none of the 2 answers"
     ) as refusal:
         make_trainer(tiny_clip_vqa(), records(40), {"data_collator": collator(label2id={"yes": 0, "no": 1})})
     assert "red" not in str(refusal.value)

@@ -117,7 +117,7 @@ def test_every_trial_spends_and_says_so(make_searcher, capsys):
     printed = capsys.readouterr().out
     assert printed.count(f"ε = {one:.4g} at δ = 0.0103 after 2 steps (q = 0.125, σ = 1)") == 3
     assert f"together: ε = {all_three:.4g} at δ = 0.0103 after 6 steps" in printed
-    assert f"spent before, by 2 runs: ε = {trainer.plan.epsilon(4):.4g}" in printed
+    assert f"spent before (earlier runs: 2): ε = {trainer.plan.epsilon(4):.4g}" in printed
 
 
 class KeepStatements(TrainerCallback):

@@ -558,7 +558,7 @@ def test_the_command_prints_json(two_datasets, capsys):
 def test_the_command_prints_plain_lines_where_nobody_watches(two_datasets, capsys):
     assert main(["ledger", str(two_datasets)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("scans: NOT PRIVATE; without the 1 runs that are not, ε = ")
+    assert lines[0].startswith("scans: NOT PRIVATE; without the runs that are not, ε = ")
     assert lines[1].split("\t")[:3] == ["run", "began", "steps"]
     fields = lines[2].split("\t")
     assert (fields[0], fields[2], fields[6]) == ("01234567", "20 of 20", f"{plan().epsilon(20):.4g}")

@@ -42,7 +42,7 @@ def test_a_computed_metric_starts_over():
 
 @pytest.mark.parametrize("label", [-1, 3])
 def test_a_label_without_a_prompt_is_refused_not_counted_as_wrong(label):
-    message = re.escape(f"the label of image 2 (1 such images) is {label}, and there are 3 prompts")
+    message = re.escape(f"the label of image 2 (such images: 1) is {label}, and there are 3 prompts")
     with pytest.raises(ValueError, match=message):
         ZeroShotAccuracy(keep_in_memory=True).compute(predictions=SIMILARITIES, references=[0, 1, label, 1])
 

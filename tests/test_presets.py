@@ -136,8 +136,8 @@ def test_datasets_of_the_hub_get_the_columns_and_the_class_names_of_presets(hub,
         ({"image_column": "image"}, r"columns \['image', 'label', 'filename'\]; expected were img and label"),
         ({"splits": ["train", "validation"]}, "splits train, validation; expected were train and test"),
         ({"names": ["cat", "dog"], "labels": (1, 0)}, "2 classes; expected were 10: airplane, automobile"),
-        ({"labels": (3, -1)}, r"record 1 \(1 such records\) has no label in column 'label'"),
-        ({"labels": (None, 3)}, r"record 0 \(1 such records\) has no label in column 'label'"),
+        ({"labels": (3, -1)}, r"record 1 \(such records: 1\) has no label in column 'label'"),
+        ({"labels": (None, 3)}, r"record 0 \(such records: 1\) has no label in column 'label'"),
     ],
 )
 def test_a_dataset_that_is_not_laid_out_as_expected_is_refused(hub, changes, message):

@@ -63,7 +63,7 @@ def assert_refused(make_trainer):
     ids=["batch_norm", "without_weights", "sync_batch_norm", "in_evaluation_mode"],
 )
 def test_running_statistics_of_the_data_are_refused(assert_refused, layer):
-    assert_refused("normalisation .1 such modules. keeps running statistics.*GroupNorm", model=Regressor(layer))
+    assert_refused("normalisation .such modules: 1. keeps running statistics.*GroupNorm", model=Regressor(layer))
 
 
 @pytest.mark.parametrize(

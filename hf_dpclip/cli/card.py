@@ -105,8 +105,13 @@ def _download(repo_id: str, revision: str | None) -> Path:
 
     try:
         statement = hf_hub_download(repo_id, STATEMENT_NAME, revision=revision)
-    # The last one where there is no connection.
-    except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError) as error:
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"{repo_id} does not exist, and no model on the Hub can have such a name: name the folder of a saved "
+            "model."
+        ) from error
+    # The second one where there is no connection.
+    except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
             f"{repo_id} is neither a folder here nor a model that the Hub shows you ({error}): check the spelling and "
             "the connection, or log in with `hf auth login` if it is private."

@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Reads all records. Returns 0 if every one can be read and encoded, and 1 if not."""
+    """Reads all records, and warns of what a trainer would. Returns 0 if every one can be read and encoded, and 1 if
+    not."""
+    from ..caveats import warn_of_records
     from ..collators import ImageTextCollator
     from ..data import load_pairs, unusable_records
     from ..privacy_units import PrivacyUnits
@@ -58,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({"records": len(dataset), "unusable": unusable}, indent=2))
     else:
         _show(len(dataset), unusable)
+    warn_of_records(dataset, collator, arguments.privacy_unit_column)
     return 1 if unusable else 0
 
 

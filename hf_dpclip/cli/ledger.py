@@ -64,7 +64,7 @@ def _verdict(total: "Total") -> str:
     spent = f"ε = {total.epsilon_of_private_runs:.4g} at δ = {total.delta:.3g}"
     if not total.not_private_runs:
         return f"{total.dataset}: {spent} for one {units[0]}"
-    return f"{total.dataset}: NOT PRIVATE; without the {len(total.not_private_runs)} runs that are not, {spent}"
+    return f"{total.dataset}: NOT PRIVATE; without the runs that are not, {spent}"
 
 
 def _row(record: "RunRecord") -> tuple[str, ...]:

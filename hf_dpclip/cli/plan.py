@@ -15,7 +15,7 @@ from .tables import print_table
 SUMMARY = "Noise, epsilon and signal of a run before it starts."
 
 # ε is shown after these epochs, and after all of them.
-SHOWN_EPOCHS = (1, 2, 5, 10, 20, 50, 100)
+SHOWN_EPOCHS = (1, 2, 3, 4, 5, 10, 20, 50, 100)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

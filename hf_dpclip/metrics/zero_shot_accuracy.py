@@ -35,7 +35,8 @@ class ZeroShotAccuracy(evaluate.Metric):
         unknown = np.flatnonzero((labels < 0) | (labels >= similarities.shape[1]))
         if len(unknown):
             raise ValueError(
-                f"the label of image {unknown[0]} ({len(unknown)} such images) is {labels[unknown[0]]}, and there are "
-                f"{similarities.shape[1]} prompts: leave images without a label out, and give one prompt per class."
+                f"the label of image {unknown[0]} (such images: {len(unknown)}) is {labels[unknown[0]]}, and there "
+                f"are {similarities.shape[1]} prompts: leave images without a label out, and give one prompt per "
+                "class."
             )
         return {"accuracy": float(np.mean(similarities.argmax(axis=1) == labels))}
