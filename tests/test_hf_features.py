@@ -1,5 +1,6 @@
 """What users of `Trainer` rely on keeps working, and says what it costs in privacy."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -313,9 +314,10 @@ def test_trials_with_plans_of_their_own_are_added_up(make_searcher):
     (first, _), (second, _) = trainer.privacy_statement().runs
     assert (first.expected_batch_size, second.expected_batch_size) == (4, 8)
     assert (first.num_microbatches, second.num_microbatches) == (1, 1)
-    spent = trainer.privacy_spent()
-    assert spent.epsilon == first.epsilon() + second.epsilon()
-    assert spent.delta == first.target_delta + second.target_delta
+    spent, delta = trainer.privacy_spent(), first.target_delta
+    halves = [dataclasses.replace(plan, target_delta=delta / 2).epsilon() for plan in (first, second)]
+    assert spent.epsilon == sum(halves) > first.epsilon() + second.epsilon()
+    assert spent.delta == delta == second.target_delta
 
 
 def test_trials_start_from_the_same_weights_and_draw_noise_of_their_own(make_searcher):

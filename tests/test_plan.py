@@ -8,7 +8,7 @@ import pytest
 from plans import SIZES, plan
 
 from hf_dpclip import PrivacyPlan
-from hf_dpclip.privacy import composed
+from hf_dpclip.privacy import PrivacySpent, composed
 
 
 def test_sampling_probability_and_microbatch_size_follow():
@@ -96,3 +96,27 @@ def test_runs_that_protect_different_units_are_not_added_up():
     with pytest.raises(ValueError, match="different privacy units, patient and record, have no common"):
         composed([(plan(), 3), (plan(privacy_unit="patient"), 3)])
     assert composed([(plan(), 0), (plan(privacy_unit="patient"), 3)]).steps == 3
+
+
+def test_runs_of_one_mechanism_compose_as_their_steps_do():
+    assert composed([(plan(), 3), (plan(num_steps=50), 4)]) == PrivacySpent(plan().epsilon(7), 1e-5, 7)
+
+
+def test_runs_of_several_share_the_smallest_delta_of_all():
+    """Were δ added up, ten runs would have one at which publishing a record counts as private."""
+    noises = [1.0 + number / 10 for number in range(10)]
+    runs = [(plan(noise_multiplier=sigma), 3) for sigma in noises] + [(plan(noise_multiplier=1.0), 2)]
+    shares = [plan(noise_multiplier=sigma, target_delta=plan().target_delta / 10) for sigma in noises]
+    spent = composed(runs)
+    assert spent.delta == plan().target_delta and spent.steps == 32
+    assert spent.epsilon == pytest.approx(shares[0].epsilon(5) + sum(share.epsilon(3) for share in shares[1:]))
+    stricter = plan(target_delta=plan().target_delta / 7)
+    assert composed([(plan(), 3), (stricter, 4)]) == PrivacySpent(stricter.epsilon(7), stricter.target_delta, 7)
+
+
+def test_a_share_that_is_too_small_for_pld_is_accounted_by_rdp():
+    small = plan(target_delta=1e-9)
+    assert composed([(small, 3)]).epsilon == small.epsilon(3)
+    runs = [(plan(target_delta=1e-9, noise_multiplier=sigma), 3) for sigma in (1.25, 2.0)]
+    shares = [plan(target_delta=5e-10, noise_multiplier=sigma, accountant="rdp") for sigma in (1.25, 2.0)]
+    assert composed(runs).epsilon == sum(share.epsilon(3) for share in shares)

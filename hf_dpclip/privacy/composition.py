@@ -67,7 +67,7 @@ class Total:
         The outputs of the private runs together are (ε, δ)-differentially private in the records: each step is a
         Poisson-subsampled Gaussian, and learning rates, models and the like may be chosen by looking at earlier runs.
         σ, q and the number of steps of each run are treated as fixed beforehand: where results decided on them, only
-        the sums of ε and δ ([`~privacy.composed`]) are proven.
+        the sum of ε at shares of δ ([`~privacy.composed`]) is proven.
     """
 
     runs: tuple[RunRecord, ...]
@@ -99,22 +99,31 @@ class Total:
 def composed(runs: Runs) -> PrivacySpent:
     """What several runs on the same records cost together.
 
-    Runs of one mechanism compose as their steps do. Where σ, q or δ differ between runs, results of the earlier ones
-    may have decided on them; ε and δ are then added up, which holds for mechanisms chosen that way too. Raises
-    `ValueError` for different privacy units, for which there is no common ε.
+    Runs of one mechanism (σ and q) compose as their steps do. Where there are several, results of the earlier ones may
+    have decided on the later: each then gets an equal share of δ, the smallest of all runs, and the values of ε are
+    added up, which holds for mechanisms chosen that way too. Raises `ValueError` for different privacy units, which
+    have no common ε.
 
-    Reference: Rogers et al., Privacy Odometers and Filters: Pay-as-you-Go Composition (2016).
+    References: Rogers et al., Privacy Odometers and Filters: Pay-as-you-Go Composition (2016); Lyu, Composition
+    Theorems for Interactive Differential Privacy (2022), for runs that were resumed after others had begun.
     """
     runs = [(plan, steps) for plan, steps in runs if steps] or runs[-1:]
     plans, total = [plan for plan, _ in runs], sum(steps for _, steps in runs)
     units = {plan.privacy_unit for plan in plans}
     if len(units) > 1:
         raise ValueError(f"runs with different privacy units, {' and '.join(sorted(units))}, have no common ε.")
-    mechanisms = {(p.sampling_probability, p.noise_multiplier, p.target_delta, p.accountant) for p in plans}
-    if len(mechanisms) == 1:
-        return PrivacySpent(plans[0].epsilon(total), plans[0].target_delta, total)
-    epsilon = sum(plan.epsilon(steps) for plan, steps in runs)
-    return PrivacySpent(epsilon, sum(plan.target_delta for plan in plans), total)
+    steps_of: Counter[tuple[float, float, str]] = Counter()
+    for plan, steps in runs:
+        steps_of[plan.sampling_probability, plan.noise_multiplier, plan.accountant] += steps
+    delta = min(plan.target_delta for plan in plans)
+    epsilon = sum(_epsilon(*mechanism, steps, delta / len(steps_of)) for mechanism, steps in steps_of.items())
+    return PrivacySpent(epsilon, delta, total)
+
+
+def _epsilon(q: float, sigma: float, accountant: str, steps: int, delta: float) -> float:
+    """ε at a share of δ: by RDP where that is too small for privacy loss distributions."""
+    computable = delta >= accounting.smallest_pld_delta(steps)
+    return accounting.epsilon(q, sigma, steps, delta, accountant if computable else "rdp")
 
 
 def merge_runs(*several: NamedRuns) -> dict[str, tuple[PrivacyPlan, int]]:
