@@ -190,18 +190,21 @@ def _example(model: nn.Module, processor: ProcessorMixin) -> list[str]:
 def _introduction(trainer: "PublishingTrainer", facts: TrainingSummary) -> str:
     kind = "An adapter of" if isinstance(trainer.model, PeftModel) else "A fine-tuned version of"
     base = _hub_id(facts.finetuned_from)
-    link = f"[{base}](https://huggingface.co/{base})" if base else "a model that is not named here"
-    how = "not privately" if trainer.privacy_statement().not_private_because else "with differential privacy"
+    link = f"[{base}](https://huggingface.co/{base})" if base else "a model that is not on the Hub"
+    how = "without privacy" if trainer.privacy_statement().not_private_because else "with differential privacy"
     return f"# {facts.model_name}\n\n{kind} {link}, trained {how} by `hf_dpclip`."
 
 
 def _training_data(trainer: "PublishingTrainer", facts: TrainingSummary) -> str:
     names = ", ".join(map(str, _listed(facts.dataset))) or "a dataset that is not named here"
-    plan = trainer.privacy_statement().plan
+    statement = trainer.privacy_statement()
+    plan = statement.plan
+    units = f"{plan.num_examples:,} privacy units (one unit = one {plan.privacy_unit}) of {names}."
+    if statement.not_private_because:
+        return f"## Training data\n\n{units}"
     return (
-        f"## Training data\n\n{plan.num_examples:,} privacy units (one unit = one {plan.privacy_unit}) of {names}. "
-        "Nothing on this card was computed from these records, but for what the guarantee covers: no training "
-        "loss, no gradient norm, no size of a batch."
+        f"## Training data\n\n{units} Nothing on this card was computed from these records, but for what the "
+        "guarantee covers: no training loss, no gradient norm, no size of a batch."
     )
 
 

@@ -241,7 +241,7 @@ def test_a_folder_on_this_machine_is_no_base_model(trained, tmp_path):
     tiny_clip().save_pretrained(tmp_path / "start")
     card = card_of(trained(CLIPModel.from_pretrained(tmp_path / "start")))
     assert ModelCard(card).data.base_model is None
-    assert "A fine-tuned version of a model that is not named here" in card
+    assert "A fine-tuned version of a model that is not on the Hub" in card
 
 
 def test_a_folder_on_this_machine_is_not_published(trained, tmp_path):
