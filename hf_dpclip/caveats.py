@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .collators import AudioTextCollator, ImageTextCollator, tokenizer_of
 from .digests import LOOKED_AT, file_digests, image_columns
+from .model_history import steps_of
 from .models import base_model
 from .privacy import STATEMENT_NAME
 from .records import holds_texts
@@ -45,7 +47,13 @@ def warn_of_records(dataset: Any, collator: Callable, unit_column: str | None) -
 
 
 def warn_of_private_start(model: nn.Module) -> None:
-    """Warns if the model was loaded from the folder of another private run, whose cost adds to that of this run."""
+    """Warns if the model comes from another private run, whose cost adds to that of this run: another trainer had it,
+    it was loaded from the folder of such a run, or it has adapters that were trained before."""
+    steps = steps_of(model)
+    if steps:
+        _warn_of_earlier(f"the model, or a part of it, was trained here before, in {steps:,} steps")
+    elif _has_trained_adapters(model):
+        _warn_of_earlier("the adapters that the model has were trained before")
     # Towers may have been loaded one by one.
     parts = (module for module in base_model(model).modules() if isinstance(module, PreTrainedModel))
     for folder in dict.fromkeys(part.config._name_or_path for part in parts):
@@ -53,12 +61,27 @@ def warn_of_private_start(model: nn.Module) -> None:
         if statement is None or not statement.steps:
             continue
         spent = statement.spent
-        logger.warning(
-            f"the model starts from {folder}, which spent ε = {spent.epsilon:.4g} at δ = {spent.delta:.3g} on private "
-            "records. If they are those of this run, or of the same people, both costs add up, and the "
-            f"{STATEMENT_NAME} of this run will count only its own: give both runs one ledger_path, or, to go on with "
-            "the other run, use resume_from_checkpoint."
+        _warn_of_earlier(
+            f"the model starts from {folder}, which spent ε = {spent.epsilon:.4g} at δ = {spent.delta:.3g}"
         )
+
+
+def _warn_of_earlier(training: str) -> None:
+    logger.warning(
+        f"{training}. If that was on the private records of this run, or of the same people, both costs add up, and "
+        f"the {STATEMENT_NAME} of this run will count only its own: begin with the weights as they were before, or "
+        "give both runs one ledger_path, which has the total. To go on with the other run, call train of its own "
+        "trainer again, or use resume_from_checkpoint."
+    )
+
+
+def _has_trained_adapters(model: nn.Module) -> bool:
+    """Whether LoRA's second factors, which begin at zero unless they are initialised otherwise, are no longer so."""
+    if not isinstance(model, PeftModel):
+        return False
+    starts = [getattr(config, "init_lora_weights", None) for config in model.peft_config.values()]
+    begin_at_zero = all(start in (True, "gaussian") for start in starts)
+    return begin_at_zero and any("lora_B" in name and bool(each.any()) for name, each in model.named_parameters())
 
 
 def warn_of_shared_images(dataset: Any) -> None:

@@ -18,16 +18,15 @@ from .gradients import contrastive_base
 from .models import CLIPForVisualQuestionAnswering
 from .public_negatives import shared_rows
 from .record_ids import RecordIds
-from .records import first_record, has_random_access, holds_texts
+from .records import ENCODED, first_record, has_random_access, holds_texts
 
 
 # The number of records for evaluation that are looked for among the private ones.
 COMPARED = 64
 # The number of private records that are collated at most, to see whether they can be.
 COLLATED = 8
-# Columns that processors make of images and sounds, with hundreds of kilobytes per record; and how many private
-# records are therefore looked at.
-ENCODED = ("pixel_values", "input_features")
+# The number of private records that are looked at where images and sounds are encoded, which takes hundreds of
+# kilobytes for each.
 LOOKED_AT_ENCODED = 2_000
 # Text models whose position ids begin after that of the padding token.
 POSITIONS_BEHIND_PADDING = (
@@ -84,11 +83,7 @@ def check_records(collator: Callable, collated: Dataset | dict[str, Dataset] | N
 
 
 def first_batch(dataset: MicrobatchDataset, microbatch_size: int) -> dict[str, Any]:
-    """The first records, collated: as many as a microbatch has, but few. Raises `ValueError` if they cannot be.
-
-    A tokenizer remembers how it was called, also in its files. After this call, those do not show whether any
-    microbatch was collated before they are saved.
-    """
+    """The first records, collated: as many as a microbatch has, but few. Raises `ValueError` if they cannot be."""
     try:
         ((_, batch),) = dataset[[(0, np.arange(min(microbatch_size, COLLATED, len(dataset))))]]
     except ValueError:

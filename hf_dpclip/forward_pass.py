@@ -244,7 +244,7 @@ def _obstacle(trainer: "DPCLIPTrainer", vectorizable: VectorizableModel | None) 
     if not trainer.args.vectorized:
         return "vectorized=False"
     if vectorizable is None:
-        return "this model and loss are not known to give the same result for several of them at once"
+        return "this model, loss or _prepare_inputs is not known to give the same result for several of them at once"
     if trainer.public_negatives is not None and trainer.args.public_negatives_gradient:
         return "public_negatives_gradient=True encodes the public negatives anew for each"
     if vectorizable.static_shapes and vectorizable.has_dropout:

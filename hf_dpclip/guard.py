@@ -3,12 +3,15 @@
 import functools
 import inspect
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+
+from .model_history import check_trusted, distrust
 
 
 # Attributes of a trainer in which no modules are looked for: the model, and data.
@@ -21,13 +24,15 @@ class Snapshot:
     """What modules hold at one moment.
 
     Attributes:
-        known (`list`): the id of each parameter, and whether it is trained.
+        parameters (`list`): the id of each parameter.
+        trained (`list`): whether each of them is trained.
         versions (`list`): the version of each parameter.
         buffers (`list`): each buffer, with a copy of its values.
     """
 
     def __init__(self, modules: nn.ModuleList):
-        self.known, buffers = _fingerprint(modules)
+        self.parameters, buffers = _fingerprint(modules)
+        self.trained = _trained(modules.parameters())
         self.versions = _versions(modules.parameters())
         self.buffers = [(buffer, buffer.clone()) for buffer in buffers]
 
@@ -43,64 +48,97 @@ class StepGuard:
     """
 
     def __init__(self, modules: nn.ModuleList, held: nn.ModuleList, forward_passes: int):
+        check_trusted(modules)
+        check_trusted(held)
         self.modules = modules
         self.held = held
         self.forward_passes = forward_passes
-        self._seen = 0
+        self._begun = self._completed = 0
         self._parameters = list(modules.parameters())
         self._at_start = Snapshot(modules)
         # Taken anew in the first forward pass of every step.
         self._versions = self._at_start.versions
         self._held_before = Snapshot(held)
 
-    def count_forward_pass(self) -> int:
-        """To be called before every forward pass. Returns its number within the step, from 1.
+    @contextmanager
+    def forward_pass(self) -> Iterator[int]:
+        """Every forward pass runs inside. Yields its number within the step, from 1.
 
         Raises `ValueError` for a hook on a parameter, such as trackers add when training has begun.
         """
         check_no_hooks(self._parameters)
-        self._seen += 1
-        if self._seen == 1:
+        self._begun += 1
+        if self._begun == 1:
             self._versions = _versions(self._parameters)
             self._held_before = Snapshot(self.held)
-        return self._seen
+        yield self._begun
+        self._completed += 1
 
     def check(self) -> None:
-        """To be called before a release. Raises `RuntimeError` if something changed."""
-        known, buffers = _fingerprint(self.modules)
-        if known != self._at_start.known:
+        """To be called before a release. Raises `RuntimeError` if something changed, or a forward pass is missing."""
+        change = self.change()
+        if change is not None:
+            raise RuntimeError(change)
+        if self._at_start.trained != _trained(self._parameters):
             raise RuntimeError(
-                "requires_grad changed during training, or a parameter was added or put in the place of another, past "
-                "the mechanism: make all of them as they are to be before DPCLIPTrainer.train is called."
+                "requires_grad changed during training, past the mechanism: make all parameters as they are to be "
+                "before DPCLIPTrainer.train is called."
             )
-        if self._seen != self.forward_passes:
+        if not self._begun == self._completed == self.forward_passes:
             raise RuntimeError(
-                f"a step had {self._seen} forward passes instead of {self.forward_passes}: "
-                "gradient_accumulation_steps is part of the privacy plan and must not change during training."
+                f"a step had {self._begun} forward passes, of which {self._completed} came to an end, instead of "
+                f"{self.forward_passes}: gradient_accumulation_steps is part of the privacy plan and must not change "
+                "during training, and the error that ends a pass must end the run: a batch that is left out shows "
+                "what was in it."
             )
-        if self._versions != _versions(self._parameters):
+        if any(each.requires_grad and each.grad is not None for each in (*self._parameters, *self.held.parameters())):
             raise RuntimeError(
+                "a parameter of the loss, or of a module that the trainer holds, has a gradient that is neither "
+                "clipped nor noised: make it part of the model, or freeze it with requires_grad_(False), and set its "
+                "grad to None before training."
+            )
+        self._begun = self._completed = 0
+
+    def change(self) -> str | None:
+        """What changed past the mechanism, and how to avoid that; `None` if nothing did."""
+        parameters, buffers = _fingerprint(self.modules)
+        if parameters != self._at_start.parameters:
+            return (
+                "a parameter was added during training, or put in the place of another, past the mechanism: make all "
+                "of them before DPCLIPTrainer.train is called."
+            )
+        # Between steps, the optimizer writes to parameters.
+        if self._begun and self._versions != _versions(self._parameters):
+            return (
                 "a parameter of the model was written to in the forward or backward pass, so it carries private data "
                 "past the mechanism: use a model without max_norm, and no optimizer that steps in the backward pass."
             )
         if not _are_unchanged(buffers, self._at_start.buffers):
-            raise RuntimeError(
+            return (
                 "a buffer of the model or of the loss changed in the forward pass, so it keeps statistics of the "
                 "private data outside the mechanism: use one without running statistics, queues or codebooks."
             )
-        self._check_held()
-        self._seen = 0
-
-    def _check_held(self) -> None:
-        known, buffers = _fingerprint(self.held)
-        before = self._held_before
-        same = known == before.known and _versions(self.held.parameters()) == before.versions
-        if not (same and _are_unchanged(buffers, before.buffers)):
-            raise RuntimeError(
+        if self._begun and self._held_changed():
+            return (
                 "a module that the trainer holds, or its loss uses, changed in the forward or backward pass, so it "
                 "keeps what it sees of private data outside the mechanism: use one without running statistics, queues "
                 "or codebooks, and move it to its device before training."
             )
+        return None
+
+    def _held_changed(self) -> bool:
+        before, (parameters, buffers) = self._held_before, _fingerprint(self.held)
+        same = parameters == before.parameters and _trained(self.held.parameters()) == before.trained
+        same = same and _versions(self.held.parameters()) == before.versions
+        return not (same and _are_unchanged(buffers, before.buffers))
+
+    def distrust_if_changed(self) -> str | None:
+        """To be called when training ends, however it does. If modules changed past the mechanism, no trainer will
+        take them again. Returns what changed."""
+        change = self.change()
+        if change is not None:
+            distrust([*self.modules.modules(), *self.held.modules()])
+        return change
 
 
 def modules_in_use(trainer: Trainer) -> tuple[nn.ModuleList, nn.ModuleList]:
@@ -177,16 +215,18 @@ def check_no_hooks(parameters: Iterable[nn.Parameter]) -> None:
         )
 
 
-def _fingerprint(model: nn.Module) -> tuple[list[tuple[int, bool]], list[Tensor]]:
-    """The ids of all parameters, with whether each is trained, and the buffers.
+def _fingerprint(model: nn.Module) -> tuple[list[int], list[Tensor]]:
+    """The ids of all parameters, and the buffers.
 
     In one walk through the modules, since walks take a good part of a step of a small model.
     """
     modules = list(model.modules())
-    parameters = (parameter for module in modules for parameter in module._parameters.values())
-    buffers = (buffer for module in modules for buffer in module._buffers.values())
-    known = [(id(parameter), parameter.requires_grad) for parameter in parameters if parameter is not None]
-    return known, [buffer for buffer in buffers if buffer is not None]
+    parameters = [id(each) for module in modules for each in module._parameters.values() if each is not None]
+    return parameters, [each for module in modules for each in module._buffers.values() if each is not None]
+
+
+def _trained(parameters: Iterable[nn.Parameter]) -> list[bool]:
+    return [parameter.requires_grad for parameter in parameters]
 
 
 def _versions(parameters: Iterable[nn.Parameter]) -> list[tuple[int, int]]:

@@ -24,6 +24,7 @@ from .model_card import write_model_card
 from .privacy import STATEMENT_NAME, PrivacyPlan, PrivacyStatement
 from .privacy_section import NOT_PRIVATE
 from .resuming import check_settings, loading
+from .tokenizer_state import TokenizerState
 
 
 logger = logging.get_logger(__name__)
@@ -41,6 +42,8 @@ class PublishingTrainer(EvaluatingTrainer):
     plan: PrivacyPlan | None
     # A `str` if there is a repository. Type checkers see only that the `Trainer` first sets it to `None`.
     hub_model_id: Any
+    # As it was before any private record was encoded.
+    _tokenizer_state: TokenizerState
     _reads_records = False
 
     @property
@@ -106,7 +109,8 @@ class PublishingTrainer(EvaluatingTrainer):
                     f"{STATEMENT_NAME} in {folder} is removed: this trainer does not know what weights cost."
                 )
             Path(folder, STATEMENT_NAME).unlink(missing_ok=True)
-        super()._save(output_dir, state_dict)
+        with self._tokenizer_state.restored():
+            super()._save(output_dir, state_dict)
         if states_privacy:
             self.privacy_statement().save(folder)
 
@@ -171,7 +175,8 @@ class PublishingTrainer(EvaluatingTrainer):
                 # The Trainer copies only files that it knows from the checkpoint to the folder that it uploads.
                 self.privacy_statement().save(self.output_dir)
                 self.create_model_card(model_name=self.hub_model_id.split("/")[-1])
-        super()._push_from_checkpoint(checkpoint_folder)
+        with self._tokenizer_state.restored():
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _wait_for_upload(self) -> None:
         """Files must not change while they are uploaded: later weights would go with an earlier ε."""

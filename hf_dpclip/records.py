@@ -14,11 +14,14 @@ import pyarrow.compute as pc
 from datasets import Value
 from PIL.Image import Image as PILImage
 from torch.utils.data import Dataset, IterableDataset
+from transformers import ProcessorMixin
 
 from .digests import BATCH, image_columns
 from .seeding import preserved_generators
 
 
+# Columns that processors make of images and sounds.
+ENCODED = ("pixel_values", "input_features")
 STRINGS = ("string", "large_string")
 # Pillow modes with more than 8 bits per channel. Conversion to RGB turns all values above 255 to white.
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
@@ -102,6 +105,14 @@ def first_record(dataset: Dataset) -> Mapping[str, Any]:
             "keys, or pass a data_collator of your own."
         )
     return first
+
+
+def needs_processing(dataset: Any, processing_class: Any) -> bool:
+    """Whether the records are raw images, or sounds, and texts, which the processor has yet to encode."""
+    if not isinstance(processing_class, ProcessorMixin):
+        return False
+    # Not its columns: a transform makes others of them, and a dataset of torch has none to ask for.
+    return dataset is None or not set(ENCODED) & first_record(dataset).keys()
 
 
 def check_image(image: Any, column: str) -> PILImage:

@@ -2,6 +2,8 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from transformers.utils import logging
 from . import validation
 from .dataloader import MicrobatchDataset
 from .digests import sampled_digest
+from .guard import StepGuard
+from .model_history import remember_steps
 from .planning import num_steps, planned_values
 from .privacy import PrivacyPlan, PrivacySpent, PrivacyStatement
 from .privacy.composition import NamedRuns, merge_runs
@@ -32,6 +36,8 @@ from .spending import new_run_id, recorded
 
 logger = logging.get_logger(__name__)
 
+CHANGED = "a training ended in which the model or the loss had changed past the mechanism"
+
 
 class RunningTrainer(PublishingTrainer):
     """The part of [`DPCLIPTrainer`] that counts steps, over several calls of `train` and resumed runs.
@@ -44,6 +50,8 @@ class RunningTrainer(PublishingTrainer):
     plan: PrivacyPlan
     # The arguments that the plan was made from.
     _planned_values: dict[str, Any]
+    # Made when training begins.
+    _guard: StepGuard | None = None
 
     @abstractmethod
     def begin_run(self) -> None:
@@ -68,16 +76,15 @@ class RunningTrainer(PublishingTrainer):
         self._start_counting(plan)
 
     def _begin_run(self, plan: PrivacyPlan) -> None:
-        statement = self.privacy_statement()
-        if statement.steps and plan.privacy_unit != self.plan.privacy_unit:
+        others = {earlier.privacy_unit for earlier, _ in self._known_runs.values()} - {plan.privacy_unit}
+        if others:
             raise ValueError(
                 f"privacy_unit_column makes the privacy unit {plan.privacy_unit!r}, and steps were taken with "
-                f"{self.plan.privacy_unit!r}: there is no ε for both together. Set it as it was, or begin with the "
-                "model as it was before, in a new trainer."
+                f"{min(others)!r}: there is no ε for both together. Set it as it was, or begin with the model as it "
+                "was before, in a new trainer."
             )
-        if statement.steps:
-            self._earlier_runs = self._known_runs
-        self._not_private_because = statement.not_private_because
+        self._earlier_runs = self._known_runs
+        self._not_private_because = self._reasons
         self._start_counting(plan)
 
     def _start_counting(self, plan: PrivacyPlan | None) -> None:
@@ -202,8 +209,23 @@ class RunningTrainer(PublishingTrainer):
         self._agree_on_run()
         self._draw_randomness()
         self._last_step = self._steps_taken + self.planned_steps
-        with recorded(self, self._run_id, self.planned_steps) as self._before_release:
+        with (
+            recorded(self, self._run_id, self.planned_steps) as self._before_release,
+            self._model_followed(),
+        ):
             return super()._inner_training_loop(*args, **kwargs)
+
+    @contextmanager
+    def _model_followed(self) -> Iterator[None]:
+        """Training takes place inside. However it ends, weights that changed past the mechanism are not private, and
+        another trainer that is given the model knows that it was trained."""
+        self._guard = None
+        try:
+            yield
+        finally:
+            remember_steps(self.model, self._run_id, self._steps_taken)
+            if self._guard is not None and self._guard.distrust_if_changed():
+                self._not_private_because += (CHANGED,)
 
     def _check_unchanged(self) -> None:
         """Raises `ValueError` if arguments were changed after the plan was made, and would have no effect, or if they

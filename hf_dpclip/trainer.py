@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 from transformers import trainer as hf_trainer
 
 from . import caveats, data_validation, validation
@@ -32,10 +32,11 @@ from .planning import make_plan, planned_values, steps_per_epoch
 from .privacy import GaussianMechanism, PoissonSampler, PrivacyPlan, Randomness, SecureGaussianMechanism
 from .privacy_units import PrivacyUnits
 from .public_negatives import PublicNegatives, collate_public_negatives
-from .records import first_record
+from .records import needs_processing
 from .reporting import EpochCallback, PrivacyCallback, privacy_progress
 from .searching import SearchingTrainer
 from .seeding import preserved_generators
+from .tokenizer_state import TokenizerState
 
 
 class DPCLIPTrainer(SearchingTrainer):
@@ -85,16 +86,18 @@ class DPCLIPTrainer(SearchingTrainer):
                 f"args must be DPTrainingArguments, which carry target_epsilon, not {type(args).__name__}."
             )
         validation.check_call(model, data_collator, train_dataset, processing_class)
-        if data_collator is None and _needs_processing(train_dataset, processing_class):
+        if data_collator is None and needs_processing(train_dataset, processing_class):
             data_collator = default_collator(processing_class)
         if processing_class is None and isinstance(data_collator, ImageTextCollator | AudioTextCollator):
             # To be saved beside the weights, which are of no use without it.
             processing_class = data_collator.processor
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        self._tokenizer_state = TokenizerState(self.processing_class or self.data_collator)
         forward = inspect.signature(base_model(self.model).forward).parameters
         # The Trainer looks for `return_loss=True` as the default, which no contrastive model has any more.
         self.can_return_loss = "return_loss" in forward
         validation.check_environment(self)
+        validation.check_overrides(self)
         validation.check_model(self.model)
         validation.warn_of_adapters_made_from_records(self.model)
         if data_collator is None:
@@ -162,9 +165,9 @@ class DPCLIPTrainer(SearchingTrainer):
 
     @property
     def minimises_own_loss(self) -> bool:
-        """Whether the loss is the one that the model returns, and no other was put in its place."""
-        own = getattr(self.compute_loss, "__func__", None) is DPCLIPTrainer.compute_loss
-        return own and self.compute_loss_func is None
+        """Whether the loss is the one that the model returns for what was collated, and no other."""
+        own = (DPCLIPTrainer.compute_loss, DPCLIPTrainer._prepare_inputs, DPCLIPTrainer._prepare_input)
+        return self.compute_loss_func is None and not validation.is_overridden(self, *own)
 
     # ---- One step ----
 
@@ -206,6 +209,7 @@ class DPCLIPTrainer(SearchingTrainer):
                 "guarantee rests on: return what super().get_train_dataloader() gives."
             )
         validation.check_model(self.model)
+        validation.check_no_anomaly_mode()
         validation.set_precision()
         if self.public_negatives is not None:
             self.public_negatives.forget()
@@ -227,10 +231,11 @@ class DPCLIPTrainer(SearchingTrainer):
         """
         self.model.train()
         self.optimizer.train()
-        if self._guard.count_forward_pass() == 1 and self.public_negatives is not None:
-            self.public_negatives.begin_step(self._contrastive_model)
-        with self.reading_records():
-            losses = self._forward_pass(inputs)
+        with self._guard.forward_pass() as number:
+            if number == 1 and self.public_negatives is not None:
+                self.public_negatives.begin_step(self._contrastive_model)
+            with self.reading_records():
+                losses = self._forward_pass(inputs)
         empty_after = self.args.torch_empty_cache_steps
         if empty_after is not None and self.state.global_step % empty_after == 0:
             clear_device_cache()
@@ -247,6 +252,7 @@ class DPCLIPTrainer(SearchingTrainer):
         if self._steps_taken >= self._last_step:
             raise RuntimeError("another step would be more than were planned: a callback must not prolong training.")
         self._guard.check()
+        validation.check_optimizer(self.optimizer, self._mechanism.parameters)
         self._before_release()
         self._steps_taken += 1
         self._mechanism.release()
@@ -288,11 +294,3 @@ class DPCLIPTrainer(SearchingTrainer):
         if isinstance(self.data_collator, PairCollator):
             # Once, however often this is called.
             self._signature_columns = [*dict.fromkeys([*self._signature_columns, *self.data_collator.columns])]
-
-
-def _needs_processing(dataset: Any, processing_class: Any) -> bool:
-    """Whether the records are raw images, or sounds, and texts, which the processor has yet to encode."""
-    if not isinstance(processing_class, ProcessorMixin):
-        return False
-    # Not its columns: a transform makes others of them, and a dataset of torch has none to ask for.
-    return dataset is None or not set(data_validation.ENCODED) & first_record(dataset).keys()

@@ -22,6 +22,7 @@ from .evaluating import EvaluatingTrainer
 from .gradients import contrastive_base
 from .gradients.vectorizable import WITH_CAUSAL_TEXTS
 from .guard import check_no_hooks
+from .model_history import check_trusted
 from .models.lora import check_is_model
 
 
@@ -95,7 +96,22 @@ def check_model(model: nn.Module) -> None:
             f"adapters with a task_type make a {type(model).__name__}, which calls the model in a way that it does "
             "not understand: leave task_type out of the LoraConfig."
         )
+    if not all(bool(parameter.isfinite().all()) for parameter in trainable):
+        raise ValueError(
+            "the model has trainable parameters that are not finite, from which nothing can be learnt: load other "
+            "weights, or train with a smaller learning rate."
+        )
     check_no_hooks(trainable)
+    check_trusted(model)
+
+
+def check_no_anomaly_mode() -> None:
+    """Raises `ValueError` where torch would stop at a gradient that is not finite, which counts as zero here."""
+    if torch.is_anomaly_enabled():
+        raise ValueError(
+            "torch's anomaly mode stops at a gradient that is not finite, and would so show that a record was drawn: "
+            "leave out torch.autograd.set_detect_anomaly(True) and detect_anomaly()."
+        )
 
 
 def set_precision() -> None:
@@ -154,6 +170,17 @@ def check_environment(trainer: Trainer) -> None:
         raise ValueError("the launcher enabled fp16 loss scaling: use --mixed_precision bf16 or no instead.")
 
 
+def check_overrides(trainer: Trainer) -> None:
+    """Raises `ValueError` if the trainer overrides what decides on which batches there are."""
+    for own in (Trainer.get_batch_samples, Trainer._get_train_sampler):
+        if is_overridden(trainer, own):
+            raise ValueError(
+                f"{own.__name__} is overridden, but the guarantee rests on batches that are drawn at random, and on a "
+                "release for each of them, also an empty one: leave it as it is, and change what a batch holds in the "
+                "data_collator."
+            )
+
+
 def check_negatives_exist(microbatch_size: int, in_batch_negatives_only: bool) -> None:
     """Raises `ValueError` where a microbatch of a single pair would have no negatives."""
     if microbatch_size == 1 and in_batch_negatives_only:
@@ -172,16 +199,19 @@ def check_loss_is_known(
         raise ValueError(
             f"microbatch_size={args.microbatch_size} is larger than per_device_train_batch_size="
             f"{args.per_device_train_batch_size}; chunks of a microbatch can only be put together again for "
-            "CLIPModel, SiglipModel and the like (docs/encoders.md) with their own loss: choose a microbatch_size "
-            "that divides per_device_train_batch_size."
+            "CLIPModel, SiglipModel and the like (docs/encoders.md) with their own loss and the trainer's own "
+            "_prepare_inputs: choose a microbatch_size that divides per_device_train_batch_size."
         )
     if args.static_shapes and not isinstance(contrastive_base, WITH_CAUSAL_TEXTS):
         # Other models are not always told where a text ends.
-        raise ValueError("static_shapes=True needs CLIPModel or MetaClip2Model with its own loss: remove it.")
+        raise ValueError(
+            "static_shapes=True needs CLIPModel or MetaClip2Model with its own loss and the trainer's own "
+            "_prepare_inputs: remove it."
+        )
     if public_negatives and contrastive_base is None:
         raise ValueError(
-            "public_negatives need CLIPModel, SiglipModel or the like (docs/encoders.md) with its own loss: "
-            "leave them out."
+            "public_negatives need CLIPModel, SiglipModel or the like (docs/encoders.md) with its own loss and the "
+            "trainer's own _prepare_inputs: leave them out."
         )
     if args.chunked and args.public_negatives_gradient:
         raise ValueError(
@@ -193,7 +223,7 @@ def check_loss_is_known(
 def check_best_metric(trainer: Trainer) -> None:
     """Raises `ValueError` if the best model is to be chosen by a metric that evaluation does not give."""
     metric, evaluated = trainer.args.metric_for_best_model, trainer.eval_dataset
-    others = _is_overridden(trainer, Trainer.evaluate, EvaluatingTrainer.evaluation_loop)
+    others = is_overridden(trainer, Trainer.evaluate, EvaluatingTrainer.evaluation_loop)
     others = others or any(map(_may_add_metrics, trainer.callback_handler.callbacks))
     if trainer.args.eval_strategy == "no" or trainer.compute_metrics is not None or others:
         return
@@ -234,7 +264,7 @@ def check_search(backend: HPSearchBackend, settings: dict[str, Any], num_process
 
 def check_trials_are_evaluated(trainer: Trainer) -> None:
     """Raises `ValueError` if the trials of a search would have no evaluation to compare them by."""
-    others = _is_overridden(trainer, Trainer.evaluate, EvaluatingTrainer.get_eval_dataloader)
+    others = is_overridden(trainer, Trainer.evaluate, EvaluatingTrainer.get_eval_dataloader)
     if trainer.eval_dataset is None and not others:
         raise ValueError(
             "a hyperparameter search compares trials by their evaluation, and each of them spends ε before: pass an "
@@ -243,7 +273,8 @@ def check_trials_are_evaluated(trainer: Trainer) -> None:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
-    """Raises `ValueError` if the optimizer would step on parameters whose gradient does not pass the mechanism."""
+    """Raises `ValueError` if the optimizer would step on parameters whose gradient does not pass the mechanism, or ask
+    for another gradient within its step."""
     known = {id(parameter) for parameter in parameters}
     for group in optimizer.param_groups:
         if any(parameter.requires_grad and id(parameter) not in known for parameter in group["params"]):
@@ -251,10 +282,12 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Parame
                 "the optimizer holds trainable parameters that are not the model's: their gradients would be neither "
                 "clipped nor noised. Make them part of the model, or remove them from the optimizer."
             )
+    if isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.LBFGS):
+        raise ValueError("LBFGS asks for several gradients in a step, and a step has one release: use AdamW or SGD.")
 
 
-def _is_overridden(trainer: Trainer, *methods: Callable) -> bool:
-    """Whether the trainer overrides one of these methods."""
+def is_overridden(trainer: Trainer, *methods: Callable) -> bool:
+    """Whether the trainer overrides one of these methods, in a subclass or by itself."""
     return any(getattr(getattr(trainer, own.__name__), "__func__", None) is not own for own in methods)
 
 

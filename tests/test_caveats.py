@@ -16,11 +16,12 @@ from factories import (
     with_adapters,
     with_texts,
 )
+from peft import PeftModel, get_peft_model
 from plans import plan
 from torch import nn
 from transformers import CLIPModel, VisionTextDualEncoderModel
 
-from hf_dpclip import CLIPForVisualQuestionAnswering, DPCLIPTrainer, ImageTextCollator
+from hf_dpclip import CLIPForVisualQuestionAnswering, DPCLIPTrainer, ImageTextCollator, lora_config
 from hf_dpclip.advice import weak_promises
 from hf_dpclip.caveats import warn_of_private_captions, warn_of_private_start
 
@@ -50,6 +51,27 @@ def test_so_are_towers_that_were_loaded_one_by_one(saved, caplog):
     text_tower = tiny_dual_encoder().text_model
     model = VisionTextDualEncoderModel.from_vision_text_pretrained(folder, text_model=text_tower)
     assert warnings_of(caplog, warn_of_private_start, model).count("both costs add up") == 1
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, with_adapters], ids=["the model", "new adapters on it"])
+def test_so_is_a_model_that_another_trainer_has_trained(make_trainer, caplog, wrap):
+    trainer = make_trainer()
+    assert warnings_of(caplog, warn_of_private_start, trainer.model) == ""
+    trainer.train()
+    trainer.train()
+    message = warnings_of(caplog, warn_of_private_start, wrap(trainer.model))
+    assert "the model, or a part of it, was trained here before, in 4 steps. If that was" in message
+
+
+def test_so_are_adapters_that_were_trained(make_trainer, tmp_path, caplog):
+    trainer = make_trainer(model=get_peft_model(tiny_clip(), lora_config(tiny_clip())))
+    trainer.save_model(tmp_path / "before")
+    trainer.train()
+    trainer.save_model(tmp_path / "after")
+    for folder, is_said in (("before", False), ("after", True)):
+        model = PeftModel.from_pretrained(tiny_clip(), tmp_path / folder, is_trainable=True)
+        message = warnings_of(caplog, warn_of_private_start, model)
+        assert ("the adapters that the model has were trained before" in message) == is_said == bool(message)
 
 
 @pytest.mark.parametrize("model", [tiny_clip(), nn.Linear(2, 2)], ids=["a new model", "no model of transformers"])

@@ -252,3 +252,29 @@ def test_static_shapes_do_not_recompile(tmp_path):
         DPCLIPTrainer(model, arguments(tmp_path, **settings), train_dataset=pairs(400)).train()
     assert len(seen[False]) > 10
     assert len(seen[True]) <= 5
+
+
+# ---- What a trainer does to its inputs ----
+
+
+class Standardising(DPCLIPTrainer):
+    """Of many microbatches together, each would depend on the others' records."""
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        pixels = inputs["pixel_values"]
+        return {**inputs, "pixel_values": (pixels - pixels.mean()) / pixels.std()}
+
+
+def test_inputs_that_the_trainer_prepares_in_its_own_way_are_prepared_one_microbatch_at_a_time(tmp_path):
+    update, trainer = one_update(tmp_path, trainer_class=Standardising, **MANY)
+    assert way(trainer) is OneByOne
+    expected, _ = one_update(tmp_path, trainer_class=Standardising, vectorized=False, **MANY)
+    assert_close(update, expected)
+    plain, _ = one_update(tmp_path, **MANY)
+    assert (update - plain).norm() > 0.005 * plain.norm()
+
+
+def test_and_are_refused_in_chunks(tmp_path):
+    with pytest.raises(ValueError, match="the trainer's own _prepare_inputs: choose a microbatch_size that divides"):
+        Standardising(tiny_clip(), arguments(tmp_path, **IN_CHUNKS), train_dataset=pairs(64))

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import TrainerCallback
 
-from hf_dpclip import DPCLIPTrainer
+from hf_dpclip import DPCLIPTrainer, PrivacyStatement
 from hf_dpclip.privacy import clip_
 
 
@@ -133,7 +133,7 @@ class Change(TrainerCallback):
 def test_accumulating_more_forward_passes_midway_is_refused(make_trainer):
     change = Change(lambda args: setattr(args, "gradient_accumulation_steps", 2))
     run = make_trainer(trainer_options={"callbacks": [change]}, max_steps=6)
-    with pytest.raises(RuntimeError, match="forward passes instead of 1"):
+    with pytest.raises(RuntimeError, match="2 forward passes, of which 2 came to an end, instead of 1"):
         run.train()
 
 
@@ -626,3 +626,166 @@ def test_resuming_before_the_last_checkpoint_says_what_is_not_counted(make_train
     with caplog.at_level("WARNING"):
         make_trainer(**saving).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert "checkpoint-2, checkpoint-3 beside" in caplog.text
+
+
+# ---- How a step may fail, and what is left of it ----
+
+
+class StartsFromItsFirstBatch(nn.Module):
+    """As ActNorm does: what it is initialised with are the records of a microbatch."""
+
+    def __init__(self):
+        super().__init__()
+        self.centre = nn.Parameter(torch.zeros(4))
+        self.head = nn.Linear(4, 1)
+        self.begun = False
+
+    def forward(self, vector, labels=None):
+        if not self.begun:
+            self.begun = True
+            with torch.no_grad():
+                self.centre.copy_(vector.mean(0))
+        return {"loss": self.head(vector - self.centre).square().mean()}
+
+
+def test_weights_that_a_refused_training_left_private_data_in_are_not_private(tmp_path):
+    model, records = StartsFromItsFirstBatch(), vectors(*[[1.0] * 4] * 8)
+    run = DPCLIPTrainer(model, arguments(tmp_path, max_steps=3), train_dataset=records)
+    with pytest.raises(RuntimeError, match="written to in the forward or backward pass"):
+        run.train()
+    run.save_model(tmp_path / "saved")
+    assert "had changed past the mechanism" in PrivacyStatement.load(tmp_path / "saved").not_private_because[0]
+    # Now it changes no more, but what it holds is private.
+    for again in (run.train, lambda: DPCLIPTrainer(model, run.args, train_dataset=records)):
+        with pytest.raises(ValueError, match="still holds private data: load it anew"):
+            again()
+
+
+def test_so_are_those_of_a_training_that_was_interrupted_before_the_check(tmp_path):
+    class Interrupted(StartsFromItsFirstBatch):
+        def forward(self, vector, labels=None):
+            super().forward(vector)
+            raise KeyboardInterrupt
+
+    run = DPCLIPTrainer(Interrupted(), arguments(tmp_path), train_dataset=vectors(*[[1.0] * 4] * 8))
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert run.privacy_statement().not_private_because
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_optimizer_step", "on_step_end"])
+def test_an_error_elsewhere_leaves_the_weights_private(make_trainer, event):
+    class Failing(TrainerCallback):
+        pass
+
+    def fail(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+    setattr(Failing, event, fail)
+    run = make_trainer(trainer_options={"callbacks": [Failing()]})
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert run.privacy_statement().not_private_because == ()
+    run.pop_callback(Failing)
+    run.train()
+
+
+class RunsOutOfMemory(Given):
+    def forward(self, vector, labels=None):
+        if len(vector) > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(vector)
+
+
+class LeavesOutWhatFails(DPCLIPTrainer):
+    """As scripts do that go on with the next batch where one does not fit into memory."""
+
+    def training_step(self, *args, **kwargs):
+        try:
+            return super().training_step(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            return torch.zeros(())
+
+
+@pytest.mark.parametrize("drawn, fails", [([[0, 1, 2, 3], [4, 5, 6, 7]], False), ([[0, 1, 2, 3, 8], [4, 5, 6]], True)])
+def test_a_step_of_which_a_part_was_left_out_is_not_released(tmp_path, monkeypatch, drawn, fails):
+    monkeypatch.setattr("hf_dpclip.trainer.PoissonSampler.draw", lambda self: [np.array(each) for each in drawn])
+    args, records = arguments(tmp_path, max_steps=1, microbatch_size=4), vectors(*[[1.0] * 4] * 9)
+    run = LeavesOutWhatFails(RunsOutOfMemory(), args, train_dataset=records)
+    if fails:
+        with pytest.raises(RuntimeError, match="1 forward passes, of which 0 came to an end, instead of 1"):
+            run.train()
+    else:
+        run.train()
+    assert run.privacy_spent().steps == (0 if fails else 1)
+
+
+class LearnedTemperature(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs, labels=None, **kwargs):
+        return self.scale * outputs["loss"]
+
+
+class OwnOptimizer(TrainerCallback):
+    """Trains the loss beside the model."""
+
+    def __init__(self, loss):
+        self.optimizer = torch.optim.SGD(loss.parameters(), lr=1.0)
+
+    def on_optimizer_step(self, *args, **kwargs):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def test_parameters_of_the_loss_that_get_a_gradient_without_noise_are_refused(tmp_path):
+    loss, records = LearnedTemperature(), vectors(*[[1.0] * 4] * 8)
+    options = {"compute_loss_func": loss, "callbacks": [OwnOptimizer(loss)]}
+    run = DPCLIPTrainer(Given(), arguments(tmp_path), train_dataset=records, **options)
+    with pytest.raises(RuntimeError, match="has a gradient that is neither clipped nor noised"):
+        run.train()
+    assert loss.scale == 1
+    loss = LearnedTemperature().requires_grad_(False)
+    DPCLIPTrainer(Given(), run.args, train_dataset=records, compute_loss_func=loss).train()
+
+
+def test_an_optimizer_that_is_given_more_to_train_later_is_refused(make_trainer):
+    class Extending(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+            optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(())))
+
+    run = make_trainer()
+    run.add_callback(Extending())
+    with pytest.raises(ValueError, match="trainable parameters that are not the model's"):
+        run.train()
+    assert run.privacy_spent().steps == 0
+
+
+@pytest.mark.parametrize("method", ["get_batch_samples", "_get_train_sampler"])
+def test_choosing_among_the_drawn_batches_is_refused(tmp_path, method):
+    """One that leaves out empty batches would take as many steps as there are others."""
+
+    class Chooses(DPCLIPTrainer):
+        pass
+
+    setattr(Chooses, method, lambda self, *args: getattr(super(Chooses, self), method)(*args))
+    with pytest.raises(ValueError, match=f"{method} is overridden"):
+        Chooses(tiny_clip(), arguments(tmp_path), train_dataset=pairs(64))
+
+
+def test_stopping_at_a_gradient_that_is_not_finite_is_refused(make_trainer):
+    run = make_trainer()
+    with torch.autograd.set_detect_anomaly(True), pytest.raises(ValueError, match="anomaly mode"):
+        run.train()
+    run.train()
+
+
+def test_another_privacy_unit_after_a_run_without_steps_is_refused(make_trainer):
+    run = make_trainer(train_dataset=pairs(64).add_column("patient", list(range(64))))
+    run.train()
+    run.begin_run()
+    run.args.privacy_unit_column = "patient"
+    with pytest.raises(ValueError, match="steps were taken with 'record'"):
+        run.begin_run()

@@ -1,6 +1,7 @@
 """What the guarantee does not cover is refused with its remedy, and nothing is trained."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -86,6 +87,20 @@ def test_trainable_parameters_on_several_devices_are_refused():
     model.elsewhere = nn.Parameter(torch.zeros(2, device="meta"))
     with pytest.raises(ValueError, match="are spread over devices: load the model without device_map"):
         check_model(model)
+
+
+def test_weights_from_which_nothing_can_be_learnt_are_refused(assert_refused):
+    model = tiny_clip()
+    nn.init.constant_(model.text_projection.weight, math.inf)
+    assert_refused("trainable parameters that are not finite", model=model)
+
+
+def test_optimizers_that_take_several_gradients_in_a_step_are_refused(make_trainer):
+    model = tiny_clip()
+    trainer = make_trainer(model=model, trainer_options={"optimizers": (torch.optim.LBFGS(model.parameters()), None)})
+    with pytest.raises(ValueError, match="LBFGS asks for several gradients in a step"):
+        trainer.train()
+    assert trainer.privacy_spent().steps == 0
 
 
 def test_frozen_parameters_stay_as_they_are(make_trainer):

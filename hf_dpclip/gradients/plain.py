@@ -24,7 +24,8 @@ def accumulate_gradient(
     if loss.numel() != 1 or not loss.requires_grad:
         raise ValueError(
             f"the loss of a microbatch has shape {tuple(loss.shape)} and requires_grad={loss.requires_grad}: return "
-            "one number that depends on the trainable parameters, e.g. the mean over records."
+            "one number that depends on the trainable parameters, e.g. the mean over records, and 0 * output.sum() "
+            "where there is nothing to learn."
         )
     backward(loss)
     return loss.detach()
