@@ -41,7 +41,7 @@ def test_the_script_runs_with_the_ordinary_trainer(inputs, tmp_path, monkeypatch
     assert "train_loss" in capsys.readouterr().out and not (tmp_path / "privacy.json").exists()
 
 
-@pytest.mark.parametrize(("config", "processes"), [("cpu.yaml", 1), ("multi_gpu.yaml", 2)])
+@pytest.mark.parametrize(("config", "processes"), [("cpu.yaml", 1), ("one_machine.yaml", 2)])
 def test_the_documented_diff_makes_it_private(private_script, inputs, tmp_path, config, processes):
     output = run(accelerate(config), private_script, tmp_path, *inputs, *PRIVACY)
     assert output.count("Differentially private training") == 1
@@ -61,7 +61,7 @@ def test_two_machines_are_one_run(private_script, inputs, tmp_path):
     options = ["--main_process_ip", "127.0.0.1", "--main_process_port", "29571", "--num_processes", "2"]
     machines = []
     for rank in ("0", "1"):
-        launcher = accelerate("multi_node.yaml", *options, "--machine_rank", rank)
+        launcher = accelerate("two_machines.yaml", *options, "--machine_rank", rank)
         command = [sys.executable, *launcher, str(private_script), *arguments]
         machines.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     outputs = [machine.communicate(timeout=600)[0] for machine in machines]
