@@ -2,32 +2,30 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import datasets
 import numpy as np
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, VisionTextDualEncoderModel
+from transformers.utils import logging
 
 from .collators import ImageTextCollator, PairCollator, VisualQuestionCollator, tokenizer_of
+from .copies import count_copies, lists_private_record
 from .dataloader import MicrobatchDataset
-from .digests import LOOKED_AT, column_digests, file_columns
 from .gradients import contrastive_base
 from .models import CLIPForVisualQuestionAnswering
 from .public_negatives import shared_rows
 from .record_ids import RecordIds
-from .records import ENCODED, first_record, has_random_access, holds_texts
+from .records import first_record, has_random_access
 
 
-# The number of records for evaluation that are looked for among the private ones.
-COMPARED = 64
+logger = logging.get_logger(__name__)
+
 # The number of private records that are collated at most, to see whether they can be.
 COLLATED = 8
-# The number of private records that are looked at where images and sounds are encoded, which takes hundreds of
-# kilobytes for each.
-LOOKED_AT_ENCODED = 2_000
 # Text models whose position ids begin after that of the padding token.
 POSITIONS_BEHIND_PADDING = (
     "altclip_text_model",
@@ -156,14 +154,19 @@ def check_evaluation_data(
     unit_column: str | None,
     name: str = "eval_dataset",
 ) -> None:
-    """Raises `ValueError` if metrics would be computed on private records, on others of the same units, or on none."""
+    """Raises `ValueError` if metrics would be computed on private records, on others of the same units, or on none.
+
+    Warns where some are copies of private records. The message counts them: it is for the console of whoever holds
+    them, and is not part of any log.
+    """
     _check_not_empty(evaluated, name)
     if train_dataset is not None and evaluated is train_dataset:
         raise ValueError(
             f"{name} is the private training dataset, so its metrics would be raw statistics of private records: "
             "hold records out with hf_dpclip.data.hold_out, or set log_private_statistics=True on public data."
         )
-    if _is_part_of(evaluated, train_dataset):
+    compared, copies = count_copies(evaluated, train_dataset)
+    if lists_private_record(evaluated, train_dataset) or 0 < copies == compared:
         raise ValueError(
             f"the records of {name} are among those of the private training dataset, so its metrics would be raw "
             "statistics of private records: hold records out with hf_dpclip.data.hold_out, or set "
@@ -176,56 +179,12 @@ def check_evaluation_data(
             f"the guarantee protects as a whole: split with hf_dpclip.data.hold_out(dataset, {unit_column!r}), number "
             "the units of both apart if they are others, or set log_private_statistics=True on public data."
         )
-
-
-def _is_part_of(evaluated: Any, private: Any) -> bool:
-    """Whether a record for evaluation is one of the private ones, or the first `COMPARED` are copies of such."""
-    if not (has_random_access(evaluated) and has_random_access(private)):
-        return False
-    (shown, rows), (base, private_rows) = _unwrapped(evaluated), _unwrapped(private)
-    if not (isinstance(shown, datasets.Dataset) and isinstance(base, datasets.Dataset)):
-        return _share_records(evaluated, private)
-    # Columns without any value would have equal ids.
-    empty = datasets.Value("null")
-    common = [name for name, kind in shown.features.items() if name in base.column_names and kind != empty]
-    if not common:
-        return False
-    return _share_records(evaluated, private, common) or _is_part_of_table(
-        shown.select(rows[:COMPARED]), base.select(private_rows)
-    )
-
-
-def _share_records(first: Any, second: Any, columns: list[str] | None = None) -> bool:
-    ids = RecordIds(columns)
-    # In this order, which is faster: there are fewer records for evaluation.
-    return bool(np.isin(ids.of(second), ids.of(first)).any())
-
-
-def _unwrapped(dataset: Any) -> tuple[Any, Sequence[int]]:
-    """The dataset from which subsets of subsets were taken, and the rows that were taken."""
-    rows: Sequence[int] = range(len(dataset))
-    while isinstance(dataset, Subset):
-        rows = [int(dataset.indices[row]) for row in rows]
-        dataset = dataset.dataset
-    return dataset, rows
-
-
-def _is_part_of_table(first: datasets.Dataset, private: datasets.Dataset) -> bool:
-    common = [name for name in first.column_names if name in private.column_names]
-    texts = [name for name in common if holds_texts(first, name) and holds_texts(private, name)]
-    files = [name for name in common if name in file_columns(first) and name in file_columns(private)]
-    encoded = [name for name in common if name in ENCODED and name not in files]
-    if not (files or encoded):
-        return False
-    columns = [*files, *encoded, *(name for name in common if name == "input_ids")]
-    looked_at = private.select(range(min(len(private), LOOKED_AT_ENCODED if encoded else LOOKED_AT)))
-    return _recognised_by(first, columns, texts) <= _recognised_by(looked_at, columns, texts)
-
-
-def _recognised_by(dataset: datasets.Dataset, columns: list[str], texts: list[str]) -> set[tuple]:
-    """By which records are compared: digests of their images, sounds and encoded inputs, and their texts."""
-    digests = [column_digests(dataset, name) for name in columns]
-    return {*zip(*digests, *(dataset.with_format(None)[name][:] for name in texts))}
+    if copies:
+        logger.warning(
+            f"{copies} of the first {compared} records of {name} are copies of records of the private training "
+            "dataset, so its metrics tell of those: leave them out, or hold records out of one dataset with "
+            "hf_dpclip.data.hold_out. (For your eyes only: this counts private records.)"
+        )
 
 
 def _num_shared_units(private: Any, evaluated: Any, column: str | None) -> int:

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 from checks import warnings_of
+from datasets import concatenate_datasets
 from factories import (
     answered_questions,
     other_raw_pairs,
@@ -24,6 +25,7 @@ from transformers import CLIPModel, VisionTextDualEncoderModel
 from hf_dpclip import CLIPForVisualQuestionAnswering, DPCLIPTrainer, ImageTextCollator, lora_config
 from hf_dpclip.advice import weak_promises
 from hf_dpclip.caveats import warn_of_private_captions, warn_of_private_start
+from hf_dpclip.data_validation import check_evaluation_data
 
 
 # ---- Starting weights ----
@@ -104,6 +106,29 @@ def test_an_evaluation_that_contrasts_pairs_with_none(size, model, records, warn
     with caplog.at_level(logging.WARNING):
         make_trainer(model(), records(64), options, per_device_eval_batch_size=size)
     assert ("contrasts each pair with none" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    ("private", "evaluated", "said"),
+    [
+        (raw_pairs(10), raw_pairs(20), "10 of the first 20 records of eval_dataset are copies"),
+        (pairs(6), concatenate_datasets([pairs(6), pairs(2, seed=1)]), "6 of the first 8 records of eval_dataset"),
+        (raw_pairs(2), raw_pairs(70), "2 of the first 64 records"),
+        (raw_pairs(8), other_raw_pairs(8), ""),
+    ],
+    ids=["images", "encoded", "many", "others"],
+)
+def test_records_for_evaluation_that_overlap_with_the_private_ones_are_counted(private, evaluated, said, caplog):
+    message = warnings_of(caplog, check_evaluation_data, private, evaluated, None)
+    assert said in message and ("For your eyes only" in message) == (said != "")
+
+
+def test_the_trainer_counts_them_once(make_trainer, caplog):
+    options = {"data_collator": ImageTextCollator(tiny_processor()), "eval_dataset": raw_pairs(20)}
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(train_dataset=raw_pairs(10), trainer_options=options)
+        trainer.evaluate()
+    assert caplog.text.count("are copies of records of the private training dataset") == 1
 
 
 # ---- Captions ----
