@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, VisionTextDualEncoderModel
+from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils import logging
 
 from .collators import ImageTextCollator, PairCollator, VisualQuestionCollator, tokenizer_of
@@ -89,10 +90,23 @@ def first_batch(dataset: MicrobatchDataset, microbatch_size: int) -> dict[str, A
     except Exception as error:
         # A user's own data_collator may raise anything.
         raise ValueError(
-            f"the data_collator cannot collate the first records ({type(error).__name__}: {error}): pass an "
-            "ImageTextCollator with the columns of the dataset, or one that makes the model's inputs of such records."
+            f"the data_collator cannot collate the first records ({type(error).__name__}: {error}): "
+            # The Trainer wraps that of records that are no table.
+            f"{_how_to_collate(getattr(dataset.collator, 'data_collator', dataset.collator))}"
         ) from error
     return batch
+
+
+def _how_to_collate(collator: Callable) -> str:
+    if isinstance(collator, PairCollator):
+        return (
+            f"mend what their columns {collator.columns} hold, or name others; "
+            "hf_dpclip.data.unusable_records(dataset, collator) says what is wrong with each record."
+        )
+    return (
+        "pass an ImageTextCollator with the columns of the dataset, or one that makes the model's inputs of such "
+        "records."
+    )
 
 
 def check_encoded(model: PreTrainedModel | None, dataset: Dataset | None) -> None:
@@ -109,7 +123,8 @@ def check_encoded(model: PreTrainedModel | None, dataset: Dataset | None) -> Non
 
 
 def check_model_reads_pairs(model: nn.Module, collator: Callable, batch: dict[str, Any]) -> None:
-    """Raises `ValueError` if the model cannot read the batches of an [`ImageTextCollator`], such as `batch`.
+    """Raises `ValueError` if the model cannot read the batches of an [`ImageTextCollator`], such as `batch`, or not
+    what it learns from in them.
 
     `model` is the one without adapters. Sizes are compared for dual encoders, whose configuration is known.
     """
@@ -126,6 +141,12 @@ def check_model_reads_pairs(model: nn.Module, collator: Callable, batch: dict[st
             f"{type(model).__name__} reads no {unread[0]}: choose a model of images and texts, e.g. CLIPModel, or "
             "pass a data_collator that makes what it reads."
         )
+    if isinstance(collator, VisualQuestionCollator) and "labels" not in parameters and not reads_anything:
+        raise ValueError(
+            f"{type(model).__name__} reads no labels, so it would not learn the answers that the "
+            "VisualQuestionCollator gives: pass a model that answers questions, as "
+            "CLIPForVisualQuestionAnswering.from_clip(clip, answers=[...]) makes, or an ImageTextCollator."
+        )
     if isinstance(collator, VisualQuestionCollator) and isinstance(model, CLIPForVisualQuestionAnswering):
         _check_labels(collator.label2id, model.config.num_labels)
     base = model.clip if isinstance(model, CLIPForVisualQuestionAnswering) else contrastive_base(model)
@@ -134,6 +155,11 @@ def check_model_reads_pairs(model: nn.Module, collator: Callable, batch: dict[st
     # A vision tower of another family may interpolate its positions.
     if base is not None and "pixel_values" in batch and not isinstance(base, VisionTextDualEncoderModel):
         _check_image_size(batch["pixel_values"], base.config.vision_config)
+    if isinstance(model, CLIPForVisualQuestionAnswering) and "labels" not in batch:
+        raise ValueError(
+            f"{type(model).__name__} learns from answers, and the batches of {type(collator).__name__} have none: "
+            "pass data_collator=VisualQuestionCollator(processor, label2id=model.config.label2id)."
+        )
 
 
 def check_no_copies(train_dataset: Any) -> None:
@@ -223,10 +249,12 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, read: PreTrainedConfig)
     longest = read.max_position_embeddings
     if read.model_type in POSITIONS_BEHIND_PADDING:
         longest -= read.pad_token_id + 1
-    if tokenizer.model_max_length > longest:
+    cut = tokenizer.model_max_length
+    if cut > longest:
+        cuts = "cuts no text, since it has no limit" if cut > LARGE_INTEGER else f"cuts texts at {cut} tokens"
         raise ValueError(
-            f"the tokenizer cuts texts at {tokenizer.model_max_length} tokens, but the model reads at most {longest}: "
-            f"set processor.tokenizer.model_max_length = {longest}."
+            f"the tokenizer {cuts}, but the model reads at most {longest} tokens: set "
+            f"processor.tokenizer.model_max_length = {longest}."
         )
     if len(tokenizer) > read.vocab_size:
         raise ValueError(

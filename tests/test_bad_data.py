@@ -12,11 +12,13 @@ from factories import (
     BOS,
     EOS,
     arguments,
+    clap_processor,
     other_raw_pairs,
     pairs,
     pictures,
     raw_pairs,
     tiny_altclip,
+    tiny_clap,
     tiny_clip,
     tiny_clip_vqa,
     tiny_processor,
@@ -27,7 +29,13 @@ from torch.utils.data import Subset
 from transformers import default_data_collator
 from wrong_calls import check_explained, processed, table, trainer
 
-from hf_dpclip import DPCLIPTrainer, ImageTextCollator, VisualQuestionCollator
+from hf_dpclip import (
+    AudioTextCollator,
+    DPCLIPTrainer,
+    ImageTextCollator,
+    VisualQuestionCollator,
+    freeze_batch_norm,
+)
 from hf_dpclip.data import class_prompts, load_pairs
 from hf_dpclip.digests import array_digests
 
@@ -56,12 +64,12 @@ def files(folder) -> list[str]:
     return paths
 
 
-def questions(answers: list, folder, label2id=None, rows=slice(None)) -> DPCLIPTrainer:
-    model = tiny_clip_vqa()
-    label2id = label2id or model.config.label2id
+def questions(answers: list, folder, label2id=None, rows=slice(None), model=None) -> DPCLIPTrainer:
+    label2id = label2id or tiny_clip_vqa().config.label2id
     dataset = with_texts(["a"] * len(answers)).rename_column("text", "question").add_column("answer", answers)
     dataset = dataset.select(range(len(answers))[rows])
-    return trainer(folder, dataset, model, VisualQuestionCollator(tiny_processor(), label2id=label2id))
+    collator = VisualQuestionCollator(tiny_processor(), label2id=label2id)
+    return trainer(folder, dataset, model or tiny_clip_vqa(), collator)
 
 
 def augmented(augmentation) -> ImageTextCollator:
@@ -83,6 +91,10 @@ def long_texts(folder, length=10**30, model=None):
     processor = tiny_processor()
     processor.tokenizer.model_max_length = length
     return trainer(folder, raw_pairs(8), model, processor=processor)
+
+
+def without_sounds(count: int) -> list[dict]:
+    return [{"audio": None, "text": "a"} for _ in range(count)]
 
 
 def without_images(count: int) -> list[dict]:
@@ -296,9 +308,14 @@ DATA = {
         "augmentation is a str",
         "a function from an image to an image",
     ),
-    "texts longer than the model's": (
+    "texts of any length": (
         long_texts,
-        "but the model reads at most 16",
+        "the tokenizer cuts no text, since it has no limit, but the model reads at most 16 tokens",
+        "set processor.tokenizer.model_max_length = 16",
+    ),
+    "texts longer than the model's": (
+        lambda f: long_texts(f, 77),
+        "the tokenizer cuts texts at 77 tokens, but the model reads at most 16",
         "set processor.tokenizer.model_max_length = 16",
     ),
     "and than those of a model that counts from behind the padding": (
@@ -345,6 +362,21 @@ DATA = {
         lambda f: trainer(f, raw_pairs(8), collator=tiny_processor(), remove_unused_columns=False),
         "the data_collator cannot collate the first records",
         "pass an ImageTextCollator",
+    ),
+    "no sounds": (
+        lambda f: trainer(
+            f,
+            Dataset.from_list(without_sounds(8)),
+            freeze_batch_norm(tiny_clap()),
+            AudioTextCollator(clap_processor()),
+        ),
+        "the data_collator cannot collate the first records (TypeError",
+        "mend what their columns ['audio', 'text'] hold, or name others; hf_dpclip.data.unusable_records",
+    ),
+    "no sounds in a list": (
+        lambda f: trainer(f, without_sounds(8), freeze_batch_norm(tiny_clap()), AudioTextCollator(clap_processor())),
+        "the data_collator cannot collate the first records (TypeError",
+        "mend what their columns ['audio', 'text'] hold",
     ),
     "one id for all": (
         lambda f: processed(f, raw_pairs(8), privacy_unit_column="text", per_device_train_batch_size=8),
@@ -442,6 +474,16 @@ DATA = {
         lambda f: questions([["yes", "no"]] * 4, f),
         "column 'answer' holds list where a text is expected",
         "one record of each of several texts",
+    ),
+    "no answers for a model that answers questions": (
+        lambda f: processed(f, raw_pairs(8), model=tiny_clip_vqa()),
+        "CLIPForVisualQuestionAnswering learns from answers, and the batches of ImageTextCollator have none",
+        "pass data_collator=VisualQuestionCollator(processor, label2id=model.config.label2id)",
+    ),
+    "answers for a model that reads none": (
+        lambda f: questions(["yes"] * 4, f, model=tiny_clip()),
+        "CLIPModel reads no labels, so it would not learn the answers",
+        "CLIPForVisualQuestionAnswering.from_clip(clip, answers=[...])",
     ),
     "labels that the model has not": (
         lambda f: questions(["yes"] * 4, f, {"yes": 99}),
