@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .incompatible_options import check_options
+from .incompatible_options import check_options, check_types
 from .privacy.accounting import ACCOUNTANTS
 from .privacy.plan import CLIPPINGS, is_positive, is_whole
 
@@ -163,6 +163,7 @@ class DPTrainingArguments(TrainingArguments):
 
     def check(self) -> None:
         """Raises `ValueError` if arguments were changed to values that the constructor would not have accepted."""
+        check_types(self)
         self._check_noise()
         self._check_mechanism()
         self._check_length()
@@ -219,7 +220,7 @@ class DPTrainingArguments(TrainingArguments):
         if self.noise_seed is not None and not (is_whole(self.noise_seed) and self.noise_seed >= 0):
             raise ValueError(
                 f"noise_seed={self.noise_seed!r} is not possible: it must be a whole number of at least 0, or, for a "
-                "private run, unset."
+                f"private run, unset.{_type_hint(self.noise_seed)}"
             )
         if self.secure_noise and (self.non_private or self.noise_seed is not None):
             raise ValueError(
@@ -257,6 +258,7 @@ class DPTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"num_train_epochs={epochs!r} and max_steps={steps!r} give no number of steps: set max_steps to a "
                 "whole number, or num_train_epochs to a positive, finite number."
+                f"{_type_hint(steps) or _type_hint(epochs)}"
             )
 
     def _check_microbatch_size(self):

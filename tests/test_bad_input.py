@@ -98,6 +98,12 @@ ARGUMENTS = [
     ({"secure_noise": "false"}, "secure_noise='false' is not possible", "True or False"),
     ({"non_private": 1}, "non_private=1 is not possible", "True or False"),
     ({"public_negatives_gradient": None}, "public_negatives_gradient=None is not possible", "True or False"),
+    ({"static_shapes": "false"}, "static_shapes='false' is not possible", "True or False"),
+    ({"non_private": "false", "target_epsilon": 3.0}, "non_private='false' is not possible", "True or False"),
+    ({"ledger_path": 5}, "ledger_path=5 is not possible", "it must be the path of a file"),
+    ({"max_steps": "10"}, "max_steps='10' give no number of steps", "of type str: give a Python number"),
+    ({"max_steps": -1, "num_train_epochs": "3"}, "num_train_epochs='3'", "of type str: give a Python number"),
+    ({"noise_seed": "7"}, "noise_seed='7' is not possible", "of type str: give a Python number"),
     ({"skip_memory_metrics": False}, "realised batch sizes", "skip_memory_metrics=True"),
 ]
 
@@ -240,6 +246,11 @@ MODELS = {
         "text_tower=False leaves out the layers of CLIPModel",
         "in exclude_modules alone",
     ),
+    "a text tower left out of layers of one's own": (
+        lambda f: lora_config(tiny_clip(), text_tower=False, target_modules=["k_proj"]),
+        "text_tower=False leaves out the layers of CLIPModel",
+        "in exclude_modules alone",
+    ),
     "adapters for a name": (
         lambda f: lora_config("openai/clip-vit-base-patch32"),
         "model is a str",
@@ -269,6 +280,11 @@ MODELS = {
         lambda f: CLIPForVisualQuestionAnswering.from_clip(tiny_clip(), "yes,no"),
         "answers must be a list of strings",
         "answers=['yes', 'no']",
+    ),
+    "a set of answers": (
+        lambda f: CLIPForVisualQuestionAnswering.from_clip(tiny_clip(), {"yes", "no"}),
+        "answers must be a list of strings",
+        "give those of a set an order, as in sorted(answers)",
     ),
     "answers on another model": (
         lambda f: CLIPForVisualQuestionAnswering.from_clip(bert(), ANSWERS),

@@ -220,6 +220,20 @@ def test_lora_config_passes_further_fields_on():
     assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 8, 0.1)
 
 
+@pytest.mark.parametrize("targets", [["k_proj"], ["q_proj", "fc1"]])
+def test_the_callers_layers_take_the_place_of_those_of_lora_config(targets):
+    model = get_peft_model(tiny_clip(), lora_config(tiny_clip(), target_modules=targets))
+    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if ".lora_" in name}
+    assert adapted == {*targets}
+
+
+def test_they_may_be_any_of_a_model_whose_layers_are_not_known():
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(2, 2)), lora_config(nn.Sequential(nn.Linear(2, 2)), target_modules=["0"])
+    )
+    assert any(".lora_" in name for name, _ in model.named_parameters())
+
+
 def test_training_adapters_leaves_the_base_weights_alone(trained_adapters):
     model, _ = trained_adapters
     base = dict(tiny_clip().named_parameters())

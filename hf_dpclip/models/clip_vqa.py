@@ -97,15 +97,20 @@ class CLIPForVisualQuestionAnswering(PreTrainedModel):
             answers (`list[str]`): what may be answered. The label of an answer is its position here.
             kwargs: further fields of [`CLIPVQAConfig`].
 
-        Raises `ValueError` if an answer occurs twice, and for anything but a `CLIPModel` and a list of strings.
+        Raises `ValueError` if an answer occurs twice, and for anything but a `CLIPModel` and a list or tuple of
+        strings.
         """
         if not isinstance(clip, CLIPModel):
             raise ValueError(
                 f"clip is a {type(clip).__name__}, not a CLIPModel: load one with CLIPModel.from_pretrained; merge "
                 "adapters first, with merge_and_unload()."
             )
-        if isinstance(answers, str) or not all(isinstance(answer, str) for answer in answers):
-            raise ValueError(f"answers must be a list of strings, as in answers=['yes', 'no'], not {answers!r}.")
+        # The strings of a set have another order, and so other labels, in every process.
+        if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
+            raise ValueError(
+                f"answers must be a list of strings, as in answers=['yes', 'no'], not {answers!r}: the label of an "
+                "answer is its place in the list, so give those of a set an order, as in sorted(answers)."
+            )
         if not answers or len(set(answers)) < len(answers):
             raise ValueError(f"answers must be at least one and differ from one another, not {answers}.")
         labels = {answer: label for label, answer in enumerate(answers)}

@@ -36,10 +36,10 @@ def lora_config(
         text_tower (`bool`, *optional*, defaults to `True`): whether the text tower is adapted too. Use `False` if the
             captions are a few class prompts: what the tower could learn from them is not worth its share of the
             clipping norm.
-        kwargs: further fields of [`peft.LoraConfig`].
+        kwargs: further fields of [`peft.LoraConfig`]; `target_modules` takes the place of the layers named above.
 
     Raises `ValueError` for what is no model, for a rank that is no whole number of at least 1, and if the model has
-    none of these layers, or no text tower to leave out.
+    none of these layers, or no text tower to leave out, or `target_modules` name what to leave out already.
 
     Example:
         ```python
@@ -57,23 +57,24 @@ def lora_config(
         for name, module in matching.items()
         if not isinstance(module, nn.Linear) or (_TEXT.fullmatch(name) and not text_tower)
     ]
-    if len(excluded) == len(matching):
+    chosen_by_caller = "target_modules" in kwargs
+    if len(excluded) == len(matching) and not chosen_by_caller:
         raise ValueError(
             f"{type(model).__name__} has no query, value or projection layers that are known by name: pass a "
             "peft.LoraConfig with target_modules of your own to peft.get_peft_model."
         )
-    if not text_tower and ("exclude_modules" in kwargs or not any(map(_TEXT.fullmatch, matching))):
+    named_by_caller = chosen_by_caller or "exclude_modules" in kwargs
+    if not text_tower and (named_by_caller or not any(map(_TEXT.fullmatch, matching))):
         raise ValueError(
             f"text_tower=False leaves out the layers of {type(model).__name__} that are called text_model or "
             "text_projection: name those to leave out in exclude_modules alone, without text_tower=False."
         )
     if isinstance(model, CLIPForVisualQuestionAnswering):
         kwargs = {"modules_to_save": ["head"], **kwargs}
-    if excluded:
+    if excluded and not chosen_by_caller:
         kwargs = {"exclude_modules": excluded, **kwargs}
-    return LoraConfig(
-        r=r, lora_alpha=2 * r if lora_alpha is None else lora_alpha, target_modules=_ADAPTED.pattern, **kwargs
-    )
+    kwargs = {"target_modules": _ADAPTED.pattern, **kwargs}
+    return LoraConfig(r=r, lora_alpha=2 * r if lora_alpha is None else lora_alpha, **kwargs)
 
 
 def check_is_model(model: Any) -> None:
