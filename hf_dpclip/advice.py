@@ -9,6 +9,8 @@ from .privacy import PrivacyPlan
 HOPELESS_SIGNAL_TO_NOISE = 0.3
 # Beyond these, a guarantee says little.
 LARGE_EPSILON, LARGE_DELTA = 10, 1e-3
+# Sizes of a microbatch to advise, best first: fewer pairs have hardly any negatives, more have little signal.
+ADVISED_SIZES = (8, 7, 6, 5, 4)
 
 
 def total_signal_to_noise(plan: PrivacyPlan, num_parameters: int) -> float:
@@ -42,10 +44,19 @@ def weak_promises(plan: PrivacyPlan, epsilon: float) -> list[str]:
 def advice(plan: PrivacyPlan, num_parameters: int) -> str:
     """What to change if noise drowns the signal, with the factor that each change gains."""
     gains = []
-    if plan.num_microbatches < plan.expected_batch_size / 8:
-        gain = plan.expected_batch_size / 8 / plan.num_microbatches
-        gains.append(f"microbatch_size=8 (signal × {gain:.3g})")
+    size = _smaller_microbatch(plan.microbatch_size)
+    if size is not None:
+        gains.append(f"microbatch_size={size} (signal × {plan.microbatch_size / size:.3g})")
     if num_parameters > 1_000_000:
         gains.append(f"LoRA with 300,000 parameters (noise ÷ {math.sqrt(num_parameters / 3e5):.2g})")
-    gains.append("a larger batch with the same microbatch_size (signal grows with it)")
-    return "noise drowns the signal in this plan; the model will hardly learn. Try " + ", ".join(gains) + "."
+    if plan.expected_batch_size < plan.num_examples:
+        gains.append("a larger batch with the same microbatch_size (signal grows with it)")
+    return (
+        "noise drowns the signal in this plan; the model will hardly learn. Try "
+        f"{', '.join(gains) or 'a larger ε, or gather more records'}."
+    )
+
+
+def _smaller_microbatch(size: float) -> int | None:
+    """For microbatches larger than any of `ADVISED_SIZES`, one into which they can be divided. Training accepts it."""
+    return next((smaller for smaller in ADVISED_SIZES if size > max(ADVISED_SIZES) and size % smaller == 0), None)

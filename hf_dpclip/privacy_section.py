@@ -44,13 +44,18 @@ def plan_rows(plan: PrivacyPlan) -> dict[str, str]:
         "adjacency": "one privacy unit added or removed",
         "sampler": f"Poisson, probability q = {plan.sampling_probability:.4g}, fresh in every step",
         "expected batch size B": f"{plan.expected_batch_size:,}",
-        "microbatches per step K": f"{plan.num_microbatches:,} of about {plan.microbatch_size:.4g} units each",
+        "microbatches per step K": f"{plan.num_microbatches:,} of about {_count(plan.microbatch_size)} units each",
         "clipping norm C": f"{plan.max_grad_norm:g} ({plan.clipping})",
         "sensitivity Δ": f"{plan.sensitivity:g}",
         "noise multiplier σ": f"{plan.noise_multiplier:.4g}",
         "noise standard deviation σΔ": f"{plan.noise_std:.4g}",
         "δ": f"{plan.target_delta:.3g}",
     }
+
+
+def _count(number: float) -> str:
+    """Four digits, and all of those before the decimal point, as whole numbers are shown."""
+    return f"{number:.4g}" if number < 1000 else f"{number:,.0f}"
 
 
 def statement_rows(statement: PrivacyStatement) -> dict[str, str]:

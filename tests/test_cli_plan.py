@@ -109,6 +109,15 @@ def test_the_table_shows_the_signal_of_so_many_parameters(shown):
     assert rows["signal-to-noise ceiling of all steps"] == f"{total:.3g}"
 
 
+def test_large_numbers_are_shown_alike(shown):
+    sizes = {"num_examples": 10**6, "expected_batch_size": 65536, "num_microbatches": 1}
+    rows, _ = shown(**{**NOISE, **sizes})
+    assert (rows["expected batch size B"], rows["microbatches per step K"]) == (
+        "65,536",
+        "1 of about 65,536 units each",
+    )
+
+
 def test_without_parameters_there_is_no_word_of_signal(shown):
     rows, text = shown(**NOISE)
     assert not any("signal" in name for name in rows)
@@ -210,8 +219,11 @@ def test_a_wrong_command_line_is_refused(capsys, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({**TARGET, "expected_batch_size": 5000}, "expected_batch_size=5000 is not possible"),
-        ({**TARGET, "num_microbatches": 513}, "num_microbatches=513 is not possible"),
+        ({**TARGET, "expected_batch_size": 5120}, "expected_batch_size=5120 is not possible"),
+        ({**TARGET, "num_microbatches": 513}, "--num-microbatches 513 does not divide --expected-batch-size 512"),
+        ({**TARGET, "num_microbatches": 7}, "--num-microbatches 7 does not divide --expected-batch-size 512"),
+        ({**TARGET, "num_microbatches": -1}, "--num-microbatches -1 does not divide"),
+        ({**without(TARGET, "target_delta"), "num_examples": 1}, "--num-examples 1 is not possible"),
         ({**TARGET, "target_delta": 1e-3}, "target_delta=0.001 is not possible"),
         ({**TARGET, "target_epsilon": -1}, "target_epsilon=-1.0 is not possible"),
         ({**NOISE, "noise_multiplier": 0}, "noise_multiplier=0.0 is not possible"),

@@ -142,6 +142,24 @@ def test_the_advice_leaves_out_what_is_done_already():
     assert "LoRA" not in text
 
 
+HOPELESS = {"num_steps": 1, "noise_multiplier": 20.0}
+
+
+@pytest.mark.parametrize(
+    ("size", "advised"), [(11, None), (12, "6 (signal × 2)"), (16, "8 (signal × 2)"), (9, None), (8, None), (10, "5 ")]
+)
+def test_the_advised_microbatch_is_one_that_training_accepts(size, advised):
+    text = summarise(plan(num_examples=10**5, expected_batch_size=8 * size, num_microbatches=8, **HOPELESS))
+    assert "a larger batch" in text
+    assert ("microbatch_size=" in text.replace("the same microbatch_size", "")) == (advised is not None)
+    assert advised is None or f"microbatch_size={advised}" in text
+
+
+def test_nobody_is_advised_to_draw_more_than_there_is():
+    text = summarise(plan(num_examples=64, expected_batch_size=64, num_microbatches=8, **HOPELESS))
+    assert "WARNING" in text and "a larger batch" not in text and "Try a larger ε, or gather more records." in text
+
+
 def test_more_steps_make_up_for_a_weak_signal():
     weak = {"num_microbatches": 8, "noise_multiplier": 2.0}
     assert "WARNING" in summarise(plan(num_steps=10, **weak))

@@ -50,6 +50,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Makes the plan and shows it. Returns 0."""
     if arguments.num_parameters is not None and arguments.num_parameters < 1:
         raise ValueError(f"--num-parameters {arguments.num_parameters} is not possible: give at least 1.")
+    if arguments.num_examples < 2:
+        raise ValueError(
+            f"--num-examples {arguments.num_examples} is not possible: one unit among others is what is protected, so "
+            "give at least 2."
+        )
     plan = _make_plan(arguments)
     if arguments.json:
         from ..privacy.plan import finite_or_none
@@ -71,14 +76,12 @@ def _make_plan(arguments: argparse.Namespace):
     fields = {
         "num_examples": arguments.num_examples,
         "expected_batch_size": arguments.expected_batch_size,
-        "num_microbatches": 1 if arguments.num_microbatches is None else arguments.num_microbatches,
+        "num_microbatches": _num_microbatches(arguments),
         "num_steps": arguments.num_steps,
         "target_delta": arguments.target_delta,
         "max_grad_norm": arguments.max_grad_norm,
         "accountant": arguments.accountant,
     }
-    if arguments.microbatch_size is not None:
-        fields["num_microbatches"] = _num_microbatches(arguments.expected_batch_size, arguments.microbatch_size)
     if arguments.num_epochs is not None:
         fields["num_steps"] = steps_in(arguments.num_epochs, arguments.num_examples, arguments.expected_batch_size)
     if arguments.target_epsilon is not None:
@@ -86,13 +89,24 @@ def _make_plan(arguments: argparse.Namespace):
     return PrivacyPlan(noise_multiplier=arguments.noise_multiplier, **fields)
 
 
-def _num_microbatches(expected_batch_size: int, microbatch_size: int) -> int:
-    if microbatch_size < 1 or expected_batch_size % microbatch_size:
+def _num_microbatches(arguments: argparse.Namespace) -> int:
+    """K. Raises `ValueError` for a number or a size of microbatches that training would refuse."""
+    batch_size = arguments.expected_batch_size
+    if arguments.microbatch_size is not None:
+        _check_divides("--microbatch-size", arguments.microbatch_size, batch_size)
+        return batch_size // arguments.microbatch_size
+    if arguments.num_microbatches is not None:
+        _check_divides("--num-microbatches", arguments.num_microbatches, batch_size)
+        return arguments.num_microbatches
+    return 1
+
+
+def _check_divides(option: str, number: int, batch_size: int) -> None:
+    if number < 1 or batch_size % number:
         raise ValueError(
-            f"--microbatch-size {microbatch_size} does not divide --expected-batch-size {expected_batch_size}: choose "
-            "a positive number that does."
+            f"{option} {number} does not divide --expected-batch-size {batch_size}: choose a positive number that "
+            "does."
         )
-    return expected_batch_size // microbatch_size
 
 
 def _show(plan, num_parameters: int | None) -> None:
