@@ -191,16 +191,20 @@ def holds_texts(dataset: Any, column: str) -> bool:
 def described(dataset: Dataset, number: int, name: str = "the dataset") -> str:
     """A record, for messages: its number, the row of the table if records were selected, and the files of its images,
     as far as the table names them."""
-    record = f"record {number} of {name}"
+    return f"record {number} of {name}{whereabouts(dataset, number)}"
+
+
+def whereabouts(dataset: Dataset, number: int) -> str:
+    """What [`described`] adds to the number of a record, in brackets; nothing where there is nothing to add."""
     if not isinstance(dataset, datasets.Dataset):
-        return record
+        return ""
     details = []
     if dataset._indices is not None:
         details.append(f"row {dataset._indices.column(0)[number]} of the table that it was selected from")
     columns = image_columns(dataset)
     (row,) = dataset.with_format("arrow")[[number]].select(columns).to_pylist() if columns else [{}]
     details += [shortened(image["path"]) for image in row.values() if image and image["path"]]
-    return f"{record} ({', '.join(details)})" if details else record
+    return f" ({', '.join(details)})" if details else ""
 
 
 def _is_empty(images: Any) -> Any:

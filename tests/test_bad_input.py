@@ -20,7 +20,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, CLIPVisionModel
 from wrong_calls import check_explained, processed, trainer
 
-from hf_dpclip import CLIPForVisualQuestionAnswering, PrivacyPlan, PrivacyStatement, cli, lora_config
+from hf_dpclip import CLIPForVisualQuestionAnswering, PrivacyPlan, PrivacyStatement, __version__, cli, lora_config
 from hf_dpclip.evaluation import zero_shot_accuracy
 
 
@@ -393,6 +393,12 @@ def test_wrong_commands(capsys, command):
         cli.main(command)
     assert caught.value.code == 2
     assert "usage: hf-dpclip" in capsys.readouterr().err
+
+
+def test_the_command_knows_its_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert (caught.value.code, capsys.readouterr().out) == (0, f"hf-dpclip {__version__}\n")
 
 
 TRAIN = load_script(ROOT / "examples" / "train.py")

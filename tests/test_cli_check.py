@@ -74,26 +74,31 @@ def test_what_a_trainer_would_warn_of_is_said_too(table, answer, caplog):
     assert "2 of the 4 records looked at share their 'scan' with another record" in caplog.text
 
 
-def test_all_bad_records_are_named_with_the_reason(table, answer):
-    code, text, _ = answer(table(5, images={1: b"no image"}, texts={3: " \u3000"}))
+def test_all_bad_records_are_named_with_the_reason(table, answer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table(5, images={1: b"no image"}, texts={3: " \u3000"})
+    code, text, _ = answer("pairs.csv")
     assert code == 1
     assert text.startswith(
-        "2 of 5 records cannot be trained on (for your eyes only, like the records):\n  record 1: Un"
+        "2 of 5 records cannot be trained on (for your eyes only, like the records):\n  record 1 (1.png): Un"
     )
-    assert "  record 3: ValueError: column 'report' holds a blank text: write one" in text
+    assert "  record 3 (3.png): ValueError: column 'report' holds a blank text: write one" in text
     assert "if row not in unusable" in text
 
 
-def test_records_with_one_reason_are_one_line(table, answer):
-    _, text, _ = answer(table(25, texts=dict.fromkeys(range(22), "\t")))
-    first_ones = ", ".join(map(str, range(20)))
-    assert f"\n  22 records ({first_ones}, ...): ValueError: column 'report' holds a blank text" in text
+def test_records_with_one_reason_are_one_line(table, answer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table(25, texts=dict.fromkeys(range(2, 24), "\t"))
+    _, text, _ = answer("pairs.csv")
+    first_ones = ", ".join(map(str, range(2, 22)))
+    line = f"22 records ({first_ones}, ...), the first of them record 2 (2.png): ValueError: column 'report' holds a"
+    assert f"\n  {line}" in text
 
 
 def test_many_reasons_are_cut_but_not_for_programs(table, answer):
     bad = table(25, images=dict.fromkeys(range(22), b""))
     _, text, _ = answer(bad)
-    assert "record 19: " in text and "record 20: " not in text
+    assert "record 19 (" in text and "record 20 (" not in text
     assert "and 2 reasons more, which --json lists" in text
     code, text, _ = answer(bad, "--json")
     found = json.loads(text)

@@ -601,6 +601,10 @@ def test_the_command_says_that_nothing_is_recorded(tmp_path, capsys):
     ("options", "message"),
     [
         (["absent.jsonl"], "absent.jsonl does not exist: name a ledger"),
+        (
+            ["run/privacy.json"],
+            "is the statement of one run (which hf-dpclip card checks) and no ledger: name the output",
+        ),
         (["no/such/ledger.jsonl", "--close", "x"], "no/such/ledger.jsonl does not exist: name a ledger"),
         ([".", "--close", "x"], "0 runs in"),
     ],

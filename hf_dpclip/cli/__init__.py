@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from .. import __version__
+
 
 COMMANDS: list[str] = ["audit", "card", "check", "ledger", "plan"]
 
@@ -40,6 +42,7 @@ def _with_dashes(word: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("hf-dpclip", description="Differentially private training of CLIP models.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name in COMMANDS:
         module = import_module(f"{__name__}.{name}")

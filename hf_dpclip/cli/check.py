@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import ProcessorMixin
 
 
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"records": len(dataset), "unusable": unusable}, indent=2))
     else:
-        _show(len(dataset), unusable)
+        _show(dataset, unusable)
     warn_of_records(dataset, collator, arguments.privacy_unit_column)
     return 1 if unusable else 0
 
@@ -76,9 +77,8 @@ def _load_processor(model: str) -> "ProcessorMixin":
         ) from error
 
 
-def _show(count: int, unusable: dict[int, str]) -> None:
-    from ..records import listed
-
+def _show(dataset: "Dataset", unusable: dict[int, str]) -> None:
+    count = len(dataset)
     if not unusable:
         print(f"All {count:,} records can be read and encoded.")
         return
@@ -87,8 +87,7 @@ def _show(count: int, unusable: dict[int, str]) -> None:
     for number, reason in unusable.items():
         by_reason.setdefault(reason, []).append(number)
     for reason, numbers in [*by_reason.items()][:SHOWN]:
-        records = f"record {numbers[0]}" if len(numbers) == 1 else f"{len(numbers):,} records ({listed(numbers)})"
-        print(f"  {records}: {reason}")
+        print(f"  {_named(dataset, numbers)}: {reason}")
     if len(by_reason) > SHOWN:
         print(f"  and {len(by_reason) - SHOWN:,} reasons more, which --json lists")
     if len(unusable) < count:
@@ -97,3 +96,11 @@ def _show(count: int, unusable: dict[int, str]) -> None:
             "  unusable = hf_dpclip.data.unusable_records(dataset, collator)\n"
             "  dataset = dataset.select([row for row in range(len(dataset)) if row not in unusable])"
         )
+
+
+def _named(dataset: "Dataset", numbers: list[int]) -> str:
+    """The records of these numbers, and of the first one the files of its images."""
+    from ..records import listed, whereabouts
+
+    first = f"record {numbers[0]}{whereabouts(dataset, numbers[0])}"
+    return first if len(numbers) == 1 else f"{len(numbers):,} records ({listed(numbers)}), the first of them {first}"

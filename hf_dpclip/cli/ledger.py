@@ -26,8 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints JSON if asked, tables in a terminal, and tab-separated values anywhere else. Returns 0."""
-    from ..privacy import LEDGER_NAME, Ledger, totals
+    from ..privacy import LEDGER_NAME, STATEMENT_NAME, Ledger, totals
 
+    if arguments.path.name == STATEMENT_NAME:
+        raise ValueError(
+            f"{arguments.path} is the statement of one run (which hf-dpclip card checks) and no ledger: name the "
+            f"output folder of a run, the file {LEDGER_NAME} in it, or that of its ledger_path."
+        )
     ledger = Ledger(arguments.path / LEDGER_NAME if arguments.path.is_dir() else arguments.path)
     if arguments.close:
         ledger.close(arguments.close)
