@@ -175,9 +175,8 @@ def check_overrides(trainer: Trainer) -> None:
     for own in (Trainer.get_batch_samples, Trainer._get_train_sampler):
         if is_overridden(trainer, own):
             raise ValueError(
-                f"{own.__name__} is overridden, but the guarantee rests on batches that are drawn at random, and on a "
-                "release for each of them, also an empty one: leave it as it is, and change what a batch holds in the "
-                "data_collator."
+                f"{own.__name__} is overridden, but the guarantee rests on a release for every batch that is drawn, "
+                "also an empty one: leave it as it is, and change what a batch holds in the data_collator."
             )
 
 
