@@ -567,6 +567,14 @@ def test_the_command_prints_plain_lines_where_nobody_watches(two_datasets, capsy
     assert lines[6].endswith("not ended")
 
 
+@pytest.mark.parametrize("sigma, is_said", [(1.25, False), (2.0, True)])
+def test_the_command_says_when_the_total_of_different_runs_holds(ledger, capsys, sigma, is_said):
+    spend(ledger, "first", steps=2)
+    spend(ledger, "second", plan=plan(noise_multiplier=sigma), steps=2)
+    assert main(["ledger", str(ledger.path)]) == 0
+    assert (" (if no result decided on σ, q or steps) for one record" in capsys.readouterr().out) == is_said
+
+
 @pytest.mark.parametrize("steps", [20, 23])
 def test_the_command_says_why_there_may_be_more_steps_than_planned(ledger, capsys, steps):
     spend(ledger, "resumed", steps=steps)

@@ -67,7 +67,7 @@ def _verdict(total: "Total") -> str:
     if len(units) > 1:
         return f"{total.dataset}: no common ε, since runs protect different units ({', '.join(units)})"
     spent = f"ε = {total.epsilon_of_private_runs:.4g} at δ = {total.delta:.3g}"
-    if len({run.mechanism for run in total.runs}) > 1:
+    if len({run.mechanism for run in total.runs if not run.not_private_because}) > 1:
         spent += " (if no result decided on σ, q or steps)"
     if not total.not_private_runs:
         return f"{total.dataset}: {spent} for one {units[0]}"
