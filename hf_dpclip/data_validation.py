@@ -123,8 +123,7 @@ def check_encoded(model: PreTrainedModel | None, dataset: Dataset | None) -> Non
 
 
 def check_model_reads_pairs(model: nn.Module, collator: Callable, batch: dict[str, Any]) -> None:
-    """Raises `ValueError` if the model cannot read the batches of an [`ImageTextCollator`], such as `batch`, or not
-    what it learns from in them.
+    """Raises `ValueError` if the model cannot read the batches of an [`ImageTextCollator`], such as `batch`.
 
     `model` is the one without adapters. Sizes are compared for dual encoders, whose configuration is known.
     """
@@ -141,12 +140,6 @@ def check_model_reads_pairs(model: nn.Module, collator: Callable, batch: dict[st
             f"{type(model).__name__} reads no {unread[0]}: choose a model of images and texts, e.g. CLIPModel, or "
             "pass a data_collator that makes what it reads."
         )
-    if isinstance(collator, VisualQuestionCollator) and "labels" not in parameters and not reads_anything:
-        raise ValueError(
-            f"{type(model).__name__} reads no labels, so it would not learn the answers that the "
-            "VisualQuestionCollator gives: pass a model that answers questions, as "
-            "CLIPForVisualQuestionAnswering.from_clip(clip, answers=[...]) makes, or an ImageTextCollator."
-        )
     if isinstance(collator, VisualQuestionCollator) and isinstance(model, CLIPForVisualQuestionAnswering):
         _check_labels(collator.label2id, model.config.num_labels)
     base = model.clip if isinstance(model, CLIPForVisualQuestionAnswering) else contrastive_base(model)
@@ -155,10 +148,23 @@ def check_model_reads_pairs(model: nn.Module, collator: Callable, batch: dict[st
     # A vision tower of another family may interpolate its positions.
     if base is not None and "pixel_values" in batch and not isinstance(base, VisionTextDualEncoderModel):
         _check_image_size(batch["pixel_values"], base.config.vision_config)
+
+
+def check_answers_are_learnt(model: nn.Module, collator: Callable, batch: dict[str, Any]) -> None:
+    """Raises `ValueError` for a model with a loss of its own that asks for answers and is given none, or the other way
+    round. `model` is the one without adapters."""
+    reads_labels = "labels" in inspect.signature(model.forward).parameters
+    if isinstance(collator, VisualQuestionCollator) and isinstance(model, PreTrainedModel) and not reads_labels:
+        raise ValueError(
+            f"{type(model).__name__} reads no labels, so it would not learn the answers that the "
+            "VisualQuestionCollator gives: pass a model that answers questions, as "
+            "CLIPForVisualQuestionAnswering.from_clip(clip, answers=[...]) makes, or an ImageTextCollator."
+        )
     if isinstance(model, CLIPForVisualQuestionAnswering) and "labels" not in batch:
         raise ValueError(
-            f"{type(model).__name__} learns from answers, and the batches of {type(collator).__name__} have none: "
-            "pass data_collator=VisualQuestionCollator(processor, label2id=model.config.label2id)."
+            f"{type(model).__name__} learns from answers, and the batches have no labels (only {[*batch]}): pass "
+            "data_collator=VisualQuestionCollator(processor, label2id=model.config.label2id), or give encoded records "
+            "a column 'labels'."
         )
 
 
@@ -182,8 +188,7 @@ def check_evaluation_data(
 ) -> None:
     """Raises `ValueError` if metrics would be computed on private records, on others of the same units, or on none.
 
-    Warns where some are copies of private records. The message counts them: it is for the console of whoever holds
-    them, and is not part of any log.
+    Warns where some are copies of private records.
     """
     _check_not_empty(evaluated, name)
     if train_dataset is not None and evaluated is train_dataset:
@@ -206,10 +211,11 @@ def check_evaluation_data(
             "the units of both apart if they are others, or set log_private_statistics=True on public data."
         )
     if copies:
+        # Without their number: a tracker may record the console by now.
         logger.warning(
-            f"{copies} of the first {compared} records of {name} are copies of records of the private training "
-            "dataset, so its metrics tell of those: leave them out, or hold records out of one dataset with "
-            "hf_dpclip.data.hold_out. (For your eyes only: this counts private records.)"
+            f"some of the first {compared} records of {name} are copies of records of the private training dataset, "
+            "so its metrics tell of those: leave them out, or hold records out of one dataset with "
+            "hf_dpclip.data.hold_out."
         )
 
 

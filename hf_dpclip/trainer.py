@@ -145,6 +145,8 @@ class DPCLIPTrainer(SearchingTrainer):
         data_validation.check_records(self.data_collator, self.eval_dataset, "eval_dataset")
         batch = data_validation.first_batch(self._microbatch_dataset(), microbatch_size)
         data_validation.check_model_reads_pairs(base_model(self.model), self.data_collator, batch)
+        if self.minimises_own_loss:
+            data_validation.check_answers_are_learnt(base_model(self.model), self.data_collator, batch)
         if args.privacy_unit_column is None and not (args.non_private or args.log_private_statistics):
             data_validation.check_no_copies(self.train_dataset)
         units = PrivacyUnits(self.train_dataset, args.privacy_unit_column, args.max_records_per_unit)

@@ -477,7 +477,7 @@ DATA = {
     ),
     "no answers for a model that answers questions": (
         lambda f: processed(f, raw_pairs(8), model=tiny_clip_vqa()),
-        "CLIPForVisualQuestionAnswering learns from answers, and the batches of ImageTextCollator have none",
+        "CLIPForVisualQuestionAnswering learns from answers, and the batches have no labels",
         "pass data_collator=VisualQuestionCollator(processor, label2id=model.config.label2id)",
     ),
     "answers for a model that reads none": (
@@ -647,3 +647,14 @@ def test_records_are_numbered_as_they_were_selected(tmp_path):
     wrong = "record 3 (such records: 1) has no text in column 'text'"
     check_explained(lambda: processed(tmp_path, texts.select([4, 3, 2, 1, 0])), wrong, "dataset.filter")
     assert processed(tmp_path, texts.select([4, 3, 2, 0])).plan.num_examples == 4
+
+
+def test_a_loss_of_the_users_own_may_read_answers_that_the_model_does_not(tmp_path):
+    def loss(outputs, labels, num_items_in_batch=None):
+        return (outputs.logits_per_image.mean(dim=1) * labels).mean()
+
+    records = with_texts(["a"] * 8).rename_column("text", "question").add_column("answer", ["yes", "no"] * 4)
+    collator = VisualQuestionCollator(tiny_processor(), label2id=tiny_clip_vqa().config.label2id)
+    run = DPCLIPTrainer(tiny_clip(), arguments(tmp_path), collator, records, compute_loss_func=loss)
+    run.train()
+    assert run.privacy_spent().steps == 2
