@@ -17,6 +17,7 @@ from .digests import LOOKED_AT, file_digests, image_columns
 from .model_history import steps_of
 from .models import base_model
 from .privacy import STATEMENT_NAME
+from .privacy_section import NOT_PRIVATE
 from .records import holds_texts
 from .resuming import readable_statement
 
@@ -58,12 +59,13 @@ def warn_of_private_start(model: nn.Module) -> None:
     parts = (module for module in base_model(model).modules() if isinstance(module, PreTrainedModel))
     for folder in dict.fromkeys(part.config._name_or_path for part in parts):
         statement = readable_statement(Path(folder)) if folder else None
-        if statement is None or not statement.steps:
+        if statement is None or not (statement.steps or statement.not_private_because):
             continue
         spent = statement.spent
-        _warn_of_earlier(
-            f"the model starts from {folder}, which spent ε = {spent.epsilon:.4g} at δ = {spent.delta:.3g}"
-        )
+        cost = f"spent ε = {spent.epsilon:.4g} at δ = {spent.delta:.3g}"
+        if statement.not_private_because:
+            cost = f"is {NOT_PRIVATE} ({'; '.join(statement.not_private_because)})"
+        _warn_of_earlier(f"the model starts from {folder}, which {cost}")
 
 
 def _warn_of_earlier(training: str) -> None:

@@ -14,8 +14,18 @@ from transformers import Trainer
 from .model_history import check_trusted, distrust
 
 
-# Attributes of a trainer in which no modules are looked for: the model, and data.
-NOT_HELD = ("model", "model_wrapped", "train_dataset", "eval_dataset")
+# Attributes of a trainer in which no modules are looked for: the model, which may be another one than in the training
+# before, and data.
+NOT_HELD = (
+    "model",
+    "model_wrapped",
+    "_forward_pass",
+    "_contrastive_model",
+    "_mechanism",
+    "_guard",
+    "train_dataset",
+    "eval_dataset",
+)
 # How deeply containers, functions and objects are searched: enough for the list of losses of a method's object.
 LEVELS = 3
 
@@ -27,6 +37,7 @@ class Snapshot:
         parameters (`list`): the id of each parameter.
         trained (`list`): whether each of them is trained.
         versions (`list`): the version of each parameter.
+        gradients (`list`): the version of each parameter's gradient.
         buffers (`list`): each buffer, with a copy of its values.
     """
 
@@ -34,6 +45,7 @@ class Snapshot:
         self.parameters, buffers = _fingerprint(modules)
         self.trained = _trained(modules.parameters())
         self.versions = _versions(modules.parameters())
+        self.gradients = _gradient_versions(modules.parameters())
         self.buffers = [(buffer, buffer.clone()) for buffer in buffers]
 
 
@@ -64,9 +76,11 @@ class StepGuard:
     def forward_pass(self) -> Iterator[int]:
         """Every forward pass runs inside. Yields its number within the step, from 1.
 
-        Raises `ValueError` for a hook on a parameter, such as trackers add when training has begun.
+        Raises `ValueError` for a hook on a parameter, such as trackers add when training has begun, and in torch's
+        anomaly mode.
         """
         check_no_hooks(self._parameters)
+        check_no_anomaly_mode()
         self._begun += 1
         if self._begun == 1:
             self._versions = _versions(self._parameters)
@@ -91,24 +105,37 @@ class StepGuard:
                 "during training, and the error that ends a pass must end the run: a batch that is left out shows "
                 "what was in it."
             )
-        if any(each.requires_grad and each.grad is not None for each in (*self._parameters, *self.held.parameters())):
+        if self._held_before.gradients != _gradient_versions(self.held.parameters()):
             raise RuntimeError(
-                "a parameter of the loss, or of a module that the trainer holds, has a gradient that is neither "
-                "clipped nor noised: make it part of the model, or freeze it with requires_grad_(False), and set its "
-                "grad to None before training."
+                "a module that the trainer holds, or its loss uses, received a gradient that is neither clipped nor "
+                "noised: freeze it with requires_grad_(False), or use it within torch.no_grad()."
             )
         self._begun = self._completed = 0
 
     def change(self) -> str | None:
-        """What changed past the mechanism, and how to avoid that; `None` if nothing did."""
+        """What changed past the mechanism in this step, and how to avoid that; `None` if nothing did."""
+        return self._change_in_use() or self._change_in_held()
+
+    def distrust_if_changed(self) -> bool:
+        """To be called when training ends, however it does, and before weights are saved. If modules changed past the
+        mechanism, no trainer will take them again. Returns whether some did."""
+        if self._change_in_use() is not None:
+            distrust(self.modules)
+        if self._change_in_held() is not None:
+            distrust(self.held)
+        return self.change() is not None
+
+    def _change_in_use(self) -> str | None:
+        if self._begun == 0:
+            # Between steps, the optimizer writes to parameters; and what comes after the last step is no release.
+            return None
         parameters, buffers = _fingerprint(self.modules)
         if parameters != self._at_start.parameters:
             return (
                 "a parameter was added during training, or put in the place of another, past the mechanism: make all "
                 "of them before DPCLIPTrainer.train is called."
             )
-        # Between steps, the optimizer writes to parameters.
-        if self._begun and self._versions != _versions(self._parameters):
+        if self._versions != _versions(self._parameters):
             return (
                 "a parameter of the model was written to in the forward or backward pass, so it carries private data "
                 "past the mechanism: use a model without max_norm, and no optimizer that steps in the backward pass."
@@ -118,27 +145,21 @@ class StepGuard:
                 "a buffer of the model or of the loss changed in the forward pass, so it keeps statistics of the "
                 "private data outside the mechanism: use one without running statistics, queues or codebooks."
             )
-        if self._begun and self._held_changed():
-            return (
-                "a module that the trainer holds, or its loss uses, changed in the forward or backward pass, so it "
-                "keeps what it sees of private data outside the mechanism: use one without running statistics, queues "
-                "or codebooks, and move it to its device before training."
-            )
         return None
 
-    def _held_changed(self) -> bool:
+    def _change_in_held(self) -> str | None:
+        if self._begun == 0:
+            return None
         before, (parameters, buffers) = self._held_before, _fingerprint(self.held)
         same = parameters == before.parameters and _trained(self.held.parameters()) == before.trained
         same = same and _versions(self.held.parameters()) == before.versions
-        return not (same and _are_unchanged(buffers, before.buffers))
-
-    def distrust_if_changed(self) -> str | None:
-        """To be called when training ends, however it does. If modules changed past the mechanism, no trainer will
-        take them again. Returns what changed."""
-        change = self.change()
-        if change is not None:
-            distrust([*self.modules.modules(), *self.held.modules()])
-        return change
+        if same and _are_unchanged(buffers, before.buffers):
+            return None
+        return (
+            "a module that the trainer holds, or its loss uses, changed in the forward or backward pass, so it keeps "
+            "what it sees of private data outside the mechanism: use one without running statistics, queues or "
+            "codebooks, and move it to its device before training."
+        )
 
 
 def modules_in_use(trainer: Trainer) -> tuple[nn.ModuleList, nn.ModuleList]:
@@ -215,6 +236,25 @@ def check_no_hooks(parameters: Iterable[nn.Parameter]) -> None:
         )
 
 
+def check_no_anomaly_mode() -> None:
+    """Raises `ValueError` where torch would stop at a gradient that is not finite, which counts as zero here."""
+    if torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
+        raise ValueError(
+            "torch's anomaly mode stops at a gradient that is not finite, and would so show that a record was drawn: "
+            "leave out torch.autograd.set_detect_anomaly(True) and detect_anomaly()."
+        )
+
+
+def check_loss_is_frozen(modules: nn.ModuleList, parameters: list[nn.Parameter]) -> None:
+    """Raises `ValueError` if the loss has something to train beside the `parameters` of the model."""
+    known = {id(parameter) for parameter in parameters}
+    if any(parameter.requires_grad and id(parameter) not in known for parameter in modules.parameters()):
+        raise ValueError(
+            "the loss has trainable parameters that are not the model's: their gradients would be neither clipped nor "
+            "noised. Make them part of the model, or freeze them with requires_grad_(False)."
+        )
+
+
 def _fingerprint(model: nn.Module) -> tuple[list[int], list[Tensor]]:
     """The ids of all parameters, and the buffers.
 
@@ -232,6 +272,11 @@ def _trained(parameters: Iterable[nn.Parameter]) -> list[bool]:
 def _versions(parameters: Iterable[nn.Parameter]) -> list[tuple[int, int]]:
     """Values that change when a parameter, trained or not, is replaced in memory or written to."""
     return [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+
+
+def _gradient_versions(parameters: Iterable[nn.Parameter]) -> list[tuple[int, int] | None]:
+    gradients = (parameter.grad for parameter in parameters)
+    return [None if gradient is None else (gradient.data_ptr(), gradient._version) for gradient in gradients]
 
 
 def _are_unchanged(buffers: list[Tensor], then: list[tuple[Tensor, Tensor]]) -> bool:

@@ -55,6 +55,10 @@ class PublishingTrainer(EvaluatingTrainer):
     def privacy_statement(self) -> PrivacyStatement:
         """What may be claimed of the weights as they are now."""
 
+    @abstractmethod
+    def keep_changes(self) -> None:
+        """If the model changed past the mechanism, keeps that as a reason why no guarantee holds."""
+
     def floating_point_ops(self, inputs: Any) -> int:
         """0: a count of the realised inputs would reveal the realised batch size."""
         return 0
@@ -101,6 +105,7 @@ class PublishingTrainer(EvaluatingTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.output_dir)
+        self.keep_changes()
         states_privacy = self.args.should_save and self.plan is not None
         if self.args.should_save:
             # Before the weights: whatever interrupts this, no weights lie beside the statement of others.

@@ -17,7 +17,7 @@ from . import validation
 from .dataloader import MicrobatchDataset
 from .digests import sampled_digest
 from .guard import StepGuard
-from .model_history import remember_steps
+from .model_history import is_distrusted, remember_steps
 from .planning import num_steps, planned_values
 from .privacy import PrivacyPlan, PrivacySpent, PrivacyStatement
 from .privacy.composition import NamedRuns, merge_runs
@@ -36,7 +36,7 @@ from .spending import new_run_id, recorded
 
 logger = logging.get_logger(__name__)
 
-CHANGED = "a training ended in which the model or the loss had changed past the mechanism"
+CHANGED = "the model, or its loss, changed past the mechanism in a step of training"
 
 
 class RunningTrainer(PublishingTrainer):
@@ -224,8 +224,13 @@ class RunningTrainer(PublishingTrainer):
             yield
         finally:
             remember_steps(self.model, self._run_id, self._steps_taken)
-            if self._guard is not None and self._guard.distrust_if_changed():
-                self._not_private_because += (CHANGED,)
+            self.keep_changes()
+
+    def keep_changes(self) -> None:
+        """As in [`PublishingTrainer`]."""
+        changed = self._guard is not None and self._guard.distrust_if_changed()
+        if changed or is_distrusted(self.model):
+            self._not_private_because += (CHANGED,)
 
     def _check_unchanged(self) -> None:
         """Raises `ValueError` if arguments were changed after the plan was made, and would have no effect, or if they

@@ -3,14 +3,19 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerFast
 
 from .collators import tokenizer_of
 
 
+# How tokenizers pad and cut: as a first trainer was given them.
+_as_given: "WeakKeyDictionary[PreTrainedTokenizerFast, tuple[dict | None, dict | None]]" = WeakKeyDictionary()
+
+
 class TokenizerState:
-    """How the tokenizer of a processor pads and cuts texts at the moment of construction.
+    """How the tokenizer of a processor padded and cut texts when the first trainer of this process was given it.
 
     Where the longest text of a batch decides how it is called, its files would tell how long private texts are.
 
@@ -23,6 +28,8 @@ class TokenizerState:
         # Others than fast tokenizers remember nothing.
         self._backend = tokenizer.backend_tokenizer if isinstance(tokenizer, PreTrainedTokenizerFast) else None
         self._settings = self._current()
+        if self._backend is not None:
+            self._settings = _as_given.setdefault(tokenizer, self._settings)
 
     @contextmanager
     def restored(self) -> Iterator[None]:

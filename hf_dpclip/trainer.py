@@ -26,7 +26,7 @@ from .collators import AudioTextCollator, ImageTextCollator, PairCollator, defau
 from .dataloader import ForwardBatchSampler, MicrobatchDataset, RecordNumbers, draws_samples, make_dataloader
 from .forward_pass import choose_forward_pass, make_contrastive_model
 from .gradients import contrastive_base
-from .guard import StepGuard, modules_in_use
+from .guard import StepGuard, check_loss_is_frozen, modules_in_use
 from .models import base_model
 from .planning import make_plan, planned_values, steps_per_epoch
 from .privacy import GaussianMechanism, PoissonSampler, PrivacyPlan, Randomness, SecureGaussianMechanism
@@ -86,13 +86,13 @@ class DPCLIPTrainer(SearchingTrainer):
                 f"args must be DPTrainingArguments, which carry target_epsilon, not {type(args).__name__}."
             )
         validation.check_call(model, data_collator, train_dataset, processing_class)
-        if data_collator is None and needs_processing(train_dataset, processing_class):
-            data_collator = default_collator(processing_class)
         if processing_class is None and isinstance(data_collator, ImageTextCollator | AudioTextCollator):
             # To be saved beside the weights, which are of no use without it.
             processing_class = data_collator.processor
+        self._tokenizer_state = TokenizerState(processing_class or data_collator)
+        if data_collator is None and needs_processing(train_dataset, processing_class):
+            data_collator = default_collator(processing_class)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
-        self._tokenizer_state = TokenizerState(self.processing_class or self.data_collator)
         forward = inspect.signature(base_model(self.model).forward).parameters
         # The Trainer looks for `return_loss=True` as the default, which no contrastive model has any more.
         self.can_return_loss = "return_loss" in forward
@@ -211,7 +211,7 @@ class DPCLIPTrainer(SearchingTrainer):
                 "guarantee rests on: return what super().get_train_dataloader() gives."
             )
         validation.check_model(self.model)
-        validation.check_no_anomaly_mode()
+        validation.check_overrides(self)
         validation.set_precision()
         if self.public_negatives is not None:
             self.public_negatives.forget()
@@ -220,7 +220,9 @@ class DPCLIPTrainer(SearchingTrainer):
         process, num_processes = self.args.process_index, self.args.world_size
         mechanism = SecureGaussianMechanism if self.args.secure_noise else GaussianMechanism
         self._mechanism = mechanism(self.plan, parameters, self._noise, process, num_processes)
-        self._guard = StepGuard(*modules_in_use(self), self._planned_values["gradient_accumulation_steps"])
+        in_use, held = modules_in_use(self)
+        check_loss_is_frozen(in_use, parameters)
+        self._guard = StepGuard(in_use, held, self._planned_values["gradient_accumulation_steps"])
         self._contrastive_model = make_contrastive_model(self)
         self._forward_pass = choose_forward_pass(
             self, self._mechanism, self._microbatch_dataset(), self._contrastive_model

@@ -1,5 +1,6 @@
 """Refusals: what the guarantee does not cover is an error before the first step, with the remedy in its message."""
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -96,22 +97,13 @@ def check_model(model: nn.Module) -> None:
             f"adapters with a task_type make a {type(model).__name__}, which calls the model in a way that it does "
             "not understand: leave task_type out of the LoraConfig."
         )
-    if not all(bool(parameter.isfinite().all()) for parameter in trainable):
+    if not all(torch.linalg.vector_norm(parameter.detach(), math.inf).isfinite() for parameter in trainable):
         raise ValueError(
             "the model has trainable parameters that are not finite, from which nothing can be learnt: load other "
             "weights, or train with a smaller learning rate."
         )
     check_no_hooks(trainable)
     check_trusted(model)
-
-
-def check_no_anomaly_mode() -> None:
-    """Raises `ValueError` where torch would stop at a gradient that is not finite, which counts as zero here."""
-    if torch.is_anomaly_enabled():
-        raise ValueError(
-            "torch's anomaly mode stops at a gradient that is not finite, and would so show that a record was drawn: "
-            "leave out torch.autograd.set_detect_anomaly(True) and detect_anomaly()."
-        )
 
 
 def set_precision() -> None:

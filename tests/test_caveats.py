@@ -70,10 +70,21 @@ def test_so_are_adapters_that_were_trained(make_trainer, tmp_path, caplog):
     trainer.save_model(tmp_path / "before")
     trainer.train()
     trainer.save_model(tmp_path / "after")
+    # These need not begin at zero.
+    pissa = get_peft_model(tiny_clip(), lora_config(tiny_clip(), init_lora_weights="pissa"))
+    assert warnings_of(caplog, warn_of_private_start, pissa) == ""
     for folder, is_said in (("before", False), ("after", True)):
         model = PeftModel.from_pretrained(tiny_clip(), tmp_path / folder, is_trainable=True)
         message = warnings_of(caplog, warn_of_private_start, model)
         assert ("the adapters that the model has were trained before" in message) == is_said == bool(message)
+
+
+def test_weights_without_a_guarantee_are_called_that(make_trainer, tmp_path, caplog):
+    trainer = make_trainer(noise_seed=3)
+    trainer.train()
+    trainer.save_model(tmp_path / "seeded")
+    message = warnings_of(caplog, warn_of_private_start, CLIPModel.from_pretrained(tmp_path / "seeded"))
+    assert "seeded, which is NOT PRIVATE (noise_seed" in message and "spent" not in message
 
 
 @pytest.mark.parametrize("model", [tiny_clip(), nn.Linear(2, 2)], ids=["a new model", "no model of transformers"])

@@ -70,6 +70,8 @@ def test_what_a_trainer_would_warn_of_is_said_too(table, answer, caplog):
     assert "1 of the first 3 texts have more than the 16 tokens" in caplog.text and "share" not in caplog.text
     with open(path, "a", encoding="utf-8") as file:
         file.write("0.png,the same from the left\n")
+    answer(path, "--privacy-unit-column", "report")
+    assert "share" not in caplog.text
     answer(path)
     assert "2 of the 4 records looked at share their 'scan' with another record" in caplog.text
 

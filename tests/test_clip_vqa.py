@@ -192,7 +192,7 @@ def test_columns_may_have_other_names(make_trainer):
 
 
 def test_missing_labels_are_said_to_be_missing(make_trainer):
-    with pytest.raises(ValueError, match="batches have no labels .*give encoded records a column 'labels'"):
+    with pytest.raises(ValueError, match=r"batches have no labels .*give encoded records a column 'labels'"):
         make_trainer(tiny_clip_vqa(), answered_questions(64).remove_columns("labels"))
 
 

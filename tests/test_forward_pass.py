@@ -262,14 +262,24 @@ class Standardising(DPCLIPTrainer):
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
-        pixels = inputs["pixel_values"]
-        return {**inputs, "pixel_values": (pixels - pixels.mean()) / pixels.std()}
+        return {**inputs, "pixel_values": standardised(inputs["pixel_values"])}
 
 
-def test_inputs_that_the_trainer_prepares_in_its_own_way_are_prepared_one_microbatch_at_a_time(tmp_path):
-    update, trainer = one_update(tmp_path, trainer_class=Standardising, **MANY)
+class StandardisingEach(DPCLIPTrainer):
+    def _prepare_input(self, data):
+        data = super()._prepare_input(data)
+        return standardised(data) if isinstance(data, torch.Tensor) and data.dim() == 4 else data
+
+
+def standardised(pixels):
+    return (pixels - pixels.mean()) / pixels.std()
+
+
+@pytest.mark.parametrize("kind", [Standardising, StandardisingEach])
+def test_inputs_that_the_trainer_prepares_in_its_own_way_are_prepared_one_microbatch_at_a_time(tmp_path, kind):
+    update, trainer = one_update(tmp_path, trainer_class=kind, **MANY)
     assert way(trainer) is OneByOne
-    expected, _ = one_update(tmp_path, trainer_class=Standardising, vectorized=False, **MANY)
+    expected, _ = one_update(tmp_path, trainer_class=kind, vectorized=False, **MANY)
     assert_close(update, expected)
     plain, _ = one_update(tmp_path, **MANY)
     assert (update - plain).norm() > 0.005 * plain.norm()

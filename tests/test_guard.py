@@ -654,7 +654,7 @@ def test_weights_that_a_refused_training_left_private_data_in_are_not_private(tm
     with pytest.raises(RuntimeError, match="written to in the forward or backward pass"):
         run.train()
     run.save_model(tmp_path / "saved")
-    assert "had changed past the mechanism" in PrivacyStatement.load(tmp_path / "saved").not_private_because[0]
+    assert "changed past the mechanism" in PrivacyStatement.load(tmp_path / "saved").not_private_because[0]
     # Now it changes no more, but what it holds is private.
     for again in (run.train, lambda: DPCLIPTrainer(model, run.args, train_dataset=records)):
         with pytest.raises(ValueError, match="still holds private data: load it anew"):
@@ -729,26 +729,124 @@ class LearnedTemperature(nn.Module):
         return self.scale * outputs["loss"]
 
 
-class OwnOptimizer(TrainerCallback):
-    """Trains the loss beside the model."""
-
-    def __init__(self, loss):
-        self.optimizer = torch.optim.SGD(loss.parameters(), lr=1.0)
-
-    def on_optimizer_step(self, *args, **kwargs):
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+def test_a_loss_that_could_be_trained_beside_the_model_is_refused(tmp_path):
+    records, args = vectors(*[[1.0] * 4] * 8), arguments(tmp_path)
+    with pytest.raises(ValueError, match="the loss has trainable parameters that are not the model's"):
+        DPCLIPTrainer(Given(), args, train_dataset=records, compute_loss_func=LearnedTemperature()).train()
+    frozen = LearnedTemperature().requires_grad_(False)
+    DPCLIPTrainer(Given(), args, train_dataset=records, compute_loss_func=frozen).train()
 
 
-def test_parameters_of_the_loss_that_get_a_gradient_without_noise_are_refused(tmp_path):
-    loss, records = LearnedTemperature(), vectors(*[[1.0] * 4] * 8)
-    options = {"compute_loss_func": loss, "callbacks": [OwnOptimizer(loss)]}
-    run = DPCLIPTrainer(Given(), arguments(tmp_path), train_dataset=records, **options)
-    with pytest.raises(RuntimeError, match="has a gradient that is neither clipped nor noised"):
+class WithCritic(DPCLIPTrainer):
+    """A trainer that holds a module of its own beside the model."""
+
+    without_gradient = False
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        with torch.set_grad_enabled(not self.without_gradient):
+            factor = self.critic(torch.ones(2)).sum()
+        return factor * model(**inputs)["loss"]
+
+
+def with_critic(tmp_path, critic, model=None, **options):
+    args, records = arguments(tmp_path, max_steps=3), vectors(*[[1.0] * 4] * 8)
+    run = WithCritic(model or Given(), args, train_dataset=records, **options)
+    run.critic = critic
+    return run
+
+
+def test_modules_of_the_trainer_that_get_a_gradient_without_noise_are_refused(tmp_path):
+    run = with_critic(tmp_path, nn.Linear(2, 1))
+    with pytest.raises(RuntimeError, match="received a gradient that is neither clipped nor noised"):
         run.train()
-    assert loss.scale == 1
-    loss = LearnedTemperature().requires_grad_(False)
-    DPCLIPTrainer(Given(), run.args, train_dataset=records, compute_loss_func=loss).train()
+    assert run.privacy_spent().steps == 0
+
+
+class TrainedOnPublicData(TrainerCallback):
+    """Between steps, which is allowed."""
+
+    def __init__(self, critic):
+        self.critic, self.optimizer = critic, torch.optim.SGD(critic.parameters(), lr=0.1)
+
+    def on_step_end(self, *args, **kwargs):
+        self.optimizer.zero_grad()
+        self.critic(torch.ones(2)).sum().backward()
+        self.optimizer.step()
+
+
+def test_modules_that_are_trained_on_public_data_between_steps_are_allowed(tmp_path):
+    critic = nn.Linear(2, 1)
+    run = with_critic(tmp_path, critic, callbacks=[TrainedOnPublicData(critic)])
+    run.without_gradient = True
+    run.train()
+    assert run.privacy_spent().steps == 3
+
+
+class Remembers(nn.Linear):
+    def forward(self, x):
+        with torch.no_grad():
+            self.bias.add_(1)
+        return super().forward(x)
+
+
+def test_a_module_of_the_trainer_that_changed_is_not_taken_again(tmp_path):
+    critic = Remembers(2, 1).requires_grad_(False)
+    with pytest.raises(RuntimeError, match="a module that the trainer holds"):
+        with_critic(tmp_path, critic).train()
+    with pytest.raises(ValueError, match="still holds private data"):
+        with_critic(tmp_path, critic).train()
+
+
+def test_one_that_did_not_change_is_taken_again(tmp_path):
+    critic = nn.Linear(2, 1).requires_grad_(False)
+    with pytest.raises(RuntimeError, match="written to in the forward or backward pass"):
+        with_critic(tmp_path, critic, StartsFromItsFirstBatch()).train()
+    with_critic(tmp_path, critic).train()
+
+
+def test_weights_that_are_saved_within_a_step_that_will_be_refused_are_not_private(tmp_path):
+    class Saving(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            run.save_model(tmp_path / "within")
+
+    settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 2}
+    records = vectors(*[[1.0] * 4] * 8)
+    model, args = StartsFromItsFirstBatch(), arguments(tmp_path, **settings)
+    run = DPCLIPTrainer(model, args, train_dataset=records, callbacks=[Saving()])
+    other = DPCLIPTrainer(model, args, train_dataset=records)
+    with pytest.raises(RuntimeError, match="written to"):
+        run.train()
+    other.save_model(tmp_path / "other")
+    for folder in ("within", "other"):
+        assert PrivacyStatement.load(tmp_path / folder).not_private_because
+
+
+def test_what_is_done_to_the_model_after_the_last_step_is_not_judged(tmp_path):
+    class Merging(TrainerCallback):
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            model.merge_and_unload()
+
+    run = DPCLIPTrainer(lora_clip(), arguments(tmp_path), train_dataset=pairs(64), callbacks=[Merging()])
+    run.train()
+    assert run.privacy_statement().not_private_because == ()
+
+
+@pytest.mark.parametrize("event", ["on_pre_optimizer_step", "on_optimizer_step"])
+def test_a_model_that_is_made_anew_after_an_interruption_is_trained(tmp_path, event):
+    class Interrupting(TrainerCallback):
+        pass
+
+    def interrupt(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+    setattr(Interrupting, event, interrupt)
+    options = {"model_init": lambda: tiny_clip(), "callbacks": [Interrupting()]}
+    run = DPCLIPTrainer(None, arguments(tmp_path), train_dataset=pairs(64), **options)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    run.pop_callback(Interrupting)
+    run.train()
+    assert run.privacy_statement().not_private_because == ()
 
 
 def test_an_optimizer_that_is_given_more_to_train_later_is_refused(make_trainer):
@@ -779,7 +877,8 @@ def test_stopping_at_a_gradient_that_is_not_finite_is_refused(make_trainer):
     run = make_trainer()
     with torch.autograd.set_detect_anomaly(True), pytest.raises(ValueError, match="anomaly mode"):
         run.train()
-    run.train()
+    with torch.autograd.set_detect_anomaly(True, check_nan=False):
+        run.train()
 
 
 def test_another_privacy_unit_after_a_run_without_steps_is_refused(make_trainer):

@@ -104,14 +104,19 @@ def test_runs_of_one_mechanism_compose_as_their_steps_do():
 
 def test_runs_of_several_share_the_smallest_delta_of_all():
     """Were δ added up, ten runs would have one at which publishing a record counts as private."""
-    noises = [1.0 + number / 10 for number in range(10)]
-    runs = [(plan(noise_multiplier=sigma), 3) for sigma in noises] + [(plan(noise_multiplier=1.0), 2)]
+    noises = [1.0, *(1.0 + number / 10 for number in range(9))]
     shares = [plan(noise_multiplier=sigma, target_delta=plan().target_delta / 10) for sigma in noises]
-    spent = composed(runs)
-    assert spent.delta == plan().target_delta and spent.steps == 32
-    assert spent.epsilon == pytest.approx(shares[0].epsilon(5) + sum(share.epsilon(3) for share in shares[1:]))
+    spent = composed([(plan(noise_multiplier=sigma), 3) for sigma in noises])
+    assert (spent.delta, spent.steps) == (plan().target_delta, 30)
+    assert spent.epsilon == pytest.approx(sum(share.epsilon(3) for share in shares))
     stricter = plan(target_delta=plan().target_delta / 7)
     assert composed([(plan(), 3), (stricter, 4)]) == PrivacySpent(stricter.epsilon(7), stricter.target_delta, 7)
+
+
+def test_runs_with_accountants_of_their_own_are_added_up():
+    plans = plan(), plan(accountant="rdp")
+    halves = [dataclasses.replace(each, target_delta=each.target_delta / 2).epsilon(3) for each in plans]
+    assert composed([(each, 3) for each in plans]).epsilon == sum(halves)
 
 
 def test_a_share_that_is_too_small_for_pld_is_accounted_by_rdp():

@@ -60,3 +60,32 @@ def test_settings_come_back_as_they_were():
     with state.restored():
         assert (backend.padding, backend.truncation) == before
     assert backend.padding["length"] == backend.truncation["max_length"] == 11
+
+
+def saved_padding(trainer, folder):
+    trainer.save_model(folder)
+    return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["padding"]
+
+
+def test_a_second_trainer_saves_a_tokenizer_as_the_first_was_given_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_dpclip.trainer.PoissonSampler.draw", lambda self: [np.array([2, 15])])
+    processor, records = tiny_processor(), with_texts(["a cat"] * 15 + [LONG])
+    args = arguments(tmp_path, per_device_train_batch_size=4, remove_unused_columns=False, max_steps=1)
+    collate = to_the_longest_of_a_batch(processor)
+    for _ in range(2):
+        trainer = DPCLIPTrainer(tiny_clip(), args, collate, records, processing_class=processor)
+        trainer.train()
+        assert saved_padding(trainer, tmp_path / "saved") is None
+
+
+def test_a_transform_that_encodes_the_first_record_leaves_no_trace(tmp_path):
+    processor = tiny_processor()
+    collate = to_the_longest_of_a_batch(processor)
+
+    def encode(batch):
+        return collate([{"image": image, "text": text} for image, text in zip(batch["image"], batch["text"])])
+
+    records = with_texts([LONG] * 16).with_transform(encode)
+    args = arguments(tmp_path, per_device_train_batch_size=4, remove_unused_columns=False)
+    trainer = DPCLIPTrainer(tiny_clip(), args, train_dataset=records, processing_class=processor)
+    assert saved_padding(trainer, tmp_path / "saved") is None

@@ -99,31 +99,28 @@ class Total:
 def composed(runs: Runs) -> PrivacySpent:
     """What several runs on the same records cost together.
 
-    Runs of one mechanism (σ and q) compose as their steps do. Where there are several, results of the earlier ones may
-    have decided on the later: each then gets an equal share of δ, the smallest of all runs, and the values of ε are
-    added up, which holds for mechanisms chosen that way too. Raises `ValueError` for different privacy units, which
-    have no common ε.
+    If all runs have one mechanism (σ and q), it is taken as fixed beforehand, and they compose as their steps do.
+    Otherwise results of the earlier runs may have decided on it: each run then gets an equal share of δ, the smallest
+    of all, and the values of ε are added up, which holds for mechanisms chosen that way too. Raises `ValueError` for
+    different privacy units, which have no common ε.
 
-    References: Rogers et al., Privacy Odometers and Filters: Pay-as-you-Go Composition (2016); Lyu, Composition
-    Theorems for Interactive Differential Privacy (2022), for runs that were resumed after others had begun.
+    Reference: Rogers et al., Privacy Odometers and Filters: Pay-as-you-Go Composition (2016).
     """
     runs = [(plan, steps) for plan, steps in runs if steps] or runs[-1:]
     plans, total = [plan for plan, _ in runs], sum(steps for _, steps in runs)
     units = {plan.privacy_unit for plan in plans}
     if len(units) > 1:
         raise ValueError(f"runs with different privacy units, {' and '.join(sorted(units))}, have no common ε.")
-    steps_of: Counter[tuple[float, float, str]] = Counter()
-    for plan, steps in runs:
-        steps_of[plan.sampling_probability, plan.noise_multiplier, plan.accountant] += steps
     delta = min(plan.target_delta for plan in plans)
-    epsilon = sum(_epsilon(*mechanism, steps, delta / len(steps_of)) for mechanism, steps in steps_of.items())
-    return PrivacySpent(epsilon, delta, total)
+    if len({(plan.sampling_probability, plan.noise_multiplier, plan.accountant) for plan in plans}) == 1:
+        return PrivacySpent(_epsilon(plans[0], total, delta), delta, total)
+    return PrivacySpent(sum(_epsilon(plan, steps, delta / len(runs)) for plan, steps in runs), delta, total)
 
 
-def _epsilon(q: float, sigma: float, accountant: str, steps: int, delta: float) -> float:
+def _epsilon(plan: PrivacyPlan, steps: int, delta: float) -> float:
     """ε at a share of δ: by RDP where that is too small for privacy loss distributions."""
-    computable = delta >= accounting.smallest_pld_delta(steps)
-    return accounting.epsilon(q, sigma, steps, delta, accountant if computable else "rdp")
+    accountant = plan.accountant if delta >= accounting.smallest_pld_delta(steps) else "rdp"
+    return accounting.epsilon(plan.sampling_probability, plan.noise_multiplier, steps, delta, accountant)
 
 
 def merge_runs(*several: NamedRuns) -> dict[str, tuple[PrivacyPlan, int]]:
