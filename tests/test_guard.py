@@ -720,6 +720,31 @@ def test_a_step_of_which_a_part_was_left_out_is_not_released(tmp_path, monkeypat
     assert run.privacy_spent().steps == (0 if fails else 1)
 
 
+class FailsOnce(Given):
+    failed = False
+
+    def forward(self, vector, labels=None):
+        if not self.failed:
+            self.failed = True
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(vector)
+
+
+class TriesAgain(DPCLIPTrainer):
+    def training_step(self, *args, **kwargs):
+        try:
+            return super().training_step(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            return super().training_step(*args, **kwargs)
+
+
+def test_a_step_of_which_a_part_was_repeated_is_not_released(tmp_path):
+    """What the first try had added to the sum is in it still."""
+    run = TriesAgain(FailsOnce(), arguments(tmp_path), train_dataset=vectors(*[[1.0] * 4] * 8))
+    with pytest.raises(RuntimeError, match="2 forward passes, of which 1 came to an end, instead of 1"):
+        run.train()
+
+
 class LearnedTemperature(nn.Module):
     def __init__(self):
         super().__init__()
@@ -829,6 +854,16 @@ def test_what_is_done_to_the_model_after_the_last_step_is_not_judged(tmp_path):
     run = DPCLIPTrainer(lora_clip(), arguments(tmp_path), train_dataset=pairs(64), callbacks=[Merging()])
     run.train()
     assert run.privacy_statement().not_private_because == ()
+
+
+def test_a_model_that_is_made_anew_after_a_refusal_is_trained_though_the_run_stays_marked(tmp_path):
+    models = iter([Given(), StartsFromItsFirstBatch(), Given()])
+    records = vectors(*[[1.0] * 4] * 8)
+    run = DPCLIPTrainer(None, arguments(tmp_path), train_dataset=records, model_init=lambda: next(models))
+    with pytest.raises(RuntimeError, match="written to in the forward or backward pass"):
+        run.train()
+    run.train()
+    assert run.privacy_spent().steps == 2 and run.privacy_statement().not_private_because
 
 
 @pytest.mark.parametrize("event", ["on_pre_optimizer_step", "on_optimizer_step"])

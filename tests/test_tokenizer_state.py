@@ -51,6 +51,14 @@ def test_whatever_encodes_the_records_can_be_asked(processor):
         pass
 
 
+def test_a_tokenizer_that_neither_padded_nor_cut_does_not_where_it_is_restored():
+    tokenizer = tiny_processor().tokenizer
+    state, backend = TokenizerState(tokenizer), tokenizer.backend_tokenizer
+    tokenizer("a", padding="max_length", max_length=7, truncation=True)
+    with state.restored():
+        assert backend.padding is None and backend.truncation is None
+
+
 def test_settings_come_back_as_they_were():
     tokenizer = tiny_processor().tokenizer
     tokenizer("a", padding="max_length", max_length=7, truncation=True)
