@@ -97,7 +97,9 @@ def check_model(model: nn.Module) -> None:
             f"adapters with a task_type make a {type(model).__name__}, which calls the model in a way that it does "
             "not understand: leave task_type out of the LoraConfig."
         )
-    if not all(torch.linalg.vector_norm(parameter.detach(), math.inf).isfinite() for parameter in trainable):
+    # Those without elements have no largest one.
+    values = [parameter.detach() for parameter in trainable if parameter.numel() > 0]
+    if not all(torch.linalg.vector_norm(value, math.inf).isfinite() for value in values):
         raise ValueError(
             "the model has trainable parameters that are not finite, from which nothing can be learnt: load other "
             "weights, or train with a smaller learning rate."

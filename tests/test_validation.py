@@ -95,6 +95,12 @@ def test_weights_from_which_nothing_can_be_learnt_are_refused(assert_refused):
     assert_refused("trainable parameters that are not finite", model=model)
 
 
+def test_parameters_without_elements_are_accepted(make_trainer):
+    model = Regressor()
+    model.empty = nn.Parameter(torch.zeros(0))
+    make_trainer(model=model).train()
+
+
 def test_optimizers_that_take_several_gradients_in_a_step_are_refused(make_trainer):
     model = tiny_clip()
     trainer = make_trainer(model=model, trainer_options={"optimizers": (torch.optim.LBFGS(model.parameters()), None)})
