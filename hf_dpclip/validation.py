@@ -1,6 +1,5 @@
 """Refusals: what the guarantee does not cover is an error before the first step, with the remedy in its message."""
 
-import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -97,9 +96,8 @@ def check_model(model: nn.Module) -> None:
             f"adapters with a task_type make a {type(model).__name__}, which calls the model in a way that it does "
             "not understand: leave task_type out of the LoraConfig."
         )
-    # Those without elements have no largest one.
-    values = [parameter.detach() for parameter in trainable if parameter.numel() > 0]
-    if not all(torch.linalg.vector_norm(value, math.inf).isfinite() for value in values):
+    # A sum is much faster than asking every element.
+    if not all(parameter.detach().sum(dtype=torch.float32).isfinite() for parameter in trainable):
         raise ValueError(
             "the model has trainable parameters that are not finite, from which nothing can be learnt: load other "
             "weights, or train with a smaller learning rate."
