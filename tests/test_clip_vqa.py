@@ -167,10 +167,10 @@ def test_unknown_answers_are_refused_before_training_and_not_shown(make_trainer)
 
 
 def test_unknown_answers_of_other_datasets_are_not_shown_either(make_trainer):
-    """They are seen when the first of them is drawn, if they are not among the first records."""
+    """They are seen when the first of them is drawn, if they are not among the first records. Here all are drawn."""
     options = {"data_collator": collator(label2id={"yes": 0, "no": 1})}
     known_first = sorted(records(40), key=lambda record: record["answer"] == "red")
-    trainer = make_trainer(tiny_clip_vqa(), known_first, options)
+    trainer = make_trainer(tiny_clip_vqa(), known_first, options, per_device_train_batch_size=40)
     with pytest.raises(ValueError, match=r"an answer in column 'answer' is none of the 2") as refusal:
         trainer.train()
     assert "red" not in str(refusal.value)
