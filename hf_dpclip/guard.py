@@ -90,9 +90,9 @@ class StepGuard:
 
     def check(self) -> None:
         """To be called before a release. Raises `RuntimeError` if something changed, or a forward pass is missing."""
-        change = self.change()
-        if change is not None:
-            raise RuntimeError(change)
+        changes = self._changes()
+        if changes:
+            raise RuntimeError(changes[0][1])
         if self._at_start.trained != _trained(self._parameters):
             raise RuntimeError(
                 "requires_grad changed during training, past the mechanism: make all parameters as they are to be "
@@ -112,23 +112,23 @@ class StepGuard:
             )
         self._begun = self._completed = 0
 
-    def change(self) -> str | None:
-        """What changed past the mechanism in this step, and how to avoid that; `None` if nothing did."""
-        return self._change_in_use() or self._change_in_held()
-
     def distrust_if_changed(self) -> bool:
         """To be called when training ends, however it does, and before weights are saved. If modules changed past the
         mechanism, no trainer will take them again. Returns whether some did."""
-        if self._change_in_use() is not None:
-            distrust(self.modules)
-        if self._change_in_held() is not None:
-            distrust(self.held)
-        return self.change() is not None
+        changes = self._changes()
+        for modules, _ in changes:
+            distrust(modules)
+        return bool(changes)
 
-    def _change_in_use(self) -> str | None:
+    def _changes(self) -> list[tuple[nn.ModuleList, str]]:
+        """Modules that changed past the mechanism in this step, each with what changed, and how to avoid that."""
         if self._begun == 0:
             # Between steps, the optimizer writes to parameters; and what comes after the last step is no release.
-            return None
+            return []
+        found = ((self.modules, self._change_in_use()), (self.held, self._change_in_held()))
+        return [(modules, change) for modules, change in found if change is not None]
+
+    def _change_in_use(self) -> str | None:
         parameters, buffers = _fingerprint(self.modules)
         if parameters != self._at_start.parameters:
             return (
@@ -148,8 +148,6 @@ class StepGuard:
         return None
 
     def _change_in_held(self) -> str | None:
-        if self._begun == 0:
-            return None
         before, (parameters, buffers) = self._held_before, _fingerprint(self.held)
         same = parameters == before.parameters and _trained(self.held.parameters()) == before.trained
         same = same and _versions(self.held.parameters()) == before.versions
@@ -247,12 +245,28 @@ def check_no_anomaly_mode() -> None:
 
 def check_loss_is_frozen(modules: nn.ModuleList, parameters: list[nn.Parameter]) -> None:
     """Raises `ValueError` if the loss has something to train beside the `parameters` of the model."""
-    known = {id(parameter) for parameter in parameters}
-    if any(parameter.requires_grad and id(parameter) not in known for parameter in modules.parameters()):
+    if _has_others_to_train(modules.parameters(), parameters):
         raise ValueError(
             "the loss has trainable parameters that are not the model's: their gradients would be neither clipped nor "
             "noised. Make them part of the model, or freeze them with requires_grad_(False)."
         )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Raises `ValueError` if the optimizer would step on parameters whose gradient does not pass the mechanism, or ask
+    for another gradient within its step."""
+    if _has_others_to_train((each for group in optimizer.param_groups for each in group["params"]), parameters):
+        raise ValueError(
+            "the optimizer holds trainable parameters that are not the model's: their gradients would be neither "
+            "clipped nor noised. Make them part of the model, or remove them from the optimizer."
+        )
+    if isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.LBFGS):
+        raise ValueError("LBFGS asks for several gradients in a step, and a step has one release: use AdamW or SGD.")
+
+
+def _has_others_to_train(parameters: Iterable[nn.Parameter], known: list[nn.Parameter]) -> bool:
+    ids = {id(parameter) for parameter in known}
+    return any(parameter.requires_grad and id(parameter) not in ids for parameter in parameters)
 
 
 def _fingerprint(model: nn.Module) -> tuple[list[int], list[Tensor]]:

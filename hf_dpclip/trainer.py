@@ -26,7 +26,7 @@ from .collators import AudioTextCollator, ImageTextCollator, PairCollator, defau
 from .dataloader import ForwardBatchSampler, MicrobatchDataset, RecordNumbers, draws_samples, make_dataloader
 from .forward_pass import choose_forward_pass, make_contrastive_model
 from .gradients import contrastive_base
-from .guard import StepGuard, check_loss_is_frozen, modules_in_use
+from .guard import StepGuard, check_loss_is_frozen, check_optimizer, modules_in_use
 from .models import base_model
 from .planning import make_plan, planned_values, steps_per_epoch
 from .privacy import GaussianMechanism, PoissonSampler, PrivacyPlan, Randomness, SecureGaussianMechanism
@@ -216,7 +216,7 @@ class DPCLIPTrainer(SearchingTrainer):
         if self.public_negatives is not None:
             self.public_negatives.forget()
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        validation.check_optimizer(self.optimizer, parameters)
+        check_optimizer(self.optimizer, parameters)
         process, num_processes = self.args.process_index, self.args.world_size
         mechanism = SecureGaussianMechanism if self.args.secure_noise else GaussianMechanism
         self._mechanism = mechanism(self.plan, parameters, self._noise, process, num_processes)
@@ -256,7 +256,7 @@ class DPCLIPTrainer(SearchingTrainer):
         if self._steps_taken >= self._last_step:
             raise RuntimeError("another step would be more than were planned: a callback must not prolong training.")
         self._guard.check()
-        validation.check_optimizer(self.optimizer, self._mechanism.parameters)
+        check_optimizer(self.optimizer, self._mechanism.parameters)
         self._before_release()
         self._steps_taken += 1
         self._mechanism.release()

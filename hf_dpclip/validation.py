@@ -263,20 +263,6 @@ def check_trials_are_evaluated(trainer: Trainer) -> None:
         )
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
-    """Raises `ValueError` if the optimizer would step on parameters whose gradient does not pass the mechanism, or ask
-    for another gradient within its step."""
-    known = {id(parameter) for parameter in parameters}
-    for group in optimizer.param_groups:
-        if any(parameter.requires_grad and id(parameter) not in known for parameter in group["params"]):
-            raise ValueError(
-                "the optimizer holds trainable parameters that are not the model's: their gradients would be neither "
-                "clipped nor noised. Make them part of the model, or remove them from the optimizer."
-            )
-    if isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.LBFGS):
-        raise ValueError("LBFGS asks for several gradients in a step, and a step has one release: use AdamW or SGD.")
-
-
 def is_overridden(trainer: Trainer, *methods: Callable) -> bool:
     """Whether the trainer overrides one of these methods, in a subclass or by itself."""
     return any(getattr(getattr(trainer, own.__name__), "__func__", None) is not own for own in methods)

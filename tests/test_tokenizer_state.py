@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import torch
-from factories import arguments, tiny_clip, tiny_processor, with_texts
+from factories import arguments, pairs, tiny_clip, tiny_processor, with_texts
+from transformers import default_data_collator
 
 from hf_dpclip import DPCLIPTrainer
 from hf_dpclip.tokenizer_state import TokenizerState
@@ -43,12 +43,11 @@ def test_saved_files_do_not_show_the_texts_of_the_last_microbatch(tmp_path, monk
     assert in_use["length"] > 0 and processor.tokenizer.backend_tokenizer.padding == in_use
 
 
-@pytest.mark.parametrize(
-    "processor", [None, torch.stack, tiny_processor()], ids=["nothing", "a function", "a processor"]
-)
-def test_whatever_encodes_the_records_can_be_asked(processor):
-    with TokenizerState(processor).restored():
-        pass
+@pytest.mark.parametrize("collator", [None, default_data_collator], ids=["nothing", "a function"])
+def test_what_has_no_tokenizer_is_saved_without_one(tmp_path, collator):
+    trainer = DPCLIPTrainer(tiny_clip(), arguments(tmp_path), collator, pairs(64))
+    trainer.save_model(tmp_path / "saved")
+    assert (tmp_path / "saved" / "privacy.json").exists() and not [*(tmp_path / "saved").glob("tokenizer*")]
 
 
 def test_a_tokenizer_that_neither_padded_nor_cut_does_not_where_it_is_restored():

@@ -98,7 +98,9 @@ def test_weights_from_which_nothing_can_be_learnt_are_refused(assert_refused):
 def test_parameters_without_elements_are_accepted(make_trainer):
     model = Regressor()
     model.empty = nn.Parameter(torch.zeros(0))
-    make_trainer(model=model).train()
+    trainer = make_trainer(model=model)
+    trainer.train()
+    assert trainer.privacy_spent().steps == 2
 
 
 def test_optimizers_that_take_several_gradients_in_a_step_are_refused(make_trainer):
