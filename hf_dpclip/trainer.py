@@ -26,8 +26,9 @@ from .collators import AudioTextCollator, ImageTextCollator, PairCollator, defau
 from .dataloader import ForwardBatchSampler, MicrobatchDataset, RecordNumbers, draws_samples, make_dataloader
 from .forward_pass import choose_forward_pass, make_contrastive_model
 from .gradients import contrastive_base
-from .guard import StepGuard, check_loss_is_frozen, check_optimizer, modules_in_use
+from .guard import StepGuard, check_loss_is_frozen, check_optimizer
 from .models import base_model
+from .modules_in_use import modules_in_use
 from .planning import make_plan, planned_values, steps_per_epoch
 from .privacy import GaussianMechanism, PoissonSampler, PrivacyPlan, Randomness, SecureGaussianMechanism
 from .privacy_units import PrivacyUnits
