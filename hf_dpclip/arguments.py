@@ -1,29 +1,15 @@
 """`DPTrainingArguments`: Hugging Face's `TrainingArguments` and the knobs of the privacy mechanism."""
 
-import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import TrainingArguments
 
-from .incompatible_options import check_options, check_types
+from .argument_values import check_values
+from .incompatible_options import check_options
 from .privacy.accounting import ACCOUNTANTS
-from .privacy.plan import CLIPPINGS, is_positive, is_whole
+from .privacy.plan import CLIPPINGS
 
 
-# Arguments that count something.
-WHOLE_NUMBERS = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "microbatch_size",
-    "public_negatives_steps",
-    "max_records_per_unit",
-)
-# Those of them that may be left unset.
-OPTIONAL = ("microbatch_size", "max_records_per_unit")
-# Exactly one of these says how much noise there is.
-NOISE = ("target_epsilon", "noise_multiplier")
 # With this reason, a model card shows no metrics.
 STATISTICS_WERE_LOGGED = "log_private_statistics=True: raw statistics of the data were logged"
 
@@ -163,11 +149,7 @@ class DPTrainingArguments(TrainingArguments):
 
     def check(self) -> None:
         """Raises `ValueError` if arguments were changed to values that the constructor would not have accepted."""
-        check_types(self)
-        self._check_noise()
-        self._check_mechanism()
-        self._check_length()
-        self._check_microbatch_size()
+        check_values(self)
         check_options(self)
 
     @property
@@ -202,98 +184,3 @@ class DPTrainingArguments(TrainingArguments):
             }.items()
             if holds
         )
-
-    def _check_noise(self):
-        if self.non_private and not (self.target_epsilon is None and not self.noise_multiplier):
-            raise ValueError(
-                "non_private=True trains without noise, so it cannot be combined with target_epsilon or "
-                "noise_multiplier: remove one or the other."
-            )
-        if not self.non_private and (self.target_epsilon is None) == (self.noise_multiplier is None):
-            given = "neither" if self.target_epsilon is None else "both"
-            raise ValueError(
-                f"{given} of target_epsilon and noise_multiplier given: set exactly one, e.g. target_epsilon=3.0. "
-                "(non_private=True trains without any noise.)"
-            )
-        for name in NOISE:
-            self._check_positive(name, None if self.non_private else getattr(self, name))
-        if self.noise_seed is not None and not (is_whole(self.noise_seed) and self.noise_seed >= 0):
-            raise ValueError(
-                f"noise_seed={self.noise_seed!r} is not possible: it must be a whole number of at least 0, or, for a "
-                f"private run, unset.{_type_hint(self.noise_seed)}"
-            )
-        if self.secure_noise and (self.non_private or self.noise_seed is not None):
-            raise ValueError(
-                "secure_noise=True cannot be combined with non_private=True or noise_seed, with which there is no "
-                "secret noise: remove one or the other."
-            )
-        self._check_positive("ledger_epsilon", self.ledger_epsilon)
-        # The plan, which knows n, checks whether a number is small enough.
-        self._check_positive("target_delta", None if isinstance(self.target_delta, int | float) else self.target_delta)
-
-    def _check_mechanism(self):
-        if self.max_grad_norm is None:
-            raise ValueError("max_grad_norm=None is not possible: it bounds the gradient of a microbatch, e.g. 1.0.")
-        self._check_positive("max_grad_norm", self.max_grad_norm)
-        self._check_positive("learning_rate", self.learning_rate)
-        for name in WHOLE_NUMBERS:
-            value = getattr(self, name)
-            if not ((is_whole(value) and value >= 1) or (name in OPTIONAL and value is None)):
-                hint = _type_hint(value)
-                raise ValueError(f"{name}={value!r} is not possible: it must be a whole number of at least 1.{hint}")
-        if self.max_records_per_unit is not None and self.privacy_unit_column is None:
-            raise ValueError(
-                "max_records_per_unit is set, but a unit is a single record: name the column of its ids with "
-                "privacy_unit_column, or remove it."
-            )
-        for name, choices in {"clipping": CLIPPINGS, "accountant": ACCOUNTANTS}.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose one of {', '.join(choices)}.")
-
-    def _check_length(self):
-        epochs, steps = self.num_train_epochs, self.max_steps
-        if steps == 0 and is_positive(epochs):
-            raise ValueError(f"max_steps=0 takes no step: set max_steps to -1 for num_train_epochs={epochs!r}.")
-        if not is_whole(steps) or (steps <= 0 and not is_positive(epochs)):
-            raise ValueError(
-                f"num_train_epochs={epochs!r} and max_steps={steps!r} give no number of steps: set max_steps to a "
-                "whole number, or num_train_epochs to a positive, finite number."
-                f"{_type_hint(steps) or _type_hint(epochs)}"
-            )
-
-    def _check_microbatch_size(self):
-        """To be called when the number of processes is known."""
-        size, batch, total = self.microbatch_size, self.per_device_train_batch_size, self.expected_batch_size
-        if size is None or batch % size == 0:
-            return
-        if size < batch:
-            raise ValueError(
-                f"microbatch_size={size} does not divide per_device_train_batch_size={batch}: choose a divisor of it, "
-                f"or raise per_device_train_batch_size to a multiple of {size}."
-            )
-        if size % batch:
-            raise ValueError(
-                f"microbatch_size={size} is computed in chunks of per_device_train_batch_size={batch}: choose a "
-                f"multiple of {batch}."
-            )
-        if total % size:
-            passes = size // math.gcd(size, batch * self.world_size)
-            raise ValueError(
-                f"microbatch_size={size} does not divide the expected batch size {total}: choose a divisor of it, or "
-                f"set gradient_accumulation_steps={passes} or a multiple of that."
-            )
-
-    def _check_positive(self, name: str, value: float | None):
-        if value is not None and not is_positive(value):
-            hint = _type_hint(value)
-            if value == 0 and name in NOISE:
-                hint = " (Training without noise takes non_private=True.)"
-            raise ValueError(f"{name}={value!r} is not possible: it must be positive and finite.{hint}")
-
-
-def _type_hint(value: Any) -> str:
-    """Says what is wrong with a value that is not a Python number, such as text or a numpy number."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return ""
-    in_yaml = ", or 1.0e-5 in YAML, where 1e-5 is text" if isinstance(value, str) and "e-" in value else ""
-    return f" (It is of type {type(value).__name__}: give a Python number{in_yaml}.)"

@@ -11,30 +11,6 @@ if TYPE_CHECKING:
     from .arguments import DPTrainingArguments
 
 
-YES_OR_NO = (
-    "vectorized",
-    "static_shapes",
-    "public_negatives_gradient",
-    "secure_noise",
-    "non_private",
-    "log_private_statistics",
-)
-
-
-def check_types(args: "DPTrainingArguments") -> None:
-    """Raises `ValueError` for the first option that is something else, such as text, instead of True or False, and for
-    a path that is none."""
-    for name in YES_OR_NO:
-        value = getattr(args, name)
-        if not isinstance(value, bool) and not (name == "static_shapes" and value is None):
-            raise ValueError(f"{name}={value!r} is not possible: it must be True or False.")
-    if not isinstance(args.ledger_path, str | os.PathLike | None):
-        raise ValueError(
-            f"ledger_path={args.ledger_path!r} is not possible: it must be the path of a file, e.g. "
-            "'ledgers/scans.jsonl', or left out."
-        )
-
-
 def check_options(args: "DPTrainingArguments") -> None:
     """Raises `ValueError` for the first option that breaks the guarantee."""
     for refused, message in _incompatible(args):
