@@ -101,7 +101,15 @@ def test_an_edited_card_is_exposed(publish, answer):
 def test_a_run_without_a_guarantee_does_not_pass(publish, answer):
     code, text = answer(publish("noise_seed is set"))
     assert code == 1
-    assert "NOT PRIVATE: noise_seed is set" in text
+    assert "No privacy is claimed" in text and "NOT PRIVATE: noise_seed is set" in text
+
+
+def test_a_card_that_claims_more_than_the_weights_is_exposed(publish, answer):
+    folder = publish("noise_seed is set")
+    edit(folder, "README.md", "NOT PRIVATE", "private")
+    code, text = answer(folder)
+    assert code == 1
+    assert "The claim does NOT hold" in text
 
 
 def test_json_holds_the_recomputed_claim(publish, answer):

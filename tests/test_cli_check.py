@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from factories import clap_processor, pairs, pictures, raw_pairs, tiny_processor
 from scripts import modules_after
 
@@ -43,8 +43,8 @@ def answer(capsys, model):
     """The exit code for a dataset, and what was printed."""
 
     def ask(dataset: str, *options: str) -> tuple[int, str, str]:
-        columns = ["--image-column", "scan", "--text-column", "report"]
-        code = main(["check", dataset, "--model", model, *columns, *options])
+        texts = [] if "--label-column" in options else ["--text-column", "report"]
+        code = main(["check", dataset, "--model", model, "--image-column", "scan", *texts, *options])
         return code, *capsys.readouterr()
 
     return ask
@@ -62,6 +62,18 @@ def test_a_record_without_a_unit_is_found(tmp_path, answer):
     code, _, said = answer(str(path), "--privacy-unit-column", "patient")
     assert code == 2 and "such as the NoneType of record 1" in said
     assert answer(str(path), "--privacy-unit-column", "report")[0] == 0
+
+
+def test_labels_take_the_place_of_texts(tmp_path, answer):
+    labels = Features({"scan": Image(), "finding": ClassLabel(names=["none", "fracture"])})
+
+    def check(classes: list[int], column: str) -> tuple[int, str, str]:
+        Dataset.from_dict({"scan": pictures(3), "finding": classes}, labels).to_parquet(tmp_path / "scans.parquet")
+        return answer(str(tmp_path / "scans.parquet"), "--label-column", column)
+
+    assert check([0, 1, 0], "finding")[:2] == (0, "All 3 records can be read and encoded.\n")
+    assert "record 1 (such records: 1) has no label in column 'finding'" in check([0, -1, 0], "finding")[2]
+    assert "label column 'scan' is not a ClassLabel column" in check([0, 1, 0], "scan")[2]
 
 
 def test_what_a_trainer_would_warn_of_is_said_too(table, answer, caplog):

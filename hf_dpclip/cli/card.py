@@ -32,6 +32,11 @@ class Findings:
     problems: list[str]
     card: str = "there is no card beside it"
 
+    @property
+    def claims_nothing(self) -> bool:
+        """Whether the model says of itself that it is not private, and nothing beside it says otherwise."""
+        return self.statement is not None and len(self.problems) == len(self.statement.not_private_because) > 0
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
@@ -143,6 +148,9 @@ def _show(model: str, findings: Findings) -> None:
     if not findings.problems:
         print(f"The claim holds: ε follows from the plan and the steps taken, and {findings.card}.")
         return
-    print("The claim does NOT hold:")
+    if findings.claims_nothing:
+        print("No privacy is claimed:")
+    else:
+        print("The claim does NOT hold:")
     for problem in findings.problems:
         print(f"  - {problem}")

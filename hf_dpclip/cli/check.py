@@ -19,6 +19,8 @@ SUMMARY = "Read every record of a dataset once, and name those that cannot be tr
 
 # The number of reasons that are shown; `--json` has all.
 SHOWN = 20
+# The column of texts that are made of class labels.
+OF_LABELS = "class name"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", default="train", help="default: %(default)s")
     parser.add_argument("--image-column", default="image", metavar="COLUMN", help="default: %(default)s")
-    parser.add_argument("--text-column", default="text", metavar="COLUMN", help="default: %(default)s")
+    texts = parser.add_mutually_exclusive_group()
+    texts.add_argument("--text-column", default="text", metavar="COLUMN", help="default: %(default)s")
+    texts.add_argument("--label-column", metavar="COLUMN", help="class labels, if texts are to be made of them")
     unit = "ids of the privacy units, if you are going to set it: whether every record has one"
     parser.add_argument("--privacy-unit-column", metavar="COLUMN", help=unit)
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
@@ -40,19 +44,22 @@ def run(arguments: argparse.Namespace) -> int:
     not."""
     from ..caveats import warn_of_records
     from ..collators import ImageTextCollator
-    from ..data import load_pairs, unusable_records
+    from ..data import caption_by_label, load_pairs, unusable_records
     from ..privacy_units import PrivacyUnits
 
-    collator = ImageTextCollator(_load_processor(arguments.model), arguments.image_column, arguments.text_column)
+    text_column = arguments.text_column if arguments.label_column is None else OF_LABELS
+    collator = ImageTextCollator(_load_processor(arguments.model), arguments.image_column, text_column)
     collator.check_processor()
     splits = load_pairs(arguments.dataset, arguments.image_column)
     if arguments.split not in splits:
         raise ValueError(f"{arguments.dataset} has no split {arguments.split!r}, only {[*splits]}: name one of these.")
     dataset = splits[arguments.split]
-    if arguments.text_column not in dataset.column_names:
+    if arguments.label_column is not None:
+        dataset = caption_by_label(dataset, arguments.label_column, "{}", OF_LABELS)
+    if text_column not in dataset.column_names:
         raise ValueError(
-            f"{arguments.dataset} has no column {arguments.text_column!r}, only {dataset.column_names}: name that of "
-            "the texts with --text-column."
+            f"{arguments.dataset} has no column {text_column!r}, only {dataset.column_names}: name that of the texts "
+            "with --text-column, or one of class labels with --label-column."
         )
     # Refuses a column in which a record has no id.
     PrivacyUnits(dataset, arguments.privacy_unit_column)
