@@ -4,6 +4,7 @@ import math
 
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback
+from transformers import trainer as hf_trainer
 
 from .advice import advice, is_hopeless, weak_promises
 from .planning import steps_per_epoch
@@ -60,8 +61,17 @@ class PrivacyProgressCallback(ProgressCallback):
             self.training_bar.set_postfix_str(epsilon + (NOT_PRIVATE if NOT_PRIVATE in logs else ""))
 
 
-def privacy_progress(callback: type[TrainerCallback]) -> TrainerCallback:
-    """Our version of the `Trainer`'s progress callback: a bar, or a table in notebooks."""
+def use_own_callbacks(trainer) -> None:
+    """Adds those above, in the place of the `Trainer`'s progress callback where it has one."""
+    trainer.callback_handler.callbacks.insert(0, EpochCallback(trainer))
+    trainer.add_callback(PrivacyCallback(trainer))
+    progress = hf_trainer.DEFAULT_PROGRESS_CALLBACK
+    if trainer.pop_callback(progress) is not None:
+        trainer.add_callback(_with_privacy(progress))
+
+
+def _with_privacy(callback: type[TrainerCallback]) -> TrainerCallback:
+    """Our version of a progress callback: a bar, or a table in notebooks."""
     if callback is ProgressCallback:
         return PrivacyProgressCallback()
     from .notebook import PrivacyNotebookProgressCallback

@@ -18,7 +18,6 @@ from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from transformers import trainer as hf_trainer
 
 from . import caveats, data_validation, validation
 from .arguments import DPTrainingArguments
@@ -34,7 +33,7 @@ from .privacy import GaussianMechanism, PoissonSampler, PrivacyPlan, Randomness,
 from .privacy_units import PrivacyUnits
 from .public_negatives import PublicNegatives, collate_public_negatives
 from .records import needs_processing
-from .reporting import EpochCallback, PrivacyCallback, privacy_progress
+from .reporting import use_own_callbacks
 from .searching import SearchingTrainer
 from .seeding import preserved_generators
 from .tokenizer_state import TokenizerState
@@ -103,7 +102,7 @@ class DPCLIPTrainer(SearchingTrainer):
         validation.warn_of_adapters_made_from_records(self.model)
         if data_collator is None:
             data_validation.check_encoded(self.contrastive_base, train_dataset)
-        validation.check_loss_is_known(args, self.contrastive_base, public_negatives is not None)
+        self._check_loss_is_known(public_negatives is not None)
         self.public_negatives = None if public_negatives is None else self._make_public_negatives(public_negatives)
         self._held_out = []
         if train_dataset is None:
@@ -114,7 +113,7 @@ class DPCLIPTrainer(SearchingTrainer):
             self._remember_planned(units)
             if self.is_world_process_zero():
                 caveats.warn(self, public_negatives)
-        self._use_own_callbacks()
+        use_own_callbacks(self)
 
     # ---- The plan ----
 
@@ -122,7 +121,7 @@ class DPCLIPTrainer(SearchingTrainer):
         """As in [`RunningTrainer`]. Raises `ValueError` for arguments that construction would not have accepted."""
         self._check_has_plan()
         self.args.check()
-        validation.check_loss_is_known(self.args, self.contrastive_base, self.public_negatives is not None)
+        self._check_loss_is_known(self.public_negatives is not None)
         plan, units = self._make_plan()
         self._begin_run(plan)
         self._remember_planned(units)
@@ -172,6 +171,9 @@ class DPCLIPTrainer(SearchingTrainer):
         own = (DPCLIPTrainer.compute_loss, DPCLIPTrainer._prepare_inputs, DPCLIPTrainer._prepare_input)
         return self.compute_loss_func is None and not validation.is_overridden(self, *own)
 
+    def _check_loss_is_known(self, has_public_negatives: bool) -> None:
+        validation.check_loss_is_known(self.args, self.contrastive_base, has_public_negatives)
+
     # ---- One step ----
 
     def get_train_dataloader(self) -> DataLoader:
@@ -213,6 +215,8 @@ class DPCLIPTrainer(SearchingTrainer):
             )
         validation.check_model(self.model)
         validation.check_overrides(self)
+        # Once more, since methods can be replaced after construction.
+        self._check_loss_is_known(self.public_negatives is not None)
         validation.set_precision()
         if self.public_negatives is not None:
             self.public_negatives.forget()
@@ -277,13 +281,6 @@ class DPCLIPTrainer(SearchingTrainer):
         self._noise = root.noise(self.args.device, self.args.process_index)
 
     # ---- Set-up ----
-
-    def _use_own_callbacks(self):
-        self.callback_handler.callbacks.insert(0, EpochCallback(self))
-        self.add_callback(PrivacyCallback(self))
-        progress = hf_trainer.DEFAULT_PROGRESS_CALLBACK
-        if self.pop_callback(progress) is not None:
-            self.add_callback(privacy_progress(progress))
 
     def _microbatch_dataset(self) -> MicrobatchDataset:
         """The records and their collator, without the columns that are not read, as in the `Trainer`."""

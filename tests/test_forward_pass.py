@@ -288,3 +288,11 @@ def test_inputs_that_the_trainer_prepares_in_its_own_way_are_prepared_one_microb
 def test_and_are_refused_in_chunks(tmp_path):
     with pytest.raises(ValueError, match="the trainer's own _prepare_inputs: choose a microbatch_size that divides"):
         Standardising(tiny_clip(), arguments(tmp_path, **IN_CHUNKS), train_dataset=pairs(64))
+
+
+def test_also_where_the_trainer_was_made_before(tmp_path):
+    trainer = DPCLIPTrainer(tiny_clip(), arguments(tmp_path, **IN_CHUNKS), train_dataset=pairs(64))
+    trainer._prepare_inputs = lambda inputs: inputs
+    with pytest.raises(ValueError, match="the trainer's own _prepare_inputs: choose a microbatch_size that divides"):
+        trainer.train()
+    assert trainer.privacy_spent().steps == 0
