@@ -52,7 +52,7 @@ def warn_of_private_start(model: nn.Module) -> None:
     it was loaded from the folder of such a run, or it has adapters that were trained before."""
     steps = steps_of(model)
     if steps:
-        _warn_of_earlier(f"the model, or a part of it, was trained here before, in {steps:,} steps")
+        _warn_of_earlier(f"the model, or a part of it, was trained before, in {steps:,} steps")
     elif _has_trained_adapters(model):
         _warn_of_earlier("the adapters that the model has were trained before")
     # Towers may have been loaded one by one.

@@ -1,24 +1,27 @@
-"""What this process knows of the past of a model: a second trainer may be given it, or parts of it."""
+"""What a model knows of its past: a second trainer may be given it, parts of it, or a copy.
 
-from weakref import WeakKeyDictionary, WeakSet
+Kept as attributes of its modules, since those are copied and pickled with them.
+"""
 
 from torch import nn
 
 
-# Modules that were found to have changed past the mechanism: they hold private data, whoever trains them next.
-_distrusted: "WeakSet[nn.Module]" = WeakSet()
-# The steps in which modules were trained, by the id of the run.
-_steps: "WeakKeyDictionary[nn.Module, dict[str, int]]" = WeakKeyDictionary()
+# Whether a module changed past the mechanism, so that it holds private data, whoever trains it next.
+DISTRUSTED = "_changed_past_the_mechanism"
+# The steps in which a module was trained, by the id of the run.
+STEPS = "_steps_by_run"
 
 
 def distrust(model: nn.Module) -> None:
     """Remembers that a model changed past the mechanism, so that no trainer will take it, or parts of it, again."""
-    _distrusted.update(module for module in model.modules() if module._parameters or module._buffers)
+    for module in model.modules():
+        if module._parameters or module._buffers:
+            setattr(module, DISTRUSTED, True)
 
 
 def is_distrusted(model: nn.Module) -> bool:
     """Whether a model, or a part of it, changed past the mechanism."""
-    return any(module in _distrusted for module in model.modules())
+    return any(DISTRUSTED in vars(module) for module in model.modules())
 
 
 def check_trusted(model: nn.Module) -> None:
@@ -33,12 +36,13 @@ def check_trusted(model: nn.Module) -> None:
 def remember_steps(model: nn.Module, run: str, steps: int) -> None:
     """Remembers how many steps of a run a model was trained in so far."""
     for module in model.modules():
-        _steps.setdefault(module, {})[run] = steps
+        # A new dictionary: a copy of the model may share the old one.
+        setattr(module, STEPS, {**vars(module).get(STEPS, {}), run: steps})
 
 
 def steps_of(model: nn.Module) -> int:
-    """In how many steps of this process a model, or a part of it, was trained."""
+    """In how many steps a model, or a part of it, was trained."""
     runs: dict[str, int] = {}
     for module in model.modules():
-        runs |= _steps.get(module, {})
+        runs |= vars(module).get(STEPS, {})
     return sum(runs.values())

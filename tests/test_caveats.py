@@ -1,5 +1,6 @@
 """What a trainer warns of when it is made."""
 
+import copy
 import logging
 
 import pytest
@@ -55,14 +56,16 @@ def test_so_are_towers_that_were_loaded_one_by_one(saved, caplog):
     assert warnings_of(caplog, warn_of_private_start, model).count("both costs add up") == 1
 
 
-@pytest.mark.parametrize("wrap", [lambda model: model, with_adapters], ids=["the model", "new adapters on it"])
+@pytest.mark.parametrize(
+    "wrap", [lambda model: model, with_adapters, copy.deepcopy], ids=["the model", "new adapters on it", "a copy"]
+)
 def test_so_is_a_model_that_another_trainer_has_trained(make_trainer, caplog, wrap):
     trainer = make_trainer()
     assert warnings_of(caplog, warn_of_private_start, trainer.model) == ""
     trainer.train()
     trainer.train()
     message = warnings_of(caplog, warn_of_private_start, wrap(trainer.model))
-    assert "the model, or a part of it, was trained here before, in 4 steps. If that was" in message
+    assert "the model, or a part of it, was trained before, in 4 steps. If that was" in message
 
 
 def test_so_are_adapters_that_were_trained(make_trainer, tmp_path, caplog):

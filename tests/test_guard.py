@@ -1,5 +1,6 @@
 """What users of `Trainer` do, and what would silently break the guarantee: refused, or marked, or without effect."""
 
+import copy
 import functools
 from pathlib import Path
 
@@ -656,7 +657,9 @@ def test_weights_that_a_refused_training_left_private_data_in_are_not_private(tm
     run.save_model(tmp_path / "saved")
     assert "changed past the mechanism" in PrivacyStatement.load(tmp_path / "saved").not_private_because[0]
     # Now it changes no more, but what it holds is private.
-    for again in (run.train, lambda: DPCLIPTrainer(model, run.args, train_dataset=records)):
+    copied = copy.deepcopy(model)
+    others = [lambda start=start: DPCLIPTrainer(start, run.args, train_dataset=records) for start in (model, copied)]
+    for again in (run.train, *others):
         with pytest.raises(ValueError, match="still holds private data: load it anew"):
             again()
 
