@@ -1,5 +1,6 @@
 """All microbatches in one pass: the same norms and the same sums as one pass for each."""
 
+import functools
 import random
 
 import numpy as np
@@ -21,9 +22,12 @@ from gradient_checks import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft.tuners import lora
 from torch import nn
+from torch.nn.modules import module as modules
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.clip import modeling_clip
 
 from hf_dpclip.gradients import (
     ContrastiveModel,
@@ -382,6 +386,64 @@ def test_what_may_mix_rows_is_an_obstacle(change, named):
     assert vectorization_obstacle(model) is None
     change(model)
     assert named in vectorization_obstacle(model)
+
+
+def centred(function):
+    """As a patch of a library's function would be written, with its name."""
+
+    @functools.wraps(function)
+    def patched(*args, **kwargs):
+        result = function(*args, **kwargs)
+        return result - result.mean(dim=0, keepdim=True)
+
+    return patched
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (modeling_clip.CLIPMLP, "forward"),
+        (nn.Linear, "forward"),
+        (lora.layer.Linear, "forward"),
+        (nn.Module, "_call_impl"),
+        (modeling_clip, "eager_attention_forward"),
+        (nn.functional, "scaled_dot_product_attention"),
+        (torch, "matmul"),
+        (torch.Tensor, "softmax"),
+    ],
+)
+def test_a_function_of_the_libraries_that_was_replaced_is_an_obstacle(place, name, monkeypatch):
+    model = lora_clip()
+    assert vectorization_obstacle(model) is None
+    original = getattr(place, name)
+    monkeypatch.setattr(place, name, centred(original))
+    assert vectorization_obstacle(model).startswith(f"{place.__name__}.{name} was replaced by another function")
+    # A decorator of torch's around it hides nothing.
+    monkeypatch.setattr(place, name, torch.no_grad()(centred(original)))
+    assert vectorization_obstacle(model).startswith(f"{place.__name__}.{name} was replaced by another function")
+
+
+def test_attention_under_the_name_of_a_known_one_is_an_obstacle(monkeypatch):
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", contrasting_values)
+    assert vectorization_obstacle(tiny_clip()).startswith("the attention 'sdpa' was replaced")
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        modules.register_module_forward_hook,
+        modules.register_module_forward_pre_hook,
+        modules.register_module_full_backward_hook,
+        modules.register_module_full_backward_pre_hook,
+    ],
+)
+def test_a_hook_on_all_modules_is_an_obstacle(register):
+    handle = register(lambda *_: None)
+    try:
+        assert "torch has a hook on all modules" in vectorization_obstacle(tiny_clip())
+    finally:
+        handle.remove()
+    assert vectorization_obstacle(tiny_clip()) is None
 
 
 def ordered_otherwise(model):

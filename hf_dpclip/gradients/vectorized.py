@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import convert_outputs_to_fp32, is_compiled_module
 from torch import Tensor, nn
 from torch.nn.modules import activation
+from torch.nn.modules import module as torch_modules
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -22,6 +23,7 @@ from .inputs import concatenated, num_rows, text_length, without_return_loss
 from .layout import Layout
 from .products import added
 from .recording import Recording
+from .replaced import replaced_function
 from .vectorizable import CAUSAL_TEXTS, FIRST_POSITION_TEXTS, VectorizableModel
 
 
@@ -55,6 +57,13 @@ ROW_WISE_FILES = (
     "peft.tuners.lora.layer",
     "peft.utils.other",
     "hf_dpclip.models.clip_vqa",
+)
+# Hooks on all modules at once, where torch keeps them.
+GLOBAL_HOOKS = (
+    torch_modules._global_forward_hooks,
+    torch_modules._global_forward_pre_hooks,
+    torch_modules._global_backward_hooks,
+    torch_modules._global_backward_pre_hooks,
 )
 
 
@@ -161,7 +170,10 @@ def vectorization_obstacle(model: nn.Module) -> str | None:
             return f"{name} is a {type(module).__name__}, which is not known to treat every row of a batch by itself"
         if _has_hooks(module) or _is_patched(module):
             return f"{name or 'the model'} has a hook, or a method of its own, which may mix the rows of a batch"
-    return None
+    if any(GLOBAL_HOOKS):
+        return "torch has a hook on all modules, which may mix the rows of a batch"
+    replaced = replaced_function(model, ROW_WISE_FILES)
+    return replaced and f"{replaced} was replaced by another function, which may mix the rows of a batch"
 
 
 def _is_row_wise(module: nn.Module) -> bool:
