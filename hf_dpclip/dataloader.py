@@ -17,6 +17,7 @@ from .privacy import PoissonSampler
 from .privacy_units import PrivacyUnits
 from .records import described, read_records
 from .seeding import preserved_generators, seed_generators
+from .silence import without_messages
 
 
 # The seed of a microbatch's randomness, and its record numbers.
@@ -107,7 +108,7 @@ class MicrobatchDataset(Dataset):
     """Turns a forward batch of record numbers into collated microbatches.
 
     Each microbatch is collated by itself and with random numbers of its own, so that nothing in it, neither its
-    padding nor its augmentation, depends on the records of another one.
+    padding nor its augmentation, depends on the records of another one. What libraries would warn of is not shown.
     """
 
     dataset: Dataset
@@ -117,9 +118,9 @@ class MicrobatchDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, forward_batch: list[DrawnMicrobatch]) -> list[Microbatch]:
-        fetched = self._fetched_together(forward_batch)
         microbatches = []
-        with preserved_generators():
+        with preserved_generators(), without_messages():
+            fetched = self._fetched_together(forward_batch)
             for (seed, numbers), records in zip(forward_batch, fetched):
                 seed_generators(seed)
                 records = records or read_records(self.dataset, numbers.tolist())

@@ -24,6 +24,7 @@ from .model_card import write_model_card
 from .privacy import STATEMENT_NAME, PrivacyPlan, PrivacyStatement
 from .privacy_section import NOT_PRIVATE
 from .resuming import check_settings, loading
+from .silence import without_warnings
 from .tokenizer_state import TokenizerState
 
 
@@ -82,10 +83,11 @@ class PublishingTrainer(EvaluatingTrainer):
 
     @contextmanager
     def reading_records(self) -> Iterator[None]:
-        """Gradients of private records are computed inside, so that nothing may be logged."""
+        """Gradients of private records are computed inside, so that nothing may be logged, and no warning is shown."""
         self._reads_records = True
         try:
-            yield
+            with without_warnings():
+                yield
         finally:
             self._reads_records = False
 
