@@ -1,15 +1,20 @@
 """Whether records for evaluation are private ones: the same in memory, or copies of such."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Value
+from datasets import Dataset, IterableDataset, Value
+from datasets.fingerprint import Hasher
 from torch.utils.data import Subset
 
 from .digests import LOOKED_AT, column_digests, file_columns
 from .record_ids import RecordIds
-from .records import ENCODED, has_random_access, holds_texts
+from .records import ENCODED, has_random_access, is_text_column
+from .seeding import seeded
+from .silence import without_messages
 
 
 # The number of records for evaluation that are looked for among the private ones.
@@ -17,6 +22,22 @@ COMPARED = 64
 # The number of private records that are looked at where images and sounds are encoded, which takes hundreds of
 # kilobytes for each.
 LOOKED_AT_ENCODED = 2_000
+
+
+# The same where records are collated to be compared.
+LOOKED_AT_COLLATED = 500
+# What a record is compared by: its images and sounds, and everything else.
+Content = tuple[tuple, tuple]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How many records for evaluation were compared with private ones, at most `COMPARED`; how many of them are copies
+    of one; and how many show an image, or play a sound, of one."""
+
+    compared: int = 0
+    copies: int = 0
+    sharing: int = 0
 
 
 def lists_private_record(evaluated: Any, private: Any) -> bool:
@@ -30,15 +51,16 @@ def lists_private_record(evaluated: Any, private: Any) -> bool:
     return bool(common) and _share_records(evaluated, private, common)
 
 
-def count_copies(evaluated: Any, private: Any) -> tuple[int, int]:
-    """How many records for evaluation were compared with the private ones, at most `COMPARED`, and how many of them
-    are copies of such; (0, 0) where there is nothing to compare them by."""
-    if not (has_random_access(evaluated) and has_random_access(private)):
-        return 0, 0
-    (shown, rows), (base, private_rows) = _unwrapped(evaluated), _unwrapped(private)
-    if not (isinstance(shown, Dataset) and isinstance(base, Dataset) and _common_columns(shown, base)):
-        return 0, 0
-    return _count_in_table(shown.select(rows[:COMPARED]), base.select(private_rows))
+def find_copies(evaluated: Any, private: Any, collator: Callable | None = None) -> Overlap:
+    """Compares records for evaluation with the private ones: as they are stored, if both are in tables, and else, with
+    a collator, as they are collated. Where there is nothing to compare them by, none are compared."""
+    if private is None or not has_random_access(private):
+        return Overlap()
+    if has_random_access(evaluated):
+        (shown, rows), (base, private_rows) = _unwrapped(evaluated), _unwrapped(private)
+        if isinstance(shown, Dataset) and isinstance(base, Dataset):
+            return _in_tables(shown.select(rows[:COMPARED]), base.select(private_rows))
+    return Overlap() if collator is None else _as_collated(evaluated, private, collator)
 
 
 def _common_columns(first: Dataset, second: Dataset) -> list[str]:
@@ -62,20 +84,60 @@ def _unwrapped(dataset: Any) -> tuple[Any, Sequence[int]]:
     return dataset, rows
 
 
-def _count_in_table(first: Dataset, private: Dataset) -> tuple[int, int]:
-    common = [name for name in first.column_names if name in private.column_names]
-    texts = [name for name in common if holds_texts(first, name) and holds_texts(private, name)]
+def _in_tables(first: Dataset, private: Dataset) -> Overlap:
+    common = _common_columns(first, private)
+    texts = [name for name in common if is_text_column(first, name) and is_text_column(private, name)]
     files = [name for name in common if name in file_columns(first) and name in file_columns(private)]
     encoded = [name for name in common if name in ENCODED and name not in files]
     if not (files or encoded):
-        return 0, 0
-    columns = [*files, *encoded, *(name for name in common if name == "input_ids")]
+        return Overlap()
+    columns = [*texts, *(name for name in common if name == "input_ids")]
     looked_at = private.select(range(min(len(private), LOOKED_AT_ENCODED if encoded else LOOKED_AT)))
-    known = {*_recognised_by(looked_at, columns, texts)}
-    return len(first), sum(record in known for record in _recognised_by(first, columns, texts))
+    both = (zip(_contents(each, [*files, *encoded]), _contents(each, columns)) for each in (first, looked_at))
+    return _overlap(*both)
 
 
-def _recognised_by(dataset: Dataset, columns: list[str], texts: list[str]) -> Iterator[tuple]:
-    """By what each record is compared: digests of its images, sounds and encoded inputs, and its texts."""
-    digests = [column_digests(dataset, name) for name in columns]
-    return zip(*digests, *(dataset.with_format(None)[name][:] for name in texts))
+def _contents(dataset: Dataset, columns: list[str]) -> Iterator[tuple]:
+    """What each record is compared by: its texts, and digests of its images, sounds and numbers."""
+    plain = dataset.with_format(None)
+    values = [plain[name][:] if is_text_column(dataset, name) else column_digests(dataset, name) for name in columns]
+    return zip(*values) if columns else repeat((), len(dataset))
+
+
+def _as_collated(evaluated: Any, private: Any, collator: Callable) -> Overlap:
+    """Of datasets that only whoever wrote them knows how to compare, by the first records of both."""
+    try:
+        with without_messages():
+            first = [_as_input(record, collator) for record in _first(evaluated, COMPARED)]
+            return _overlap(first, [_as_input(record, collator) for record in _first(private, LOOKED_AT_COLLATED)])
+    except Exception:
+        # Datasets and collators of a user's own may raise anything; a run would, too.
+        return Overlap()
+
+
+def _first(dataset: Any, count: int) -> Iterator[Any]:
+    if has_random_access(dataset):
+        return (dataset[row] for row in range(min(count, len(dataset))))
+    # Others may not begin anew with the next iteration.
+    return iter(dataset.take(count) if isinstance(dataset, IterableDataset) else ())
+
+
+def _as_input(record: Any, collator: Callable) -> tuple[tuple, tuple]:
+    """Digests of the images or sounds of a record, and of its text, as the model would be given them."""
+    # Of random augmentation, each record draws the same.
+    with seeded(0):
+        batch = collator([record])
+    shown = [name for name in ENCODED if name in batch]
+    others = ["input_ids"] if "input_ids" in batch else [name for name in batch if name not in shown]
+    return tuple(Hasher.hash(batch[name]) for name in shown), tuple(Hasher.hash(batch[name]) for name in others)
+
+
+def _overlap(evaluated: Iterable[Content], private: Iterable[Content]) -> Overlap:
+    known = {*private}
+    known_files = {file for files, _ in known for file in files if file is not None}
+    compared, copies, sharing = 0, 0, 0
+    for record in evaluated:
+        compared += 1
+        copies += record in known
+        sharing += any(file in known_files for file in record[0])
+    return Overlap(compared, copies, sharing)

@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils import logging
 
 from .collators import ImageTextCollator, PairCollator, VisualQuestionCollator, tokenizer_of
-from .copies import count_copies, lists_private_record
+from .copies import find_copies, lists_private_record
 from .dataloader import MicrobatchDataset
 from .gradients import contrastive_base
 from .models import CLIPForVisualQuestionAnswering
@@ -185,10 +185,12 @@ def check_evaluation_data(
     evaluated: Any,
     unit_column: str | None,
     name: str = "eval_dataset",
+    collator: Callable | None = None,
 ) -> None:
     """Raises `ValueError` if metrics would be computed on private records, on others of the same units, or on none.
 
-    Warns where some are copies of private records.
+    Warns where some are copies of private records, or show images of such. Records that are not in tables are compared
+    as they are collated, given a `collator`.
     """
     _check_not_empty(evaluated, name)
     if train_dataset is not None and evaluated is train_dataset:
@@ -196,8 +198,8 @@ def check_evaluation_data(
             f"{name} is the private training dataset, so its metrics would be raw statistics of private records: "
             "hold records out with hf_dpclip.data.hold_out, or set log_private_statistics=True on public data."
         )
-    compared, copies = count_copies(evaluated, train_dataset)
-    if lists_private_record(evaluated, train_dataset) or 0 < copies == compared:
+    overlap = find_copies(evaluated, train_dataset, collator)
+    if lists_private_record(evaluated, train_dataset) or 0 < overlap.copies == overlap.compared:
         raise ValueError(
             f"the records of {name} are among those of the private training dataset, so its metrics would be raw "
             "statistics of private records: hold records out with hf_dpclip.data.hold_out, or set "
@@ -210,12 +212,18 @@ def check_evaluation_data(
             f"the guarantee protects as a whole: split with hf_dpclip.data.hold_out(dataset, {unit_column!r}), number "
             "the units of both apart if they are others, or set log_private_statistics=True on public data."
         )
-    if copies:
-        # Without their number: a tracker may record the console by now.
+    # Without their number: a tracker may record the console by now.
+    if overlap.copies:
         logger.warning(
-            f"some of the first {compared} records of {name} are copies of records of the private training dataset, "
-            "so its metrics tell of those: leave them out, or hold records out of one dataset with "
+            f"some of the first {overlap.compared} records of {name} are copies of records of the private training "
+            "dataset, so its metrics tell of those: leave them out, or hold records out of one dataset with "
             "hf_dpclip.data.hold_out."
+        )
+    elif overlap.sharing:
+        logger.warning(
+            f"some of the first {overlap.compared} records of {name} have an image or a sound of the private training "
+            "dataset, with another text, so its metrics tell of those: keep all records of an image on one side, with "
+            "hf_dpclip.data.hold_out and the column of images."
         )
 
 

@@ -71,7 +71,10 @@ class EvaluatingTrainer(Trainer):
         for dataset in evaluated.values() if isinstance(evaluated, dict) else [evaluated]:
             if not any(dataset is known for known in self._held_out):
                 unit_column = self.args.privacy_unit_column
-                data_validation.check_evaluation_data(self.train_dataset, dataset, unit_column, name)
+                with self._without_augmentation():
+                    data_validation.check_evaluation_data(
+                        self.train_dataset, dataset, unit_column, name, self.data_collator
+                    )
                 self._held_out.append(dataset)
 
     @contextmanager

@@ -184,6 +184,11 @@ def holds_texts(dataset: Any, column: str) -> bool:
     """Whether the table of a `datasets.Dataset` without transform has texts in that column, as they will be read."""
     if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
         return False
+    return is_text_column(dataset, column)
+
+
+def is_text_column(dataset: datasets.Dataset, column: str) -> bool:
+    """Whether the table has texts in that column, whatever a transform makes of them."""
     feature = dataset.features.get(column)
     return isinstance(feature, Value) and feature.dtype in STRINGS
 

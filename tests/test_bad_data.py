@@ -1,6 +1,7 @@
 """Data that cannot be trained on, and what is said of it: see `test_bad_input.py` for the form of the tables."""
 
 import math
+import random
 from pathlib import Path
 
 import numpy as np
@@ -599,6 +600,19 @@ WHOLE = raw_pairs(24)
 RECORDS = [*pairs(24)]
 
 
+class Wrapped(torch.utils.data.Dataset):
+    """As users write them: of which records it consists shows only by reading them."""
+
+    def __init__(self, records):
+        self.records = records
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, number):
+        return self.records[number]
+
+
 @pytest.mark.parametrize(
     "private, held_out",
     [
@@ -621,12 +635,45 @@ def test_what_was_held_out_is_accepted(tmp_path, private, held_out):
         (Subset(RECORDS, torch.arange(16)), Subset(RECORDS, torch.tensor([20, 15]))),
         (Subset(RECORDS, range(16)), RECORDS),
         (pairs(16), Subset(pairs(16), [3, 4])),
+        (pairs(16), [pairs(16)[3]]),
+        (pairs(16), Wrapped(pairs(16))),
+        (Wrapped(pairs(16)), Subset(Wrapped(pairs(16)), [3, 4])),
+        (pairs(16), pairs(16).to_iterable_dataset().skip(3)),
+        (raw_pairs(16), [raw_pairs(16)[3]]),
+        (raw_pairs(16), raw_pairs(16).to_iterable_dataset().skip(3)),
     ],
-    ids=["tensors", "whole", "rows of a copy"],
+    ids=[
+        "tensors",
+        "whole",
+        "rows of a copy",
+        "list of rows",
+        "wrapped table",
+        "wrapped twice",
+        "stream",
+        "list of images",
+        "stream of images",
+    ],
 )
 def test_what_was_not_held_out_is_refused(tmp_path, private, evaluated):
+    make = trainer if "pixel_values" in private[0] else processed
     with pytest.raises(ValueError, match="are among those of the private training dataset"):
-        trainer(tmp_path, private, options={"eval_dataset": evaluated})
+        make(tmp_path, private, options={"eval_dataset": evaluated})
+
+
+@pytest.mark.parametrize(
+    "evaluated",
+    [[*pairs(4, seed=1)], Wrapped(pairs(4, seed=1)), pairs(4, seed=1).to_iterable_dataset(), [{"another": 1}]],
+    ids=["list", "wrapped table", "stream", "what cannot be collated"],
+)
+def test_other_records_that_are_no_table_are_accepted(tmp_path, evaluated, caplog):
+    trainer(tmp_path, pairs(16), options={"eval_dataset": evaluated})
+    assert "private training dataset" not in caplog.text
+
+
+def test_augmentation_hides_no_copy(tmp_path):
+    collator = ImageTextCollator(tiny_processor(), augmentation=lambda image: image.rotate(random.choice([90, 180])))
+    with pytest.raises(ValueError, match="are among those of the private training dataset"):
+        trainer(tmp_path, raw_pairs(16), collator=collator, options={"eval_dataset": [raw_pairs(16)[3]]})
 
 
 def test_records_with_gaps_are_compared():

@@ -136,6 +136,15 @@ def test_records_for_evaluation_that_overlap_with_the_private_ones_are_named(pri
     assert f"some of the first {compared} records of eval_dataset are copies of records of the private" in message
 
 
+@pytest.mark.parametrize("shown", [lambda table: table, lambda table: table.with_transform(dict), list])
+def test_images_for_evaluation_that_are_private_ones_with_another_text_are_named(shown, caplog):
+    private, collator = raw_pairs(8), ImageTextCollator(tiny_processor())
+    texts = [f"another view of {number}" for number in range(8)]
+    evaluated = private.remove_columns("text").add_column("text", texts)
+    message = warnings_of(caplog, check_evaluation_data, private, shown(evaluated), None, "test", collator)
+    assert "some of the first 8 records of test have an image or a sound of the private training" in message
+
+
 def test_nothing_is_said_of_other_records_for_evaluation(caplog):
     assert warnings_of(caplog, check_evaluation_data, raw_pairs(8), other_raw_pairs(8), None) == ""
 
