@@ -12,7 +12,7 @@ from plans import noiseless_plan, one_step_plan
 from torch.nn import Parameter
 
 from hf_dpclip.privacy import GaussianMechanism, Randomness, clip_
-from hf_dpclip.privacy.mechanism import clip_factors
+from hf_dpclip.privacy.mechanism import NORM_ROW, clip_factors
 from hf_dpclip.privacy.reduction import flat_chunks
 
 
@@ -49,6 +49,13 @@ def test_the_norm_counts_all_tensors_together():
     gradients = [vector(3.0), vector(4.0)]
     clip_(gradients, noiseless_plan(max_grad_norm=1.0))
     assert torch.allclose(torch.cat(gradients), vector(0.6, 0.8))
+
+
+@pytest.mark.parametrize("size", [NORM_ROW - 1, NORM_ROW, 2 * NORM_ROW + 3])
+def test_the_norm_counts_every_coordinate_of_a_large_tensor_once(size):
+    gradient = torch.linspace(0.5, 2.0, size).view(1, -1)
+    clip_([gradient], noiseless_plan(max_grad_norm=3.0))
+    assert gradient.norm().item() == pytest.approx(3.0, rel=1e-5)
 
 
 def test_automatic_clipping_normalises_up_to_gamma():
