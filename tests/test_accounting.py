@@ -10,7 +10,13 @@ from dp_accounting import pld
 from scipy.special import log_ndtr
 
 from hf_dpclip.privacy import PrivacyPlan
-from hf_dpclip.privacy.accounting import ADJACENCY, calibrate_noise_multiplier, composed_epsilon, epsilon
+from hf_dpclip.privacy.accounting import (
+    ADJACENCY,
+    _inside,
+    calibrate_noise_multiplier,
+    composed_epsilon,
+    epsilon,
+)
 
 
 CASES = json.loads(Path(__file__).with_name("accounting.json").read_text())["cases"]
@@ -62,6 +68,12 @@ def test_calibration_reaches_targets_that_renyi_divergences_do_not():
     assert 0.0099 <= epsilon(sampling[0], sigma, sampling[1], 1e-8) <= 0.01
     with pytest.raises(ValueError, match=r"no noise_multiplier reaches target_epsilon=0\.001"):
         calibrate_noise_multiplier(0.001, 1e-8, *sampling, "rdp")
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 2.0), (1.9, 2.0), (1.0, math.inf)])
+@pytest.mark.parametrize("guess", [-1.0, 0.0, 1.0, 1.95, 2.0, 1e9])
+def test_the_search_stays_inside_its_bracket(low, high, guess):
+    assert low < _inside(low, high, guess) < high
 
 
 def test_so_little_noise_that_nothing_can_be_computed_is_refused():

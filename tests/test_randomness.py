@@ -70,6 +70,28 @@ def test_noise_depends_on_more_than_32_bits_of_the_seed():
     check_uncorrelated(noise(Randomness(5)), noise(Randomness(5 + 2**32)))
 
 
+class Seeded:
+    """In the place of a generator on a device that this machine may not have: all that it draws follows from this."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def manual_seed(self, seed):
+        self.seed = seed
+        return self
+
+
+def test_the_stream_of_an_accelerator_is_of_its_process_alone_and_has_64_bits(monkeypatch):
+    monkeypatch.setattr(torch, "Generator", Seeded)
+    root = Randomness()
+    streams = [stream for process in range(20) for stream in root.noise("cuda", process)]
+    seeds = [stream.seed for stream in streams]
+    assert {stream.device for stream in streams} == {"cuda"}
+    assert len(set(seeds)) == 20 and max(seeds) > 2**60
+    assert root.noise("cuda", 3)[0].seed == seeds[3]
+    assert Randomness().noise("cuda")[0].seed != seeds[0]
+
+
 def test_the_whole_state_is_filled():
     state = Randomness().noise()[0].get_state()[randomness._WORDS].numpy().view(np.uint64)
     assert len(np.unique(state)) > 620
