@@ -104,6 +104,13 @@ def test_microbatches_are_clipped_one_by_one_and_added_up():
     assert torch.allclose(total, vector(1.25, 1.25))
 
 
+def test_sums_that_lack_a_parameter_are_an_error():
+    """Cut short, the sum would be released without the noise of the parameters that follow."""
+    gaussian = mechanism(noiseless_plan(), parameters(1, 1))
+    with pytest.raises(ValueError, match="shorter"):
+        gaussian.add(torch.ones(1), lambda factors, totals: totals[:1])
+
+
 def test_parameters_without_gradient_count_as_zero():
     weights = parameters(1, 1)
     total = released(noiseless_plan(), weights, [[vector(0.5), None], [None, vector(0.25)]])
@@ -170,6 +177,13 @@ def test_noise_has_the_scale_of_the_plan(num_microbatches, factor):
     settings = one_step_plan(num_microbatches=num_microbatches, max_grad_norm=0.5, noise_multiplier=3.0)
     total = released(settings, parameters((50, 60), 2000), [])
     check_noise_law(total, 3.0 * factor * 0.5)
+
+
+def test_noise_reaches_further_than_one_draw(monkeypatch):
+    """A float32 normal of torch never exceeds 5.77 standard deviations: a release beyond would tell of the sum."""
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda self, mean, std, generator: self.fill_(mean + 5.77 * std))
+    plan = one_step_plan()
+    assert released(plan, parameters(3), []).min() > 8.1 * plan.noise_std
 
 
 def test_noise_in_many_chunks_has_the_same_law(monkeypatch):
