@@ -216,6 +216,14 @@ def test_a_microbatch_holds_the_records_that_were_drawn(as_list):
     assert torch.equal(microbatch["input_ids"], records[[4, 1]]["input_ids"])
 
 
+def test_microbatches_that_are_read_together_hold_their_own_records():
+    """A table without a format is read once for the whole forward batch."""
+    table = Dataset.from_dict({"number": list(range(10))})
+    dataset = MicrobatchDataset(table, lambda records: {"numbers": [record["number"] for record in records]})
+    microbatches = dataset[[(5, np.array([4, 1])), (6, np.array([7])), (7, np.array([0, 9, 2]))]]
+    assert [(seed, inputs["numbers"]) for seed, inputs in microbatches] == [(5, [4, 1]), (6, [7]), (7, [0, 9, 2])]
+
+
 def test_augmentation_of_a_microbatch_depends_on_its_own_seed_only():
     def augmenting(records):
         return {"ids": torch.rand(len(records)), "python": random.random(), "numpy": np.random.rand()}
