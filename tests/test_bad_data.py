@@ -202,7 +202,7 @@ DATA = {
             f"record 1 (such records: 1) has {text!r} as its 'patient'",
             "give each of them an id of its own",
         )
-        for text in ("", "NA", "N/A", "nan", "None")
+        for text in ("", "NA", "N/A", "nan", "None", " null")
     },
     "images without values": (
         lambda f: processed(f, with_images([PILImage.fromarray(np.full((8, 8), np.nan, np.float32))] * 8)),
