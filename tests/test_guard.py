@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -302,7 +303,7 @@ def closing_over(criterion):
     return lambda outputs, labels=None, **kwargs: criterion(outputs)
 
 
-OF_FUNCTION, OF_DEFAULT, OF_TRAINER = RememberingLoss(), RememberingLoss(), RememberingLoss()
+OF_FUNCTION, OF_DEFAULT, OF_KEYWORD, OF_TRAINER = (RememberingLoss() for _ in range(4))
 
 
 def with_variable_of_the_file(outputs, labels=None, **kwargs):
@@ -313,6 +314,15 @@ def with_default(outputs, labels=None, criterion=OF_DEFAULT, **kwargs):
     return criterion(outputs)
 
 
+def with_keyword_default(outputs, labels=None, *, criterion=OF_KEYWORD, **kwargs):
+    return criterion(outputs)
+
+
+def closing_over_a_dictionary():
+    criteria = OrderedDict(mean=RememberingLoss())
+    return lambda outputs, labels=None, **kwargs: criteria["mean"](outputs)
+
+
 HOLDERS = {
     "object": CallableLoss(),
     "method": Helper().loss,
@@ -321,6 +331,8 @@ HOLDERS = {
     "closure over a method": closing_over(Helper().loss),
     "variable of the file": with_variable_of_the_file,
     "default": with_default,
+    "default of a keyword": with_keyword_default,
+    "kind of dictionary": closing_over_a_dictionary(),
 }
 
 
@@ -823,6 +835,18 @@ def test_a_module_of_the_trainer_that_changed_is_not_taken_again(tmp_path):
         with_critic(tmp_path, critic).train()
     with pytest.raises(ValueError, match="still holds private data"):
         with_critic(tmp_path, critic).train()
+
+
+def test_nor_is_a_loss_of_buffers_alone(tmp_path):
+    loss, records = RememberingLoss(), vectors(*[[1.0] * 4] * 8)
+
+    def run():
+        return DPCLIPTrainer(ShowsRecords(), arguments(tmp_path), train_dataset=records, compute_loss_func=loss)
+
+    with pytest.raises(RuntimeError, match="a buffer of the model or of the loss changed"):
+        run().train()
+    with pytest.raises(ValueError, match="still holds private data"):
+        run().train()
 
 
 def test_one_that_did_not_change_is_taken_again(tmp_path):
