@@ -202,6 +202,8 @@ def test_a_parameter_that_is_used_twice():
     layer = model.vision_model.encoder.layers[0]
     layer.self_attn.q_proj.weight = layer.self_attn.v_proj.weight
     layer.layer_norm2.weight = layer.layer_norm1.weight
+    embeddings = model.text_model.embeddings
+    embeddings.position_embedding.weight = embeddings.token_embedding.weight
     assert_same(model, microbatches([2, 3, 3]))
 
 
