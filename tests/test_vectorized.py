@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
 from factories import EOS, IMAGE_SIZE, tiny_clip
 from gradient_checks import (
@@ -39,6 +40,7 @@ from hf_dpclip.gradients import (
 )
 from hf_dpclip.gradients.factored import Dense, Outer, SpareMemory
 from hf_dpclip.gradients.layout import Layout
+from hf_dpclip.gradients.recording import Recording
 
 
 def groups_of(model, batches):
@@ -205,6 +207,46 @@ def test_a_parameter_that_is_used_twice():
     embeddings = model.text_model.embeddings
     embeddings.position_embedding.weight = embeddings.token_embedding.weight
     assert_same(model, microbatches([2, 3, 3]))
+
+
+IDS = torch.tensor([[0, 0, 1]] * 3)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, weight: F.linear(torch.cat([x, x]), weight),
+        lambda x, weight: F.linear(x[0, :1], weight),
+        lambda x, weight: torch.cat([x, x]) + weight,
+        lambda x, weight: x[0] + weight,
+        lambda x, weight: torch.Tensor.add(x, weight, alpha=2),
+        lambda x, weight: weight.expand(2, 3, 3) * x[:2],
+        lambda x, weight: F.embedding(IDS, weight, scale_grad_by_freq=True),
+        lambda x, weight: F.embedding(IDS, weight, padding_idx=-2),
+        lambda x, weight: F.embedding(torch.cat([IDS, IDS]), weight),
+    ],
+    ids=[
+        "linear of more rows",
+        "linear of fewer rows",
+        "sum with more rows",
+        "sum with one row",
+        "sum with a multiple",
+        "fewer rows",
+        "embedding by frequency",
+        "embedding with padding at the end",
+        "embedding of more rows",
+    ],
+)
+def test_uses_that_cannot_be_told_apart_are_left_alone(use):
+    """Recorded all the same, some would be missing from the norms."""
+    weight, x = nn.Parameter(torch.randn(3, 3)), torch.randn(3, 3, 3)
+    recording = Recording([weight], Layout([1, 2], 3, torch.device("cpu")), [])
+    with recording:
+        loss = use(x, weight).square().sum()
+    loss.backward()
+    (expected,) = torch.autograd.grad(use(x, weight).square().sum(), weight)
+    assert not recording.gradients
+    assert torch.allclose(weight.grad, expected)
 
 
 @pytest.mark.parametrize("frozen", ["text_model", "vision_model", "bias", "weight", "logit_scale", "layer_norm"])
