@@ -105,6 +105,13 @@ def test_with_gradient_the_text_encoder_learns_from_them(tmp_path):
     assert not torch.allclose(constant, learning, atol=1e-3)
 
 
+def test_with_gradient_they_are_the_same_embeddings():
+    model, chunks = tiny_clip(), collate_public_negatives(CAPTIONS, None, tiny_processor(), batch_size=3)
+    constant, learning = (encoded(PublicNegatives(chunks, with_gradient), model)[1] for with_gradient in (False, True))
+    assert torch.allclose(learning, constant, atol=1e-5)
+    assert learning.requires_grad and not constant.requires_grad
+
+
 def test_they_are_encoded_every_so_many_steps():
     model, chunks = tiny_clip(), collate_public_negatives(CAPTIONS, None, tiny_processor(), batch_size=3)
     negatives = PublicNegatives(chunks, steps=2)
