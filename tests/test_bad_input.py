@@ -96,6 +96,7 @@ ARGUMENTS = [
     ({"max_steps": 0, "num_train_epochs": 2}, "max_steps=0 takes no step", "set max_steps to -1"),
     ({"log_private_statistics": "False"}, "log_private_statistics='False' is not possible", "True or False"),
     ({"secure_noise": "false"}, "secure_noise='false' is not possible", "True or False"),
+    ({"vectorized": "false"}, "vectorized='false' is not possible", "True or False"),
     ({"non_private": 1}, "non_private=1 is not possible", "True or False"),
     ({"public_negatives_gradient": None}, "public_negatives_gradient=None is not possible", "True or False"),
     ({"static_shapes": "false"}, "static_shapes='false' is not possible", "True or False"),

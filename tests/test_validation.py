@@ -225,7 +225,28 @@ def test_precision_that_keeps_statistics_is_refused(make_trainer, monkeypatch):
         check_environment(trainer)
 
 
+@pytest.mark.parametrize(
+    ("of", "name", "value", "message"),
+    [
+        ("trainer", "is_fsdp_enabled", True, "the launcher enabled FSDP or DeepSpeed.*choose DDP"),
+        ("trainer", "is_deepspeed_enabled", True, "the launcher enabled FSDP or DeepSpeed.*choose DDP"),
+        ("accelerator", "scaler", object(), "the launcher enabled fp16 loss scaling: use --mixed_precision bf16"),
+    ],
+    ids=["FSDP", "DeepSpeed", "fp16"],
+)
+def test_what_a_launcher_enables_beside_the_arguments_is_refused(make_trainer, monkeypatch, of, name, value, message):
+    trainer = make_trainer()
+    monkeypatch.setattr(trainer if of == "trainer" else trainer.accelerator, name, value)
+    with pytest.raises(ValueError, match=message):
+        check_environment(trainer)
+
+
 # ---- Losses ----
+
+
+def test_public_negatives_with_a_loss_function_of_the_users_own_are_refused(assert_refused):
+    own = {"compute_loss_func": lambda outputs, labels, **_: outputs.loss, "public_negatives": ["a cat"]}
+    assert_refused("public_negatives need CLIPModel.*leave them out", trainer_options=own)
 
 
 def test_single_pairs_with_a_loss_of_in_batch_negatives_are_refused(assert_refused):
