@@ -38,6 +38,10 @@ class StepGuard:
         forward_passes (`int`): forward passes in one optimizer step, the gradient accumulation steps of the plan.
     """
 
+    # Taken in the first forward pass of every step.
+    _versions: list[tuple[int, int]]
+    _held_before: Snapshot
+
     def __init__(self, modules: nn.ModuleList, held: nn.ModuleList, forward_passes: int):
         check_trusted(modules)
         check_trusted(held)
@@ -47,9 +51,6 @@ class StepGuard:
         self._begun = self._completed = 0
         self._parameters = list(modules.parameters())
         self._at_start = Snapshot(modules)
-        # Taken anew in the first forward pass of every step.
-        self._versions = self._at_start.versions
-        self._held_before = Snapshot(held)
 
     @contextmanager
     def forward_pass(self) -> Iterator[int]:
