@@ -443,6 +443,16 @@ def centred(function):
     return patched
 
 
+class Centred:
+    """The same as an object that can be called."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args, **kwargs):
+        return self.function(*args, **kwargs)
+
+
 @pytest.mark.parametrize(
     ("place", "name"),
     [
@@ -459,12 +469,11 @@ def centred(function):
 def test_a_function_of_the_libraries_that_was_replaced_is_an_obstacle(place, name, monkeypatch):
     model = lora_clip()
     assert vectorization_obstacle(model) is None
-    original = getattr(place, name)
-    monkeypatch.setattr(place, name, centred(original))
-    assert vectorization_obstacle(model).startswith(f"{place.__name__}.{name} was replaced by another function")
-    # A decorator of torch's around it hides nothing.
-    monkeypatch.setattr(place, name, torch.no_grad()(centred(original)))
-    assert vectorization_obstacle(model).startswith(f"{place.__name__}.{name} was replaced by another function")
+    patch = centred(getattr(place, name))
+    # Decorators of the libraries around it hide nothing.
+    for replaced in (patch, torch.no_grad()(patch), functools.partial(patch), Centred(patch)):
+        monkeypatch.setattr(place, name, replaced)
+        assert vectorization_obstacle(model).startswith(f"{place.__name__}.{name} was replaced by another function")
 
 
 def test_attention_under_the_name_of_a_known_one_is_an_obstacle(monkeypatch):

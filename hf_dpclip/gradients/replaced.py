@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from functools import partial, partialmethod
 from types import FunctionType
 from typing import Any
 
@@ -48,17 +49,24 @@ def replaced_function(model: nn.Module, files: tuple[str, ...]) -> str | None:
 
 
 def _is_foreign(value: Any) -> bool:
-    """Whether it is a function, or wraps one, that was written elsewhere. Functions of compiled code are not seen."""
-    return any(_package(function) not in LIBRARIES for function in _wrapped(value))
+    """Whether it can be called, and was written elsewhere, or wraps what was."""
+    return any(_package(each) not in LIBRARIES for each in _wrapped(value))
 
 
-def _wrapped(value: Any) -> Iterator[FunctionType]:
-    while isinstance(value, FunctionType):
+def _wrapped(value: Any) -> Iterator[Any]:
+    """The value, and what its decorators were put around."""
+    while callable(value) or isinstance(value, partialmethod):
         yield value
-        value = vars(value).get("__wrapped__")
+        if isinstance(value, partial | partialmethod):
+            value = value.func
+        else:
+            value = vars(value).get("__wrapped__") if isinstance(value, FunctionType) else None
 
 
 def _package(value: Any) -> str:
     """Of a function, by its file: decorators copy what it says of itself."""
-    name = value.__globals__["__name__"] if isinstance(value, FunctionType) else value.__module__
+    if isinstance(value, FunctionType):
+        name = value.__globals__["__name__"]
+    else:
+        name = value.__module__ if isinstance(value, type) else type(value).__module__
     return name.partition(".")[0]
