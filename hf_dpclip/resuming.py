@@ -61,6 +61,11 @@ def check_resumable(checkpoint: str | Path, plan: PrivacyPlan) -> PrivacyStateme
             f"resume_from_checkpoint={str(checkpoint)!r} is not a folder: name one of the checkpoint-... folders, or "
             "pass True for the last."
         )
+    if not Path(checkpoint, STATEMENT_NAME).is_file():
+        raise FileNotFoundError(
+            f"{Path(checkpoint, STATEMENT_NAME)} does not exist, so what the weights beside it cost is not known. "
+            "Choose a folder checkpoint-... that DPCLIPTrainer saved, or start a new run."
+        )
     statement = PrivacyStatement.load(checkpoint)
     if not Path(checkpoint, TRAINER_STATE_NAME).is_file():
         raise ValueError(

@@ -191,6 +191,12 @@ def for_a_task():
     return get_peft_model(tiny_clip(), LoraConfig(target_modules=["q_proj"], task_type="FEATURE_EXTRACTION"))
 
 
+def given_adapters(model):
+    """The model itself, after peft was given it."""
+    get_peft_model(model, lora_config(model))
+    return model
+
+
 def adapters_for_inference(folder):
     model = tiny_clip()
     get_peft_model(model, lora_config(model)).save_pretrained(folder)
@@ -263,6 +269,11 @@ MODELS = {
         lambda f: lora_config(with_adapters(tiny_clip())),
         "the model has adapters already",
         "pass it as it was before",
+    ),
+    "adapters once more, as in a cell that is run again": (
+        lambda f: lora_config(given_adapters(tiny_clip())),
+        "the model has adapters already",
+        "loaded anew",
     ),
     "no text tower to leave out": (
         lambda f: lora_config(tiny_clip().vision_model, text_tower=False),
@@ -341,7 +352,7 @@ CHECKPOINTS = {
     "weights without a statement": (
         lambda f: PrivacyStatement.load(tiny_clip().save_pretrained(f) or f),
         "privacy.json does not exist, so what the weights beside it cost is not known",
-        "Choose a folder checkpoint-... that DPCLIPTrainer saved",
+        "name the folder of a model or a checkpoint that DPCLIPTrainer saved",
     ),
 }
 

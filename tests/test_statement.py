@@ -104,8 +104,23 @@ def test_a_write_that_is_cut_short_leaves_the_former_statement(tmp_path, monkeyp
 
 
 def test_a_folder_without_a_statement_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"privacy.json does not exist.*Choose a folder checkpoint-"):
+    with pytest.raises(
+        FileNotFoundError, match=r"privacy.json does not exist.*or a checkpoint that DPCLIPTrainer saved\.$"
+    ):
         PrivacyStatement.load(tmp_path)
+
+
+def test_a_statement_in_a_folder_below_is_pointed_out(tmp_path):
+    (tmp_path / "private-clip").mkdir()
+    STATEMENTS["private"].save(tmp_path / "private-clip")
+    with pytest.raises(FileNotFoundError, match=r"saved \(there is one in .*private-clip\)\.$"):
+        PrivacyStatement.load(tmp_path)
+
+
+def test_the_file_in_place_of_its_folder_is_refused(tmp_path):
+    STATEMENTS["private"].save(tmp_path)
+    with pytest.raises(ValueError, match=rf"is a file: name the folder that it is in, {re.escape(str(tmp_path))}\.$"):
+        PrivacyStatement.load(tmp_path / "privacy.json")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '"private"', '{"private": true}', "{'private': True}"])

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from peft import LoraConfig, PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..privacy.plan import is_whole
@@ -49,8 +50,11 @@ def lora_config(
     check_is_model(model)
     if not is_whole(r) or r < 1:
         raise ValueError(f"r={r!r} is not possible: the rank must be a whole number of at least 1, e.g. 8.")
-    if isinstance(model, PeftModel | PeftMixedModel):
-        raise ValueError("the model has adapters already: pass it as it was before, without them.")
+    if isinstance(model, PeftModel | PeftMixedModel) or _holds_adapters(model):
+        raise ValueError(
+            "the model has adapters already, which get_peft_model puts into the very model that it is given: pass it "
+            "as it was before, loaded anew."
+        )
     matching = {name: module for name, module in model.named_modules() if _ADAPTED.fullmatch(name)}
     excluded = [
         name
@@ -83,6 +87,11 @@ def check_is_model(model: Any) -> None:
         raise ValueError(
             f"model is a {type(model).__name__}: load the model itself, as in CLIPModel.from_pretrained(name)."
         )
+
+
+def _holds_adapters(model: nn.Module) -> bool:
+    """Whether layers have adapters, as those of a model that was given to `get_peft_model`."""
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def base_model(model: nn.Module) -> nn.Module:

@@ -59,10 +59,14 @@ class PrivacyStatement:
     def load(cls, folder: str | Path) -> "PrivacyStatement":
         """Reads `privacy.json`. Raises `FileNotFoundError` or, for one that is damaged or edited, `ValueError`."""
         path = Path(folder, STATEMENT_NAME)
+        if Path(folder).is_file():
+            raise ValueError(f"{folder} is a file: name the folder that it is in, {Path(folder).resolve().parent}.")
         if not path.is_file():
+            nearby = next(iter(sorted(path.parent.glob(f"*/{STATEMENT_NAME}"))), None)
+            found = f" (there is one in {nearby.parent})" if nearby else ""
             raise FileNotFoundError(
-                f"{path} does not exist, so what the weights beside it cost is not known. Choose a folder "
-                "checkpoint-... that DPCLIPTrainer saved, or start a new run."
+                f"{path} does not exist, so what the weights beside it cost is not known: name the folder of a model "
+                f"or a checkpoint that DPCLIPTrainer saved{found}."
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
