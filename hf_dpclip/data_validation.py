@@ -142,12 +142,23 @@ def check_model_reads_pairs(model: nn.Module, collator: Callable, batch: dict[st
         )
     if isinstance(collator, VisualQuestionCollator) and isinstance(model, CLIPForVisualQuestionAnswering):
         _check_labels(collator.label2id, model.config.num_labels)
-    base = model.clip if isinstance(model, CLIPForVisualQuestionAnswering) else contrastive_base(model)
+    base = _dual_encoder(model)
     if base is not None and collator.text_column is not None:
         _check_tokenizer(tokenizer_of(collator.processor), base.config.text_config)
     # A vision tower of another family may interpolate its positions.
     if base is not None and "pixel_values" in batch and not isinstance(base, VisionTextDualEncoderModel):
         _check_image_size(batch["pixel_values"], base.config.vision_config)
+
+
+def longest_text(model: nn.Module, collator: Callable) -> int | None:
+    """The number of tokens of a text that the model, without adapters, reads at most. `None` where that is not known,
+    and for our collators, whose tokenizer cuts texts at it."""
+    base = _dual_encoder(model)
+    return None if base is None or isinstance(collator, PairCollator) else _num_positions(base.config.text_config)
+
+
+def _dual_encoder(model: nn.Module) -> PreTrainedModel | None:
+    return model.clip if isinstance(model, CLIPForVisualQuestionAnswering) else contrastive_base(model)
 
 
 def check_answers_are_learnt(model: nn.Module, collator: Callable, batch: dict[str, Any]) -> None:
@@ -259,10 +270,13 @@ def _check_labels(label2id: dict[str, int], num_labels: int):
         )
 
 
+def _num_positions(read: PreTrainedConfig) -> int:
+    behind_padding = read.model_type in POSITIONS_BEHIND_PADDING
+    return read.max_position_embeddings - (read.pad_token_id + 1 if behind_padding else 0)
+
+
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, read: PreTrainedConfig):
-    longest = read.max_position_embeddings
-    if read.model_type in POSITIONS_BEHIND_PADDING:
-        longest -= read.pad_token_id + 1
+    longest = _num_positions(read)
     cut = tokenizer.model_max_length
     if cut > longest:
         cuts = "cuts no text, since it has no limit" if cut > LARGE_INTEGER else f"cuts texts at {cut} tokens"

@@ -109,10 +109,18 @@ class MicrobatchDataset(Dataset):
 
     Each microbatch is collated by itself and with random numbers of its own, so that nothing in it, neither its
     padding nor its augmentation, depends on the records of another one. What libraries would warn of is not shown.
+
+    Args:
+        dataset (`Dataset`): the records.
+        collator (`Callable`): makes a batch of them.
+        longest_text (`int`, *optional*): the number of tokens that the model reads of a text at most, where known.
+
+    Items raise `ValueError` for records that cannot be read or collated, and for longer texts.
     """
 
     dataset: Dataset
     collator: Callable[[list[Any]], dict[str, Any]]
+    longest_text: int | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -139,7 +147,17 @@ class MicrobatchDataset(Dataset):
             raise ValueError(
                 f"the data_collator returned a {type(batch).__name__}: return a dictionary of the model's inputs."
             )
+        self._check_text_length(batch.get("input_ids"))
         return dict(batch)
+
+    def _check_text_length(self, input_ids: Any) -> None:
+        # Without the length that was found, which is that of a private record.
+        if self.longest_text is not None and torch.is_tensor(input_ids) and input_ids.shape[-1] > self.longest_text:
+            raise ValueError(
+                f"texts were encoded to more than the {self.longest_text} tokens that the model reads: call the "
+                f"tokenizer with truncation=True, max_length={self.longest_text} (in the data_collator, or where "
+                "records are encoded), or pass an ImageTextCollator, which cuts them off."
+            )
 
     def _hint(self, records: list[Any], numbers: np.ndarray) -> str:
         """Names the record that cannot be collated even alone, or says that there is none such."""

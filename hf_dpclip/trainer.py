@@ -289,7 +289,9 @@ class DPCLIPTrainer(SearchingTrainer):
             dataset = self._remove_unused_columns(dataset, description="training")
         else:
             collator = self._get_collator_with_removed_columns(collator, description="training")
-        return MicrobatchDataset(dataset, collator)
+        # A user's own loss, or preparation of inputs, may cut them.
+        longest = data_validation.longest_text(base_model(self.model), collator) if self.minimises_own_loss else None
+        return MicrobatchDataset(dataset, collator, longest)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()

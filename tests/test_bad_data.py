@@ -121,6 +121,16 @@ def larger_images(folder, model=None):
     return trainer(folder, raw_pairs(8), model=model, collator=ImageTextCollator(processor))
 
 
+# Until every record was drawn, all but surely.
+LONGER = {"max_steps": 50, "remove_unused_columns": False}
+
+
+def uncut(records):
+    """As a user's own collator that leaves `truncation=True` out."""
+    images, texts = ([record[column] for record in records] for column in ("image", "text"))
+    return tiny_processor()(images=images, text=texts, padding=True, return_tensors="pt")
+
+
 DATA = {
     "no image column": (lambda f: processed(f, raw_pairs(8, "scan")), "no column 'image'", "image_column=..."),
     "no text column": (lambda f: processed(f, raw_pairs(8, text="report")), "no column 'text'", "text_column=..."),
@@ -515,6 +525,16 @@ DATA = {
         lambda f: trainer(f, pairs(8), collator=lambda records: records, train=True),
         "the data_collator returned a list",
         "return a dictionary of the model's inputs",
+    ),
+    "a collator that does not cut texts": (
+        lambda f: trainer(f, with_texts(["a" * 30] * 8), collator=uncut, remove_unused_columns=False),
+        "texts were encoded to more than the 16 tokens that the model reads",
+        "truncation=True, max_length=16 (in the data_collator, or where records are encoded), or pass an Image",
+    ),
+    "a collator that does not cut a text that is met later": (
+        lambda f: trainer(f, with_texts([*"aaaaaaa", "a" * 30]), collator=uncut, train=True, **LONGER),
+        "texts were encoded to more than the 16 tokens that the model reads",
+        "or pass an ImageTextCollator, which cuts them off",
     ),
     "evaluation by name": (
         lambda f: processed(f, raw_pairs(8), options={"eval_dataset": "test"}),
