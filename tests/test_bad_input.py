@@ -3,7 +3,10 @@
 Every row is a call, or what distinguishes it, a fragment of what was wrong, and a fragment of the remedy.
 """
 
+import argparse
 import math
+import os
+import subprocess
 import sys
 from functools import partial
 
@@ -413,6 +416,37 @@ def test_the_command_knows_its_version(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["--version"])
     assert (caught.value.code, capsys.readouterr().out) == (0, f"hf-dpclip {__version__}\n")
+
+
+def test_a_command_ends_quietly_if_nobody_reads_on():
+    reading, writing = os.pipe()
+    os.close(reading)
+    options = "--num-examples 100 --expected-batch-size 10 --num-steps 2 --noise-multiplier 1 --accountant rdp --json"
+    command = [sys.executable, "-m", "hf_dpclip", "plan", *options.split()]
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("max_steps=0 is not possible", "--max-steps 0 is not possible"),
+        ("lower num_canaries or num_members.", "lower --num-canaries or --num-members."),
+        ("accountant='prv' is not rdp", "--accountant 'prv' is not rdp"),
+        ("an accountant of 'num_members' in /data/num_members", "an accountant of 'num_members' in /data/num_members"),
+        ("non_private=True is no option here", "non_private=True is no option here"),
+    ],
+)
+def test_messages_of_the_library_name_options_on_the_command_line(monkeypatch, capsys, said, shown):
+    def run(arguments):
+        raise ValueError(said)
+
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(run=run, command="it", max_steps=0, num_canaries=1, num_members=1, accountant="pld")
+    monkeypatch.setattr(cli, "_parser", lambda: parser)
+    assert cli.main([]) == 2
+    assert capsys.readouterr().err == f"hf-dpclip it: {shown}\n"
 
 
 TRAIN = load_script(ROOT / "examples" / "train.py")

@@ -219,25 +219,24 @@ def test_a_wrong_command_line_is_refused(capsys, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({**TARGET, "expected_batch_size": 5120}, "expected_batch_size=5120 is not possible"),
+        ({**TARGET, "expected_batch_size": 5120}, "--expected-batch-size 5120 is not possible"),
         ({**TARGET, "num_microbatches": 513}, "--num-microbatches 513 does not divide --expected-batch-size 512"),
         ({**TARGET, "num_microbatches": 7}, "--num-microbatches 7 does not divide --expected-batch-size 512"),
         ({**TARGET, "num_microbatches": -1}, "--num-microbatches -1 does not divide"),
         ({**without(TARGET, "target_delta"), "num_examples": 1}, "--num-examples 1 is not possible"),
-        ({**TARGET, "target_delta": 1e-3}, "target_delta=0.001 is not possible"),
-        ({**TARGET, "target_epsilon": -1}, "target_epsilon=-1.0 is not possible"),
-        ({**NOISE, "noise_multiplier": 0}, "noise_multiplier=0.0 is not possible"),
-        ({**NOISE, "noise_multiplier": 1e-5, "accountant": "pld"}, "noise_multiplier=1e-05 is not possible"),
-        ({**NOISE, "accountant": "prv"}, "accountant='prv' is not possible: expected pld or rdp"),
-        ({**without(NOISE, "num_steps"), "num_epochs": 0}, "num_epochs=0 is not possible"),
-        ({**without(NOISE, "num_steps"), "num_epochs": "nan"}, "num_epochs=nan is not possible"),
-        ({**without(NOISE, "num_steps"), "num_epochs": 1e308}, "num_epochs=1e+308 is not possible"),
-        ({**without(NOISE, "num_steps"), "num_epochs": 3, "expected_batch_size": 0}, "expected_batch_size=0 is not"),
+        ({**TARGET, "target_delta": 1e-3}, "--target-delta 0.001 is not possible"),
+        ({**TARGET, "target_epsilon": -1}, "--target-epsilon -1.0 is not possible"),
+        ({**NOISE, "noise_multiplier": 0}, "--noise-multiplier 0.0 is not possible"),
+        ({**NOISE, "noise_multiplier": 1e-5, "accountant": "pld"}, "--noise-multiplier 1e-05 is not possible"),
+        ({**NOISE, "accountant": "prv"}, "--accountant 'prv' is not possible: expected pld or rdp"),
+        ({**without(NOISE, "num_steps"), "num_epochs": 0}, "--num-epochs 0 is not possible"),
+        ({**without(NOISE, "num_steps"), "num_epochs": "nan"}, "--num-epochs nan is not possible"),
+        ({**without(NOISE, "num_steps"), "num_epochs": 1e308}, "--num-epochs 1e+308 is not possible"),
+        ({**without(NOISE, "num_steps"), "num_epochs": 3, "expected_batch_size": 0}, "--expected-batch-size 0 is not"),
         ({**without(NOISE, "num_microbatches"), "microbatch_size": 7}, "--microbatch-size 7 does not divide"),
         ({**without(NOISE, "num_microbatches"), "microbatch_size": 0}, "--microbatch-size 0 does not divide"),
         ({**NOISE, "num_parameters": 0}, "--num-parameters 0 is not possible"),
         ({**NOISE, "plot": "epsilon.nonsense"}, "nonsense"),
-        ({**NOISE, "plot": "/nowhere/epsilon.png"}, "/nowhere/epsilon.png"),
     ],
 )
 def test_an_impossible_plan_is_refused_with_what_is_wrong(capsys, options, message):
@@ -249,3 +248,11 @@ def test_without_matplotlib_the_error_says_what_to_install(capsys, monkeypatch, 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main([*command(**NOISE), "--plot", str(tmp_path / "epsilon.png")]) == 2
     assert "pip install hf_dpclip[plot]" in capsys.readouterr().err
+
+
+def test_a_figure_has_a_folder_before_the_plan_is_shown(capsys, tmp_path):
+    path = tmp_path / "nowhere" / "epsilon.png"
+    assert main([*command(**NOISE), "--plot", str(path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"--plot {path}: {path.parent} is no folder here: make it first" in printed.err

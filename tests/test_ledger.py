@@ -559,8 +559,9 @@ def test_the_command_prints_plain_lines_where_nobody_watches(two_datasets, capsy
     assert main(["ledger", str(two_datasets)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("scans: NOT PRIVATE; without the runs that are not, ε = ")
-    assert lines[1].split("\t")[:3] == ["run", "began", "steps"]
+    assert lines[1].split("\t")[:3] == ["run", "began (UTC)", "steps"]
     fields = lines[2].split("\t")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", fields[1])
     assert (fields[0], fields[2], fields[6]) == ("01234567", "20 of 20", f"{plan().epsilon(20):.4g}")
     assert lines[3].split("\t")[6:] == ["none", "NOT PRIVATE; noise_seed is set"]
     assert lines[4].startswith("slides [old]: ε = ")
@@ -591,6 +592,24 @@ def test_the_command_draws_tables_in_a_terminal(two_datasets, capsys, monkeypatc
     shown = capsys.readouterr().out
     assert "┃" in shown
     assert "slides [old]: ε = " in shown
+
+
+def test_a_table_without_remarks_fits_in_a_narrow_terminal(ledger, capsys, monkeypatch):
+    spend(ledger, "0123456789abcdef", steps=20)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(["ledger", str(ledger.path)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "01234567" in line)
+    cells = [cell.strip() for cell in line.strip("│").split("│")]
+    assert cells[2:] == ["20 of 20", "0.1", "1.25", "1e-05", f"{plan().epsilon(20):.4g}"]
+    assert len(cells[1]) == len("2026-11-30 20:17")
+
+
+def test_lines_without_remarks_end_with_epsilon(ledger, capsys):
+    spend(ledger, "run", steps=20)
+    assert main(["ledger", str(ledger.path)]) == 0
+    _, names, line = capsys.readouterr().out.splitlines()
+    assert names.split("\t")[-1] == "ε" and line.endswith(f"\t{plan().epsilon(20):.4g}")
 
 
 def test_the_command_takes_an_output_folder_and_closes_a_run(tmp_path, capsys):

@@ -5,6 +5,8 @@ the exit code: 0 for yes, 1 for no. Modules import what is heavy when they run, 
 """
 
 import argparse
+import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -16,6 +18,10 @@ COMMANDS: list[str] = ["audit", "card", "check", "ledger", "plan"]
 
 # argparse's own exit code for a wrong command line.
 WRONG_USAGE = 2
+# What shells report of a program that stopped because nobody reads on, such as `head`.
+NOBODY_READS = 141
+# A word that stands for itself, not in a path or in quotes, and the equals sign behind it.
+_WORD = re.compile(r"(?<![\w/.'\"-])(\w+)\b(=?)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,13 +30,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv (`Sequence[str]`, *optional*): the command line; by default that of the process.
 
-    Returns the exit code: 0 for success, 1 where the command's answer is no, 2 for input that it cannot use.
+    Returns the exit code: 0 for success, 1 where the command's answer is no, 2 for input that it cannot use, 141 if
+    nobody reads what it prints.
     """
     arguments = _parser().parse_args([_with_dashes(word) for word in (sys.argv[1:] if argv is None else argv)])
     try:
-        return arguments.run(arguments)
+        code = arguments.run(arguments)
+        # Not when Python ends, which would complain by itself.
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # What is left to be flushed goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOBODY_READS
     except (ImportError, OSError, ValueError) as error:
-        print(f"hf-dpclip {arguments.command}: {error}", file=sys.stderr)
+        print(f"hf-dpclip {arguments.command}: {_with_options(str(error), {*vars(arguments)})}", file=sys.stderr)
         return WRONG_USAGE
 
 
@@ -38,6 +52,19 @@ def _with_dashes(word: str) -> str:
     """`--num_canaries` is `--num-canaries`, as in scripts of transformers."""
     name, *value = word.split("=", 1)
     return "=".join([name.replace("_", "-"), *value]) if word.startswith("--") else word
+
+
+def _with_options(message: str, names: set[str]) -> str:
+    """A message of the library in terms of the command line: `num_canaries=3` is `--num-canaries 3`. A name of one
+    word is taken for one only where it has a value, as in `accountant='prv'`."""
+
+    def translated(match: re.Match) -> str:
+        name, has_value = match.groups()
+        if name not in names or not (has_value or "_" in name):
+            return match[0]
+        return f"--{name.replace('_', '-')}{' ' if has_value else ''}"
+
+    return _WORD.sub(translated, message)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "Show the runs that a ledger has, and the total ε of each dataset."
 
-COLUMNS = ("run", "began", "steps", "q", "σ", "δ", "ε", "")
+COLUMNS = ("run", "began (UTC)", "steps", "q", "σ", "δ", "ε")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         _print_tables(found)
     else:
         for total in found:
-            print(_verdict(total), *("\t".join(row) for row in [COLUMNS, *map(_row, total.runs)]), sep="\n")
+            print(_verdict(total), *map("\t".join, _rows(total)), sep="\n")
     return 0
 
 
@@ -55,8 +55,9 @@ def _print_tables(found: list["Total"]) -> None:
     from rich.table import Table
 
     for total in found:
-        table = Table(*COLUMNS, title=escape(_verdict(total)), title_justify="left", title_style="bold")
-        for row in map(_row, total.runs):
+        names, *rows = _rows(total)
+        table = Table(*names, title=escape(_verdict(total)), title_justify="left", title_style="bold")
+        for row in rows:
             table.add_row(*map(escape, row))
         Console().print(table)
 
@@ -74,17 +75,32 @@ def _verdict(total: "Total") -> str:
     return f"{total.dataset}: NOT PRIVATE; without the runs that are not, {spent}"
 
 
-def _row(record: "RunRecord") -> tuple[str, ...]:
+def _rows(total: "Total") -> list[tuple[str, ...]]:
+    """The names of the columns, and a row per run; remarks come last, if there are any."""
+    remarks = [_remarks(record) for record in total.runs]
+    if not any(remarks):
+        return [COLUMNS, *map(_figures, total.runs)]
+    rows = [(*_figures(record), remark) for record, remark in zip(total.runs, remarks)]
+    return [(*COLUMNS, "remarks"), *rows]
+
+
+def _figures(record: "RunRecord") -> tuple[str, ...]:
     q, sigma = record.mechanism
+    steps = f"{record.steps} of {record.plan['num_steps']}"
+    epsilon = f"{record.epsilon:.4g}" if math.isfinite(record.epsilon) else "none"
+    figures = f"{q:.4g}", f"{sigma:.4g}", f"{record.plan['target_delta']:.3g}", epsilon
+    # The date and, as far as minutes, the time of day.
+    began = record.time[:16].replace("T", " ")
+    return record.run[:8], began, steps, *figures
+
+
+def _remarks(record: "RunRecord") -> str:
     remarks = ["NOT PRIVATE", *record.not_private_because] if record.not_private_because else []
     if record.reserved:
         remarks.append("not ended")
     if record.steps > record.plan["num_steps"]:
         remarks.append("more than planned, since steps that an interruption undid, and further calls of train, count")
-    steps = f"{record.steps} of {record.plan['num_steps']}"
-    epsilon = f"{record.epsilon:.4g}" if math.isfinite(record.epsilon) else "none"
-    figures = f"{q:.4g}", f"{sigma:.4g}", f"{record.plan['target_delta']:.3g}", epsilon
-    return record.run[:8], record.time, steps, *figures, "; ".join(remarks)
+    return "; ".join(remarks)
 
 
 def _as_dict(total: "Total") -> dict[str, Any]:

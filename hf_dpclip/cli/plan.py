@@ -8,6 +8,7 @@ hf-dpclip plan --num-examples 60000 --expected-batch-size 1024 --num-epochs 6 --
 
 import argparse
 import json
+from pathlib import Path
 
 from .tables import print_table
 
@@ -55,6 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"--num-examples {arguments.num_examples} is not possible: one unit among others is what is protected, so "
             "give at least 2."
         )
+    folder = Path(arguments.plot or "").parent
+    if not folder.is_dir():
+        raise ValueError(f"--plot {arguments.plot}: {folder} is no folder here: make it first, or name another.")
     plan = _make_plan(arguments)
     if arguments.json:
         from ..privacy.plan import finite_or_none
