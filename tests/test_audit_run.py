@@ -2,20 +2,30 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 from checks import Given, flat_weights, vectors
 from datasets import disable_progress_bars
-from factories import arguments
+from factories import arguments, tiny_clip, tiny_processor
+from peft import get_peft_model
 from scripts import ROOT, load_script, run_main
 from sklearn.metrics import roc_auc_score, roc_curve
 from transformers import AutoModel, AutoProcessor
 
-from hf_dpclip import DPCLIPTrainer, cli
-from hf_dpclip.audit.fine_tune import FineTune, Membership, drawn
-from hf_dpclip.audit.one_run import Canaries, WhiteBox, audit_run, best_bound, correct_guesses, number_of_guesses
+from hf_dpclip import DPCLIPTrainer, cli, lora_config
+from hf_dpclip.audit.fine_tune import FineTune, FineTuneAudit, Membership, drawn
+from hf_dpclip.audit.one_run import (
+    Canaries,
+    RunAudit,
+    WhiteBox,
+    audit_run,
+    best_bound,
+    correct_guesses,
+    number_of_guesses,
+)
 from hf_dpclip.audit.small_clip import small_clip, small_processor
 
 
@@ -184,6 +194,46 @@ def test_the_command_audits_a_private_run_and_needs_no_model(tmp_path, capsys, m
     assert values["white_box"] < values["claimed_epsilon"] <= 8
     assert values["canaries"] == 130 and 0 <= values["auc"] <= 1
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("white_box, refuted", [(0.5, 0), (9.0, 1)])
+def test_the_command_shows_a_table_and_a_verdict(monkeypatch, capsys, white_box, refuted):
+    def audit(self, target, max_steps):
+        members = Membership(np.array([1.0, 2.0, 3.0]), np.array([0.5, 1.5, 2.5]))
+        run = RunAudit(7.96123456789, 1e-6, white_box, 0.0, 0.5633333333, 0.5, 0.999, 300)
+        return FineTuneAudit(run, members, members, 0.905, members, 0.85)
+
+    monkeypatch.setattr(FineTune, "audit", audit)
+    assert cli.main(["audit", "run"]) == refuted
+    lines = capsys.readouterr().out.splitlines()
+    rows = dict(re.split(" {2,}", line.strip(), maxsplit=1) for line in lines[1:-1])
+    assert (rows["claimed ε"], rows["coins guessed, white-box"]) == ("7.961", "56.3%")
+    assert rows["membership: AUC"] == "0.6667 (before training: 0.6667)"
+    verdict = "REFUTED: a lower bound exceeds the" if refuted else "No lower bound exceeds the"
+    assert lines[-1] == f"{verdict} claimed ε = 7.961."
+
+
+def test_nothing_is_refuted_where_nothing_is_claimed(monkeypatch, capsys):
+    def audit(self, target, max_steps):
+        members = Membership(np.array([1.0, 2.0]), np.array([0.5, 1.5]))
+        return FineTuneAudit(RunAudit(math.inf, 1e-6, 2, 2, 1, 1, 0.999, 300), members, members, 0.9, members, 0.8)
+
+    monkeypatch.setattr(FineTune, "audit", audit)
+    assert cli.main(["audit", "run", "--non-private"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Trained without privacy: no ε is claimed")
+
+
+def test_only_a_model_with_all_weights_is_audited(tmp_path, capsys):
+    tiny_clip().save_pretrained(tmp_path / "base")
+    base = AutoModel.from_pretrained(tmp_path / "base")
+    get_peft_model(base, lora_config(base)).save_pretrained(tmp_path / "adapters")
+    tiny_processor().save_pretrained(tmp_path / "adapters")
+    assert cli.main(["audit", "run", "--model-name-or-path", str(tmp_path / "adapters")]) == 2
+    error = capsys.readouterr().err
+    assert "adapters' holds adapters, and all weights" in error and "name the model that they were merged in" in error
+    assert cli.main(["audit", "run", "--model-name-or-path", str(tmp_path / "nope")]) == 2
+    error = capsys.readouterr().err
+    assert "--model-name-or-path '" in error and "name a CLIPModel with its processor, or leave it out" in error
 
 
 def test_the_small_model_is_the_same_each_time_and_reads_every_text():

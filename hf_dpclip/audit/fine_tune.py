@@ -22,6 +22,7 @@ from ..collators import ImageTextCollator, encoded_texts
 from ..data import caption_by_label, class_prompts
 from ..evaluation import in_evaluation_mode
 from ..models import lora_config
+from ..models.lora import holds_adapters
 from ..presets import PRESETS
 from ..trainer import DPCLIPTrainer
 from .one_run import Canaries, RunAudit, audit_run
@@ -120,7 +121,7 @@ class FineTune:
             max_steps (`int`, *optional*): defaults to a number at which the model learns well, or, without privacy, at
                 which it memorises wrong labels.
 
-        Raises `ValueError` for an unknown dataset, too few records, or no step.
+        Raises `ValueError` for an unknown dataset, too few records, or no step, and as [`load_model`] does.
         """
         if max_steps is not None and max_steps < 1:
             raise ValueError(f"max_steps={max_steps} is not possible: expected a whole number of at least 1.")
@@ -175,8 +176,7 @@ class FineTune:
 
     def _model_and_processor(self) -> tuple[nn.Module, Any]:
         path = self.model_name_or_path
-        model = small_clip() if path is None else AutoModel.from_pretrained(path)
-        processor = small_processor() if path is None else AutoProcessor.from_pretrained(path)
+        model, processor = (small_clip(), small_processor()) if path is None else load_model(path)
         model.logit_scale.requires_grad_(False)
         return get_peft_model(model, lora_config(model, r=self.lora_rank)) if self.lora_rank else model, processor
 
@@ -200,6 +200,24 @@ class FineTune:
             report_to="none",
             remove_unused_columns=False,
         )
+
+
+def load_model(name: str | Path) -> tuple[nn.Module, Any]:
+    """A model and its processor. Raises `ValueError` if they cannot be loaded, and for adapters, which are loaded for
+    inference."""
+    try:
+        model, processor = AutoModel.from_pretrained(name), AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model_name_or_path={str(name)!r} is no model with a processor, neither a folder here nor on the Hub "
+            f"({error}): name a CLIPModel with its processor, or leave it out for a small one."
+        ) from error
+    if holds_adapters(model):
+        raise ValueError(
+            f"model_name_or_path={str(name)!r} holds adapters, and all weights are to be audited: name the model that "
+            "they were merged into, as PeftModel.from_pretrained(base, folder).merge_and_unload() gives it."
+        )
+    return model, processor
 
 
 @cache

@@ -3,15 +3,20 @@
 import argparse
 import gc
 import json
+import math
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING
 
+from .tables import print_table
+
 
 if TYPE_CHECKING:
     from ..audit import StepAudit
+    from ..audit.fine_tune import FineTuneAudit
+    from ..audit.one_run import RunAudit
 
 SUMMARY = "Attack the mechanism, and compare the resulting lower bound on ε with the claim."
 STEP_SUMMARY = "One step: the honest mechanism passes, published mistakes are convicted."
@@ -73,9 +78,37 @@ def run_whole(arguments: argparse.Namespace) -> int:
     target = None if arguments.non_private else arguments.target_epsilon
     with quiet():
         audit = fine_tune.audit(target, arguments.max_steps)
-    values = audit.to_dict()
-    print(json.dumps(values) if arguments.json else "\n".join(f"{name:28}{value}" for name, value in values.items()))
+    if arguments.json:
+        print(json.dumps(audit.to_dict()))
+    else:
+        print_table("Audit of a whole run", _run_rows(audit))
+        print(_run_verdict(audit.run))
     return int(audit.run.refuted)
+
+
+def _run_rows(audit: "FineTuneAudit") -> dict[str, str]:
+    run, members = audit.run, audit.membership
+    return {
+        "claimed ε": f"{run.claimed_epsilon:.4g}",
+        "δ": f"{run.delta:.4g}",
+        "ε ≥, white-box": f"{run.white_box:.4g}",
+        "ε ≥, black-box": f"{run.black_box:.4g}",
+        "confidence of each bound": f"{run.confidence:.4g}",
+        "canaries": f"{run.canaries}",
+        "coins guessed, white-box": f"{run.white_box_accuracy:.1%}",
+        "coins guessed, black-box": f"{run.black_box_accuracy:.1%}",
+        "membership: AUC": f"{members.auc:.4g} (before training: {audit.start.auc:.4g})",
+        "membership: TPR at 1 % FPR": f"{members.true_positive_rate():.1%}",
+        "accuracy": f"{audit.accuracy:.1%} (before training: {audit.accuracy_at_start:.1%})",
+    }
+
+
+def _run_verdict(run: "RunAudit") -> str:
+    if not math.isfinite(run.claimed_epsilon):
+        return "Trained without privacy: no ε is claimed that a lower bound could exceed."
+    if run.refuted:
+        return f"REFUTED: a lower bound exceeds the claimed ε = {run.claimed_epsilon:.4g}."
+    return f"No lower bound exceeds the claimed ε = {run.claimed_epsilon:.4g}."
 
 
 def _audit_all(names: list[str]) -> Iterator["StepAudit"]:

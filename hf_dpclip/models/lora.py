@@ -50,7 +50,7 @@ def lora_config(
     check_is_model(model)
     if not is_whole(r) or r < 1:
         raise ValueError(f"r={r!r} is not possible: the rank must be a whole number of at least 1, e.g. 8.")
-    if isinstance(model, PeftModel | PeftMixedModel) or _holds_adapters(model):
+    if holds_adapters(model):
         raise ValueError(
             "the model has adapters already, which get_peft_model puts into the very model that it is given: pass it "
             "as it was before, loaded anew."
@@ -89,9 +89,10 @@ def check_is_model(model: Any) -> None:
         )
 
 
-def _holds_adapters(model: nn.Module) -> bool:
-    """Whether layers have adapters, as those of a model that was given to `get_peft_model`."""
-    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+def holds_adapters(model: nn.Module) -> bool:
+    """Whether a model has adapters, or is one inside whose layers they were put, as `get_peft_model` does."""
+    has_layers = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    return has_layers or isinstance(model, PeftModel | PeftMixedModel)
 
 
 def base_model(model: nn.Module) -> nn.Module:
