@@ -58,6 +58,16 @@ def caption_by_label(dataset: Dataset, label_column: str, template: str, caption
 
 def check_labels(dataset: Dataset, label_column: str) -> None:
     """Raises `ValueError` if `label_column` is not a column of class labels, or if a record has none, and names it."""
+    without = unlabelled(dataset, label_column)
+    if without:
+        raise ValueError(
+            f"record {without[0]} (such records: {len(without)}) has no label in column {label_column!r}: leave "
+            "such records out, or choose a split that has labels."
+        )
+
+
+def unlabelled(dataset: Dataset, label_column: str) -> list[int]:
+    """The numbers of the records without a label. Raises `ValueError` if the column is not one of class labels."""
     if not isinstance(dataset.features.get(label_column), ClassLabel):
         raise ValueError(
             f"label column {label_column!r} is not a ClassLabel column of the dataset ({dict(dataset.features)}): "
@@ -65,12 +75,7 @@ def check_labels(dataset: Dataset, label_column: str) -> None:
             "from a public list: one made of the records gives away classes that occur in few of them."
         )
     # The Hub writes -1 where labels are held back.
-    unlabelled = [row for row, label in enumerate(dataset[label_column]) if label is None or label < 0]
-    if unlabelled:
-        raise ValueError(
-            f"record {unlabelled[0]} (such records: {len(unlabelled)}) has no label in column {label_column!r}: leave "
-            "such records out, or choose a split that has labels."
-        )
+    return [row for row, label in enumerate(dataset[label_column]) if label is None or label < 0]
 
 
 def hold_out(dataset: Dataset, column: str, share: float = 0.1) -> DatasetDict:
@@ -239,17 +244,18 @@ def _holds_bytes(dataset: Dataset, column: str | None) -> bool:
     return isinstance(content, Value) and content.dtype in ("binary", "large_binary")
 
 
-def _beside(table: Path, images: list[Any]) -> list[str]:
-    """The paths of the images that the rows of a table name."""
-    missing = [row for row, image in enumerate(images) if not isinstance(image, str)]
-    if missing:
+def _beside(table: Path, images: list[Any]) -> list[str | None]:
+    """The paths of the images that the rows of a table name; `None` where a row names none, which the trainer refuses,
+    as it does a row without a text."""
+    wrong = [row for row, image in enumerate(images) if not isinstance(image, str | None)]
+    if wrong:
         raise ValueError(
-            f"row {missing[0]} of {table}, counted from 0 below the names of the columns, holds "
-            f"{kind_of(images[missing[0]])} in the place of an image ({len(missing)} in all: {listed(missing)}): "
+            f"row {wrong[0]} of {table}, counted from 0 below the names of the columns, holds "
+            f"{kind_of(images[wrong[0]])} in the place of an image ({len(wrong)} in all: {listed(wrong)}): "
             "write the image's path there, or leave such rows out."
         )
     # URLs are left to `datasets`.
-    return [image if "://" in image else str(table.parent / image) for image in images]
+    return [image if image is None or "://" in image else str(table.parent / image) for image in images]
 
 
 def _load(kind: str, place: str, **settings: str) -> DatasetDict:

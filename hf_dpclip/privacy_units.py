@@ -1,10 +1,13 @@
 """Privacy units: single records, or all records that share an id, which the guarantee protects as a whole."""
 
+from typing import Any
+
 import datasets
 import numpy as np
 from torch.utils.data import Dataset
 
 from .privacy.sampling import split_by_label
+from .records import kind_of
 
 
 # Texts with which tables mark a missing id.
@@ -49,8 +52,28 @@ class PrivacyUnits:
         return np.concatenate(of_unit)
 
 
-def _records_by_value(dataset: Dataset, column: str) -> list[np.ndarray]:
-    """The records that share a value of `column`, one array per value."""
+def records_without_unit(dataset: Dataset, column: str) -> dict[int, str]:
+    """The records that no unit can be told of, by number, each with the reason. Raises `ValueError` if `column` is not
+    a column of the dataset."""
+    return {
+        number: f"column {column!r} holds {_shown(value)}, no id of a privacy unit: give each such record that of its "
+        "unit, or, if it belongs to nobody else, an id of its own"
+        for number, value in enumerate(_values(dataset, column))
+        if _is_missing(value) or not isinstance(value, str | int)
+    }
+
+
+def _shown(value: Any) -> str:
+    """A text that marks a missing id, or the kind of another value."""
+    return repr(value) if isinstance(value, str) else kind_of(value)
+
+
+def _is_missing(value: Any) -> bool:
+    return isinstance(value, str) and value.strip().lower() in NO_IDS
+
+
+def _values(dataset: Dataset, column: str) -> list[Any]:
+    """The ids of all records. Raises `ValueError` if there is no such column."""
     if not isinstance(dataset, datasets.Dataset):
         raise ValueError(
             f"privacy_unit_column={column!r} needs a datasets.Dataset, whose columns are known without reading all "
@@ -63,8 +86,13 @@ def _records_by_value(dataset: Dataset, column: str) -> list[np.ndarray]:
             f"privacy_unit_column={column!r} is not a column of the training dataset (it has {names}): name one of "
             "these, or leave privacy_unit_column unset to protect single records."
         )
-    values = dataset.with_format(None)[column][:]
-    missing = [row for row, value in enumerate(values) if isinstance(value, str) and value.strip().lower() in NO_IDS]
+    return dataset.with_format(None)[column][:]
+
+
+def _records_by_value(dataset: Dataset, column: str) -> list[np.ndarray]:
+    """The records that share a value of `column`, one array per value."""
+    values = _values(dataset, column)
+    missing = [row for row, value in enumerate(values) if _is_missing(value)]
     if missing:
         raise ValueError(
             f"record {missing[0]} (such records: {len(missing)}) has {values[missing[0]]!r} as its {column!r}, as if "

@@ -121,6 +121,12 @@ def larger_images(folder, model=None):
     return trainer(folder, raw_pairs(8), model=model, collator=ImageTextCollator(processor))
 
 
+def unnamed_image(folder) -> str:
+    """A table whose second row names no image."""
+    pictures(1)[0].save(folder / "a.png")
+    return table(folder, "pairs.csv", "image,text\na.png,a\n,b\na.png,c\n")
+
+
 # Until every record was drawn, all but surely.
 LONGER = {"max_steps": 50, "remove_unused_columns": False}
 
@@ -593,8 +599,13 @@ DATA = {
         "check the file",
     ),
     "a row without a path": (
-        lambda f: load_pairs(table(f, "pairs.csv", "image,text\na.png,a\n,b\n")),
-        "row 1 of",
+        lambda f: processed(f, load_pairs(unnamed_image(f))["train"]),
+        "train_dataset: record 1 (such records: 1) has no image in column 'image'",
+        "leave such records out, as in dataset.filter(lambda record: record['image'])",
+    ),
+    "rows of numbers in place of paths": (
+        lambda f: load_pairs(table(f, "pairs.csv", "image,text\n1,a\n2,b\n")),
+        "row 0 of",
         "write the image's path there",
     ),
     "a folder without images": (

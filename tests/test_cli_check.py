@@ -55,13 +55,20 @@ def test_good_records_pass(table, answer):
     assert (code, text) == (0, "All 3 records can be read and encoded.\n")
 
 
-def test_a_record_without_a_unit_is_found(tmp_path, answer):
-    table = Dataset.from_dict({"scan": pictures(3), "report": ["a"] * 3, "patient": ["x", None, "y"]})
-    path = tmp_path / "pairs.parquet"
+def test_a_record_without_a_unit_is_found_beside_the_others(tmp_path, answer):
+    ids = ["x", None, "y", " n/a"]
+    table = Dataset.from_dict({"scan": pictures(4), "report": ["a", " ", "", "b"], "patient": ids})
+    path = str(tmp_path / "pairs.parquet")
     table.cast_column("scan", Image()).to_parquet(path)
-    code, _, said = answer(str(path), "--privacy-unit-column", "patient")
-    assert code == 2 and "such as the NoneType of record 1" in said
-    assert answer(str(path), "--privacy-unit-column", "report")[0] == 0
+    code, said, _ = answer(path, "--privacy-unit-column", "patient")
+    assert code == 1 and said.startswith("3 of 4 records cannot be trained on")
+    assert "record 1: ValueError: column 'report' holds a blank text" in said
+    assert "leave the record out.; column 'patient' holds nothing (None), no id of a privacy unit: give" in said
+    assert "record 3: column 'patient' holds ' n/a', no id of a privacy unit" in said
+    code, said, _ = answer(path, "--privacy-unit-column", "patient", "--json")
+    assert code == 1 and [*json.loads(said)["unusable"]] == ["1", "2", "3"]
+    code, _, error = answer(path, "--privacy-unit-column", "person")
+    assert code == 2 and "--privacy-unit-column 'person' is not a column" in error
 
 
 def test_labels_take_the_place_of_texts(tmp_path, answer):
@@ -72,7 +79,9 @@ def test_labels_take_the_place_of_texts(tmp_path, answer):
         return answer(str(tmp_path / "scans.parquet"), "--label-column", column)
 
     assert check([0, 1, 0], "finding")[:2] == (0, "All 3 records can be read and encoded.\n")
-    assert "record 1 (such records: 1) has no label in column 'finding'" in check([0, -1, 0], "finding")[2]
+    code, said, _ = check([0, -1, 0], "finding")
+    assert code == 1 and "record 1: column 'finding' holds no label: leave the record out" in said
+    assert "unusable_records" not in said
     assert "label column 'scan' is not a ClassLabel column" in check([0, 1, 0], "scan")[2]
 
 
@@ -134,15 +143,22 @@ def test_another_split_and_the_default_columns(tmp_path, model, capsys):
     assert "record 1: ValueError: column 'text' holds a blank text" in capsys.readouterr().out
 
 
-def test_all_empty_cells_of_images_are_named_at_once(answer, table):
-    path = table(2)
-    Path(path).write_text("scan,report\n0.png,a\n,b\n,c\n", encoding="utf-8")
-    code, _, error = answer(path)
-    assert (
-        code == 2
-        and "row 1 of" in error
-        and "holds nothing (None) in the place of an image (2 in all: 1, 2): write" in error
-    )
+def test_empty_cells_of_images_hide_no_other_fault(answer, table):
+    path = table(1)
+    Path(path).write_text("scan,report\n0.png,a\n,b\n,c\nmissing.png,d\n0.png,\n", encoding="utf-8")
+    code, said, _ = answer(path)
+    assert code == 1 and said.startswith("4 of 5 records")
+    assert "2 records (1, 2), the first of them record 1: ValueError: column 'scan' holds nothing (None)" in said
+    assert "missing.png): FileNotFoundError" in said
+    assert "record 4 (" in said and "column 'report' holds nothing (None) where a text is expected" in said
+
+
+@pytest.mark.parametrize("names", [",a\n,b\n", "3,a\n4,b\n"])
+def test_a_column_without_any_image_is_refused(answer, table, names):
+    path = table(1)
+    Path(path).write_text(f"scan,report\n{names}", encoding="utf-8")
+    code, said, error = answer(path)
+    assert code > 0 and ("2 of 2 records" in said or "holds int in the place of an image (2 in all" in error)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,6 @@ SUMMARY = "Read every record of a dataset once, and name those that cannot be tr
 
 # The number of reasons that are shown; `--json` has all.
 SHOWN = 20
-# The column of texts that are made of class labels.
-OF_LABELS = "class name"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,36 +38,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Reads all records, and warns of what a trainer would. Returns 0 if every one can be read and encoded, and 1 if
-    not."""
+    """Reads all records, and warns of what a trainer would. Returns 0 if every one can be trained on, and 1 if not."""
     from ..caveats import warn_of_records
     from ..collators import ImageTextCollator
-    from ..data import caption_by_label, load_pairs, unusable_records
-    from ..privacy_units import PrivacyUnits
+    from ..data import load_pairs, unusable_records
 
-    text_column = arguments.text_column if arguments.label_column is None else OF_LABELS
+    # Texts that are made of labels need no reading.
+    text_column = arguments.text_column if arguments.label_column is None else None
     collator = ImageTextCollator(_load_processor(arguments.model), arguments.image_column, text_column)
     collator.check_processor()
     splits = load_pairs(arguments.dataset, arguments.image_column)
     if arguments.split not in splits:
         raise ValueError(f"{arguments.dataset} has no split {arguments.split!r}, only {[*splits]}: name one of these.")
     dataset = splits[arguments.split]
-    if arguments.label_column is not None:
-        dataset = caption_by_label(dataset, arguments.label_column, "{}", OF_LABELS)
-    if text_column not in dataset.column_names:
+    if text_column is not None and text_column not in dataset.column_names:
         raise ValueError(
             f"{arguments.dataset} has no column {text_column!r}, only {dataset.column_names}: name that of the texts "
             "with --text-column, or one of class labels with --label-column."
         )
-    # Refuses a column in which a record has no id.
-    PrivacyUnits(dataset, arguments.privacy_unit_column)
-    unusable = unusable_records(dataset, collator)
+    incomplete = _without_label_or_unit(dataset, arguments.label_column, arguments.privacy_unit_column)
+    unreadable = unusable_records(dataset, collator)
+    unusable = _merged(unreadable, *incomplete)
     if arguments.json:
         print(json.dumps({"records": len(dataset), "unusable": unusable}, indent=2))
     else:
-        _show(dataset, unusable)
+        _show(dataset, unusable, len(unreadable))
     warn_of_records(dataset, collator, arguments.privacy_unit_column)
     return 1 if unusable else 0
+
+
+def _without_label_or_unit(
+    dataset: "Dataset", label_column: str | None, unit_column: str | None
+) -> tuple[dict[int, str], dict[int, str]]:
+    """The records that lack a label, and those that lack an id, each with the reason."""
+    from ..data import unlabelled
+    from ..privacy_units import records_without_unit
+
+    labels = [] if label_column is None else unlabelled(dataset, label_column)
+    why = f"column {label_column!r} holds no label: leave the record out, or choose a split that has labels"
+    units = {} if unit_column is None else records_without_unit(dataset, unit_column)
+    return dict.fromkeys(labels, why), units
+
+
+def _merged(*found: dict[int, str]) -> dict[int, str]:
+    """All reasons of each record, in the order of the records."""
+    numbers = sorted({number for each in found for number in each})
+    return {number: "; ".join(each[number] for each in found if number in each) for number in numbers}
 
 
 def _load_processor(model: str) -> "ProcessorMixin":
@@ -84,7 +98,7 @@ def _load_processor(model: str) -> "ProcessorMixin":
         ) from error
 
 
-def _show(dataset: "Dataset", unusable: dict[int, str]) -> None:
+def _show(dataset: "Dataset", unusable: dict[int, str], num_unreadable: int) -> None:
     count = len(dataset)
     if not unusable:
         print(f"All {count:,} records can be read and encoded.")
@@ -97,9 +111,9 @@ def _show(dataset: "Dataset", unusable: dict[int, str]) -> None:
         print(f"  {_named(dataset, numbers)}: {reason}")
     if len(by_reason) > SHOWN:
         print(f"  and {len(by_reason) - SHOWN:,} reasons more, which --json lists")
-    if len(unusable) < count:
+    if 0 < num_unreadable < count:
         print(
-            "Repair them, or leave them out, which the guarantee allows:\n"
+            "Repair what cannot be read or encoded, or leave it out, which the guarantee allows:\n"
             "  unusable = hf_dpclip.data.unusable_records(dataset, collator)\n"
             "  dataset = dataset.select([row for row in range(len(dataset)) if row not in unusable])"
         )
