@@ -77,7 +77,7 @@ def write_model_card(trainer: "PublishingTrainer", **names: Any) -> None:
         _introduction(trainer, facts),
         privacy_section(trainer.privacy_statement()),
         _training_data(trainer, facts),
-        _evaluation(evaluations, has_figure),
+        _evaluation(evaluations, has_figure, trainer.best_step),
         f"## Usage\n\n```python\n{usage(trainer)}```",
         _procedure(trainer, facts),
     ]
@@ -85,8 +85,8 @@ def write_model_card(trainer: "PublishingTrainer", **names: Any) -> None:
 
 
 def evaluations_of(trainer: "PublishingTrainer") -> list[Evaluation]:
-    """All logged evaluations in order, those on several datasets at one step as one; none if private records may have
-    been used."""
+    """All logged evaluations in order, those on several datasets at one step as one and repetitions left out; none if
+    private records may have been used."""
     if STATISTICS_WERE_LOGGED in trainer.privacy_statement().not_private_because:
         return []
     evaluations: list[Evaluation] = []
@@ -99,7 +99,7 @@ def evaluations_of(trainer: "PublishingTrainer") -> list[Evaluation]:
             if evaluations and _complete_one_another(evaluations[-1], evaluation):
                 evaluation = replace(evaluation, metrics={**evaluations.pop().metrics, **metrics})
             evaluations.append(evaluation)
-    return evaluations
+    return [each for each, before in zip(evaluations, [None, *evaluations]) if each != before]
 
 
 def _complete_one_another(first: Evaluation, second: Evaluation) -> bool:
@@ -110,7 +110,8 @@ def _complete_one_another(first: Evaluation, second: Evaluation) -> bool:
 
 def metadata(trainer: "PublishingTrainer", facts: TrainingSummary, evaluations: list[Evaluation]) -> ModelCardData:
     """Metadata by which the Hub filters and lists models."""
-    results = _results(trainer, facts, evaluations[-1]) if evaluations else None
+    of_weights = [each for each in evaluations if each.step == trainer.best_step] or evaluations
+    results = _results(trainer, facts, of_weights[-1]) if evaluations else None
     base = _hub_id(facts.finetuned_from)
     adapter = isinstance(trainer.model, PeftModel)
     return ModelCardData(
@@ -208,7 +209,7 @@ def _training_data(trainer: "PublishingTrainer", facts: TrainingSummary) -> str:
     )
 
 
-def _evaluation(evaluations: list[Evaluation], has_figure: bool) -> str:
+def _evaluation(evaluations: list[Evaluation], has_figure: bool, best_step: int | None) -> str:
     if not evaluations:
         return "## Evaluation\n\nNo metrics were computed by the trainer."
     names = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics))
@@ -218,7 +219,8 @@ def _evaluation(evaluations: list[Evaluation], has_figure: bool) -> str:
     ]
     shown = table(["step", "ε", *names], rows)
     image = f"\n\n![Metric against ε spent]({FIGURE_NAME})" if has_figure else ""
-    return f"## Evaluation\n\nOn held-out records, which are not covered by the guarantee.\n\n{shown}{image}"
+    best = f" The weights are the best ones, of step {best_step:,}." if best_step is not None else ""
+    return f"## Evaluation\n\nOn held-out records, which are not covered by the guarantee.{best}\n\n{shown}{image}"
 
 
 def _procedure(trainer: "PublishingTrainer", facts: TrainingSummary) -> str:

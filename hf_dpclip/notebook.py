@@ -17,6 +17,9 @@ class PrivacyNotebookProgressCallback(NotebookProgressCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         metrics = dict(metrics or {})
+        if not args.log_private_statistics:
+            # A metric of this name goes into the column "Training Loss", in place of "No log".
+            metrics["eval_Training_Loss"] = "private"
         # The last log is that of this evaluation, and has the current ε.
         if "epsilon" in state.log_history[-1]:
             metrics["eval_epsilon"] = state.log_history[-1]["epsilon"]

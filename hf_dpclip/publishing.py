@@ -46,6 +46,8 @@ class PublishingTrainer(EvaluatingTrainer):
     # As it was before any private record was encoded.
     _tokenizer_state: TokenizerState
     _reads_records = False
+    # The step of the weights after the best ones were loaded; `None` for those of the last step.
+    best_step: int | None = None
 
     @property
     def output_dir(self) -> str:
@@ -150,6 +152,10 @@ class PublishingTrainer(EvaluatingTrainer):
             check_settings(self.optimizer, settings)
         if checkpoint is not None:
             load_averages(self.callback_handler.callbacks, checkpoint, self.model)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.best_step = self.state.best_global_step
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As in the `Trainer`, with the guarantee, and without statistics of the private data.

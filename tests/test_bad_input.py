@@ -141,6 +141,11 @@ PLANS = [
     ({"max_grad_norm": math.inf}, "max_grad_norm=inf", "finite"),
     ({"target_delta": 0}, "target_delta=0", "left out, it is n**-1.1"),
     ({"target_delta": 1e-3}, "target_delta=0.001", "below 1/n"),
+    (
+        {"num_examples": 1, "expected_batch_size": 1, "num_microbatches": 1, "target_delta": None},
+        "target_delta=1.0",
+        "train on at least 2 privacy units",
+    ),
     ({"target_delta": math.nan}, "target_delta=nan", "below 1/n"),
     ({"target_delta": "1e-5"}, "target_delta='1e-5'", "below 1/n"),
     ({"target_epsilon": 0}, "target_epsilon=0", "e.g. 3.0"),

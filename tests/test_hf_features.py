@@ -422,6 +422,7 @@ def test_the_notebook_table_shows_epsilon(make_trainer, monkeypatch):
     trainer.train()
     assert tables[-1][0] == ["Step", "Training Loss", "Validation Loss", "Epsilon"]
     assert [row[3] for row in tables[-1][1:]] == [trainer.plan.epsilon(1), trainer.plan.epsilon(2)]
+    assert [row[1] for row in tables[-1][1:]] == ["private", "private"]
 
 
 # ---- Computation ----

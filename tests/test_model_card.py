@@ -134,6 +134,29 @@ def test_every_evaluation_stands_with_its_epsilon(trained):
         assert f"| {entry['step']} | {trainer.plan.epsilon(entry['step']):.4g} | {entry['eval_loss']:.4g} |" in card
 
 
+def test_an_evaluation_that_is_repeated_stands_once(trained):
+    trainer = trained(evaluated=True)
+    before = card_of(trainer)
+    trainer.evaluate()
+    assert card_of(trainer) == before
+
+
+def test_the_card_names_the_step_of_the_best_weights(trained, make_trainer):
+    assert "The weights are the best ones" not in card_of(trained(evaluated=True))
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "score"}
+    falling = iter([0.5, 0.25])
+    options = {"eval_dataset": pairs(8, seed=1), "compute_metrics": lambda _: {"score": next(falling)}}
+    trainer, later = (make_trainer(trainer_options=options, **settings) for _ in range(2))
+    trainer.train()
+    # Which takes no further step.
+    later.train(resume_from_checkpoint=True)
+    for each in (trainer, later):
+        assert "The weights are the best ones, of step 1." in card_of(each)
+        scores = [result.metric_value for result in metadata_of(each).eval_results if result.metric_type == "score"]
+        assert scores == [0.5]
+
+
 def test_an_evaluation_before_training_stands_at_epsilon_zero(make_trainer):
     trainer = make_trainer(trainer_options={"eval_dataset": pairs(8, seed=1)})
     loss = trainer.evaluate()["eval_loss"]

@@ -187,7 +187,10 @@ class PrivacyPlan:
         yield "expected_batch_size", batch <= n, f"at most the {n} privacy units of the dataset; lower the batch size"
         yield "num_microbatches", self.num_microbatches <= batch, f"at most expected_batch_size={batch}, one unit each"
         delta = is_positive(self.target_delta) and self.target_delta < 1 / n
-        yield "target_delta", delta, f"positive and below 1/n = {1 / n:.3g}; left out, it is n**-1.1"
+        left_out = (
+            "left out, it is n**-1.1" if n > 1 else "train on at least 2 privacy units, since δ of one alone is 1"
+        )
+        yield "target_delta", delta, f"positive and below 1/n = {1 / n:.3g}; {left_out}"
         # Below 1e-6, float32 squares of coordinates that matter would vanish from the norm.
         bound = is_positive(self.max_grad_norm) and self.max_grad_norm >= 1e-6
         yield "max_grad_norm", bound, "a finite number of at least 1e-6, e.g. 1.0"
