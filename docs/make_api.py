@@ -137,11 +137,13 @@ def _with_types(arguments: list[ast.arg], defaults: list[ast.expr | None]) -> li
 
 
 def _field(member: ast.AnnAssign) -> str:
-    """One field of a dataclass, with the default that `field(default=...)` holds, or that a factory makes."""
+    """One field of a dataclass, with the default that `field(...)` holds, if it has one, or that a factory makes."""
     value = member.value
     if isinstance(value, ast.Call):
-        default = next(keyword for keyword in value.keywords if keyword.arg in ("default", "default_factory"))
-        value = default.value if default.arg == "default" else ast.Call(default.value, [], [])
+        settings = {keyword.arg: keyword.value for keyword in value.keywords}
+        value = settings.get("default")
+        if "default_factory" in settings:
+            value = ast.Call(settings["default_factory"], [], [])
     return _declaration(member.target.id, member.annotation, value)
 
 

@@ -277,6 +277,11 @@ def load_data(arguments: ExampleArguments, unit: str | None) -> tuple[Dataset, D
     """The private records, held-out ones, and a prompt for each class (`None` where records have captions)."""
     splits = load_splits(arguments)
     columns = next(iter(splits.values())).column_names
+    if arguments.label_column is None and arguments.caption_column is None:
+        raise ValueError(
+            f"{arguments.dataset_name} has the columns {columns}: name the one with the captions with "
+            "--caption_column, or one of class labels with --label_column."
+        )
     if arguments.label_column is None and arguments.caption_column not in columns:
         raise ValueError(
             f"--caption_column {arguments.caption_column} is not a column of {arguments.dataset_name}, which has "

@@ -27,15 +27,15 @@ def weak_promises(plan: PrivacyPlan, epsilon: float) -> list[str]:
     """Warnings about an (ε, δ) that guarantees little."""
     if plan.non_private:
         return []
-    weak = []
+    weak, unit = [], plan.privacy_unit
     if epsilon > LARGE_EPSILON:
         weak.append(
-            f"ε = {epsilon:.4g} promises little: with it, what an attacker knows of a record may change by a factor "
-            "of e^ε. Up to 8 is usual, and below 1 is strong."
+            f"ε = {epsilon:.4g} promises little: with it, what an attacker knows of one {unit} may change by a "
+            "factor of e^ε. Up to 8 is usual, and below 1 is strong."
         )
     if plan.target_delta > LARGE_DELTA:
         weak.append(
-            f"δ = {plan.target_delta:.3g} is the probability with which nothing is promised to a record. "
+            f"δ = {plan.target_delta:.3g} is the probability with which nothing is promised to one {unit}. "
             f"{plan.num_examples:,} privacy units are few; set target_delta to 1e-5, say, or gather more."
         )
     return weak

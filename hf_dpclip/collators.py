@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class PairCollator:
 
     @property
     def _column_fields(self) -> list[str]:
-        return [field.name for field in fields(self) if field.name.endswith("_column")]
+        return [each.name for each in fields(self) if each.name.endswith("_column")]
 
     @property
     def _arguments(self) -> str:
@@ -66,7 +66,8 @@ class ImageTextCollator(PairCollator):
         ```
     """
 
-    processor: ProcessorMixin
+    # Its own representation takes a screen.
+    processor: ProcessorMixin = field(repr=False)
     image_column: str | None = "image"
     text_column: str | None = "text"
     augmentation: Callable[[PILImage], PILImage] | None = None
@@ -75,6 +76,11 @@ class ImageTextCollator(PairCollator):
     def __post_init__(self):
         if not is_whole(self.views) or self.views < 1:
             raise ValueError(f"views={self.views!r} is not possible: it must be a whole number of at least 1.")
+        if self.views > 1 and self.augmentation is None:
+            raise ValueError(
+                f"views={self.views} without an augmentation would be the same image {self.views} times: give "
+                "augmentation, a function from an image to a randomly changed one, or leave views out."
+            )
         if self.augmentation is not None and not callable(self.augmentation):
             raise ValueError(
                 f"augmentation is a {type(self.augmentation).__name__}: give a function from an image to an image."
@@ -161,7 +167,7 @@ class VisualQuestionCollator(ImageTextCollator):
         ```
     """
 
-    label2id: dict[str, int]
+    label2id: dict[str, int] = field(repr=False)
     text_column: str = "question"
     answer_column: str = "answer"
 
@@ -222,7 +228,8 @@ class AudioTextCollator(PairCollator):
         ```
     """
 
-    processor: ProcessorMixin
+    # Its own representation takes a screen.
+    processor: ProcessorMixin = field(repr=False)
     audio_column: str = "audio"
     text_column: str = "text"
 

@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from .checkpoints import check_undamaged, why_incomplete
+from .models.lora import holds_adapters
 from .privacy import STATEMENT_NAME, PrivacyPlan, PrivacyStatement
 
 
@@ -119,9 +120,13 @@ def loading(checkpoint: str | Path | None) -> Iterator[None]:
 
 
 def check_adapters(checkpoint: str | Path, model: nn.Module) -> None:
-    """Raises `ValueError` if a model has adapters and the checkpoint has none, which peft would not notice."""
-    if isinstance(model, PeftModel) and not any(Path(checkpoint).rglob("adapter_config.json")):
+    """Raises `ValueError` if a model has adapters and the checkpoint has none, which peft would not notice, or the
+    other way round."""
+    saved = any(Path(checkpoint).rglob("adapter_config.json"))
+    if isinstance(model, PeftModel) and not saved:
         raise ValueError("it has no adapters")
+    if saved and not holds_adapters(model):
+        raise ValueError("it has adapters, and the model has none")
 
 
 def check_settings(optimizer: Optimizer, expected: list[set[str]]) -> None:

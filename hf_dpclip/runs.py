@@ -142,14 +142,16 @@ class RunningTrainer(PublishingTrainer):
     ) -> TrainOutput:
         """As in the `Trainer`, within the plan.
 
-        A second call composes with the first. Resuming continues the count of the checkpoint with fresh randomness.
-        Raises `ValueError` if the checkpoint's plan is not this one.
+        A second call composes with the first. Resuming continues the count of the checkpoint with fresh randomness;
+        `True`, also as text, takes the last complete one. Raises `ValueError` if the checkpoint's plan is not this
+        one, or if only one of checkpoint and model has adapters.
         """
         self._check_has_plan()
         validation.check_best_metric(self)
         if trial is None:
             self._leave_search()
-        if resume_from_checkpoint is True:
+        # As text, from the command line of a script.
+        if str(resume_from_checkpoint) in ("True", "true"):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         if not resume_from_checkpoint and trial is None and self.is_world_process_zero():
             warn_of_unfinished_run(self.args.output_dir, self._run_id)
@@ -168,6 +170,8 @@ class RunningTrainer(PublishingTrainer):
     def _take_over(self, checkpoint: str) -> int:
         """Continues the count of a checkpoint. Returns how many planned steps its run has left."""
         statement = check_resumable(checkpoint, self.plan)
+        with loading(checkpoint):
+            check_adapters(checkpoint, self.model)
         run = statement.run or new_run_id()
         # Earlier steps of this trainer count as an earlier run, unless they belong to the run that is resumed.
         runs = merge_runs(self._known_runs, statement.earlier_runs, {run: (statement.plan, statement.steps)})
@@ -196,7 +200,6 @@ class RunningTrainer(PublishingTrainer):
 
     def _load_from_checkpoint(self, checkpoint: str, *args, **kwargs) -> None:
         with loading(checkpoint):
-            check_adapters(checkpoint, self.model)
             super()._load_from_checkpoint(checkpoint, *args, **kwargs)
 
     @property

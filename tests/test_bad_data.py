@@ -315,6 +315,11 @@ DATA = {
         "data_collator is a Dataset, which cannot be called",
         "train_dataset=...",
     ),
+    "views that are the same": (
+        lambda f: ImageTextCollator(tiny_processor(), views=3),
+        "views=3 without an augmentation would be the same image 3 times",
+        "give augmentation, a function",
+    ),
     "no views": (
         lambda f: ImageTextCollator(tiny_processor(), views=0),
         "views=0 is not possible",

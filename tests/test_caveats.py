@@ -208,6 +208,13 @@ def test_a_guarantee_that_says_little_is_called_that(epsilon, delta, words):
     assert words in weakness
 
 
+def test_what_is_promised_is_promised_to_a_unit():
+    sizes = {"num_examples": 400, "expected_batch_size": 128, "target_delta": 0.002}
+    of_epsilon, of_delta = weak_promises(plan(**sizes, privacy_unit="patient"), 11)
+    assert "knows of one patient may change" in of_epsilon and "promised to one patient." in of_delta
+    assert "promised to one record." in weak_promises(plan(**sizes), 11)[1]
+
+
 def test_a_usual_one_is_not():
     assert weak_promises(plan(), 8.0) == []
     assert weak_promises(plan(noise_multiplier=0, non_private=True), float("inf")) == []

@@ -155,7 +155,7 @@ def test_labels_are_the_numbers_of_the_answers():
 
 
 def test_every_view_has_the_label_of_its_record():
-    assert collator(views=2)(list(records(2)))["labels"].tolist() == [0, 0, 1, 1]
+    assert collator(views=2, augmentation=lambda image: image)(list(records(2)))["labels"].tolist() == [0, 0, 1, 1]
 
 
 def test_unknown_answers_are_refused_before_training_and_not_shown(make_trainer):

@@ -23,7 +23,7 @@ from factories import (
 )
 from PIL import Image as PILImage
 
-from hf_dpclip import DPCLIPTrainer, ImageTextCollator
+from hf_dpclip import DPCLIPTrainer, ImageTextCollator, VisualQuestionCollator
 from hf_dpclip.data import caption_by_label, class_prompts, hold_out, load_pairs
 from hf_dpclip.records import check_image
 
@@ -104,6 +104,13 @@ class Flipping:
     def __call__(self, image):
         self.calls += 1
         return image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
+
+
+def test_a_collator_is_shown_in_one_line():
+    shown = repr(ImageTextCollator(tiny_processor(), text_column="report"))
+    assert shown == "ImageTextCollator(image_column='image', text_column='report', augmentation=None, views=1)"
+    asking = VisualQuestionCollator(tiny_processor(), label2id={"yes": 0})
+    assert "processor" not in repr(asking) and "label2id" not in repr(asking)
 
 
 def test_views_are_rows_of_the_same_microbatch():

@@ -262,7 +262,7 @@ def test_mistakes_get_one_line_that_says_how_to_mend_them(tmp_path, monkeypatch,
     "columns, message",
     [
         ("--image_column file --caption_column text", "--caption_column text is not a column"),
-        ("--image_column file", "--caption_column None is not a column"),
+        ("--image_column file", "['report', 'file']: name the one with the captions with --caption_column"),
         ("--caption_column report", "no image column 'image', only ['file', 'report']"),
         ("--image_column file --label_column report", "'report' is not a ClassLabel column"),
     ],

@@ -69,10 +69,10 @@ def test_without_a_complete_checkpoint_there_is_nothing_to_resume(make_trainer, 
 # ---- The count goes on ----
 
 
-@pytest.mark.parametrize("which", [True, "checkpoint-2"], ids=["the_last", "by_name"])
+@pytest.mark.parametrize("which", [True, "True", "checkpoint-2"], ids=["the_last", "as_text", "by_name"])
 def test_a_resumed_run_continues_the_count(make_trainer, interrupted, which):
     trainer = make_trainer(max_steps=4, logging_steps=1, **SAVING)
-    trainer.train(resume_from_checkpoint=which if which is True else str(interrupted / which))
+    trainer.train(resume_from_checkpoint=str(interrupted / which) if which == "checkpoint-2" else which)
     assert trainer.state.global_step == 4
     assert trainer.privacy_spent().steps == 4
     assert trainer.privacy_spent().epsilon == trainer.plan.epsilon()
@@ -98,6 +98,16 @@ def test_adapters_are_not_resumed_from_a_whole_model(make_trainer, tmp_path):
     adapters = make_trainer(get_peft_model(tiny_clip(), lora_config(tiny_clip())), max_steps=2, **SAVING)
     with pytest.raises(ValueError, match=r"checkpoint-2 does not fit the model .*\(it has no adapters\)"):
         adapters.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("max_steps", [2, 4], ids=["finished", "unfinished"])
+def test_a_whole_model_is_not_resumed_from_adapters(make_trainer, tmp_path, caplog, max_steps):
+    callbacks = {"callbacks": [StopAfter(2)]}
+    settings = {"target_epsilon": 3.0, "max_steps": max_steps, **SAVING}
+    make_trainer(get_peft_model(tiny_clip(), lora_config(tiny_clip())), trainer_options=callbacks, **settings).train()
+    with pytest.raises(ValueError, match=r"checkpoint-2 does not fit .*\(it has adapters, and the model has none\)"):
+        make_trainer(**settings).train(resume_from_checkpoint=True)
+    assert "is spent" not in caplog.text
 
 
 def test_a_resumed_run_saves_the_count_of_both_parts(make_trainer, interrupted):
