@@ -285,12 +285,12 @@ class DPCLIPTrainer(SearchingTrainer):
     def _microbatch_dataset(self) -> MicrobatchDataset:
         """The records and their collator, without the columns that are not read, as in the `Trainer`."""
         dataset, collator = self.train_dataset, self.data_collator
+        # A user's own loss, or preparation of inputs, may cut texts.
+        longest = data_validation.longest_text(base_model(self.model), collator) if self.minimises_own_loss else None
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description="training")
         else:
             collator = self._get_collator_with_removed_columns(collator, description="training")
-        # A user's own loss, or preparation of inputs, may cut them.
-        longest = data_validation.longest_text(base_model(self.model), collator) if self.minimises_own_loss else None
         return MicrobatchDataset(dataset, collator, longest)
 
     def _set_signature_columns_if_needed(self):
