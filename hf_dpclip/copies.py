@@ -54,7 +54,7 @@ def lists_private_record(evaluated: Any, private: Any) -> bool:
 def find_copies(evaluated: Any, private: Any, collator: Callable | None = None) -> Overlap:
     """Compares records for evaluation with the private ones: as they are stored, if both are in tables, and else, with
     a collator, as they are collated. Where there is nothing to compare them by, none are compared."""
-    if private is None or not has_random_access(private):
+    if not has_random_access(private):
         return Overlap()
     if has_random_access(evaluated):
         (shown, rows), (base, private_rows) = _unwrapped(evaluated), _unwrapped(private)
@@ -109,7 +109,8 @@ def _as_collated(evaluated: Any, private: Any, collator: Callable) -> Overlap:
     try:
         with without_messages():
             first = [_as_input(record, collator) for record in _first(evaluated, COMPARED)]
-            return _overlap(first, [_as_input(record, collator) for record in _first(private, LOOKED_AT_COLLATED)])
+            looked_at = _first(private, LOOKED_AT_COLLATED) if first else ()
+            return _overlap(first, [_as_input(record, collator) for record in looked_at])
     except Exception:
         # Datasets and collators of a user's own may raise anything; a run would, too.
         return Overlap()

@@ -72,9 +72,8 @@ class EvaluatingTrainer(Trainer):
             if not any(dataset is known for known in self._held_out):
                 unit_column = self.args.privacy_unit_column
                 with self._without_augmentation():
-                    data_validation.check_evaluation_data(
-                        self.train_dataset, dataset, unit_column, name, self.data_collator
-                    )
+                    collator = self._get_collator_with_removed_columns(self.data_collator)
+                    data_validation.check_evaluation_data(self.train_dataset, dataset, unit_column, name, collator)
                 self._held_out.append(dataset)
 
     @contextmanager
