@@ -1,7 +1,6 @@
 """Refusals of data: what cannot be sampled, collated or read by the model, and private records among public data."""
 
 import inspect
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, VisionTextDualEncoderModel
 from transformers.tokenization_utils_base import LARGE_INTEGER
-from transformers.utils import logging
 
 from .collators import ImageTextCollator, PairCollator, VisualQuestionCollator, tokenizer_of
-from .copies import find_copies, lists_private_record
 from .dataloader import MicrobatchDataset
 from .gradients import contrastive_base
 from .models import CLIPForVisualQuestionAnswering
@@ -22,8 +19,6 @@ from .public_negatives import shared_rows
 from .record_ids import RecordIds
 from .records import first_record, has_random_access
 
-
-logger = logging.get_logger(__name__)
 
 # The number of private records that are collated at most, to see whether they can be.
 COLLATED = 8
@@ -59,10 +54,11 @@ def check_dataset(dataset: Dataset, name: str = "train_dataset") -> None:
             f"{type(dataset).__name__} has no random access, which Poisson sampling needs: load the dataset with "
             "streaming=False, or materialise it with datasets.Dataset.from_generator."
         )
-    _check_not_empty(dataset, name)
+    check_not_empty(dataset, name)
 
 
-def _check_not_empty(dataset: Any, name: str) -> None:
+def check_not_empty(dataset: Any, name: str) -> None:
+    """Raises `ValueError` for a dataset without records, as far as its length is known."""
     if has_random_access(dataset) and len(dataset) == 0:
         raise ValueError(f"{name} is empty: check the split, and what filters have left of it.")
 
@@ -189,66 +185,6 @@ def check_no_copies(train_dataset: Any) -> None:
             "copy would be protected as if it were another record: list each once and raise num_train_epochs, or, in "
             "a datasets.Dataset, set privacy_unit_column to a column that is equal for all copies."
         )
-
-
-def check_evaluation_data(
-    train_dataset: Any,
-    evaluated: Any,
-    unit_column: str | None,
-    name: str = "eval_dataset",
-    collator: Callable | None = None,
-) -> None:
-    """Raises `ValueError` if metrics would be computed on private records, on others of the same units, or on none.
-
-    Warns where some are copies of private records, or show images of such. Records that are not in tables are compared
-    as they are collated, given a `collator`.
-    """
-    _check_not_empty(evaluated, name)
-    if train_dataset is not None and evaluated is train_dataset:
-        raise ValueError(
-            f"{name} is the private training dataset, so its metrics would be raw statistics of private records: "
-            "hold records out with hf_dpclip.data.hold_out, or set log_private_statistics=True on public data."
-        )
-    overlap = find_copies(evaluated, train_dataset, collator)
-    if lists_private_record(evaluated, train_dataset) or 0 < overlap.copies == overlap.compared:
-        raise ValueError(
-            f"the records of {name} are among those of the private training dataset, so its metrics would be raw "
-            "statistics of private records: hold records out with hf_dpclip.data.hold_out, or set "
-            "log_private_statistics=True on public data."
-        )
-    shared = _num_shared_units(train_dataset, evaluated, unit_column)
-    if shared:
-        raise ValueError(
-            f"{shared} records of {name} have the {unit_column!r} of records of the private training dataset, which "
-            f"the guarantee protects as a whole: split with hf_dpclip.data.hold_out(dataset, {unit_column!r}), number "
-            "the units of both apart if they are others, or set log_private_statistics=True on public data."
-        )
-    # Without their number: a tracker may record the console by now.
-    if overlap.copies:
-        logger.warning(
-            f"some of the first {overlap.compared} records of {name} are copies of records of the private training "
-            "dataset, so its metrics tell of those: leave them out, or hold records out of one dataset with "
-            "hf_dpclip.data.hold_out."
-        )
-    elif overlap.sharing:
-        logger.warning(
-            f"some of the first {overlap.compared} records of {name} have an image or a sound of the private training "
-            "dataset, with another text, so its metrics tell of those: keep all records of an image on one side, with "
-            "hf_dpclip.data.hold_out and the column of images."
-        )
-
-
-def _num_shared_units(private: Any, evaluated: Any, column: str | None) -> int:
-    """How many records for evaluation belong to a privacy unit that has private records."""
-    if not all(isinstance(each, datasets.Dataset) and column in each.column_names for each in (private, evaluated)):
-        return 0
-    units = _as_texts(private, column)
-    return sum(unit in units for unit in _as_texts(evaluated, column).elements())
-
-
-def _as_texts(dataset: datasets.Dataset, column: str) -> Counter[str]:
-    """The values of a column as texts, so that 7 and "7" are the same."""
-    return Counter(str(unit) for unit in dataset.with_format(None)[column][:] if isinstance(unit, str | int))
 
 
 def check_public(train_dataset: Dataset, public_negatives: list[str] | datasets.Dataset) -> None:

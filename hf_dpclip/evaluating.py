@@ -12,6 +12,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from . import data_validation
 from .arguments import DPTrainingArguments
 from .collators import ImageTextCollator
+from .held_out import check_evaluation_data
 from .records import naming_unreadable
 
 
@@ -73,7 +74,7 @@ class EvaluatingTrainer(Trainer):
                 unit_column = self.args.privacy_unit_column
                 with self._without_augmentation():
                     collator = self._get_collator_with_removed_columns(self.data_collator)
-                    data_validation.check_evaluation_data(self.train_dataset, dataset, unit_column, name, collator)
+                    check_evaluation_data(self.train_dataset, dataset, unit_column, name, collator)
                 self._held_out.append(dataset)
 
     @contextmanager

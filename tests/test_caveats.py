@@ -26,7 +26,7 @@ from transformers import CLIPModel, VisionTextDualEncoderModel
 from hf_dpclip import CLIPForVisualQuestionAnswering, DPCLIPTrainer, ImageTextCollator, lora_config
 from hf_dpclip.advice import weak_promises
 from hf_dpclip.caveats import warn_of_private_captions, warn_of_private_start
-from hf_dpclip.data_validation import check_evaluation_data
+from hf_dpclip.held_out import check_evaluation_data
 
 
 # ---- Starting weights ----

@@ -12,8 +12,8 @@ from plans import plan
 from transformers import TrainerCallback
 
 from hf_dpclip import DPCLIPTrainer, ImageTextCollator, PrivacyPlan, PrivacyStatement
-from hf_dpclip.data_validation import check_evaluation_data
 from hf_dpclip.forward_pass import OneByOne
+from hf_dpclip.held_out import check_evaluation_data
 from hf_dpclip.privacy import STATEMENT_NAME
 from hf_dpclip.reporting import search_summary
 
@@ -127,7 +127,7 @@ def test_a_refused_run_changes_nothing(make_trainer):
 
 def test_what_evaluation_reads_of_the_private_records_it_reads_once(make_trainer, monkeypatch):
     looked_at = []
-    monkeypatch.setattr("hf_dpclip.data_validation.check_evaluation_data", lambda *args: looked_at.append(args[1]))
+    monkeypatch.setattr("hf_dpclip.evaluating.check_evaluation_data", lambda *args: looked_at.append(args[1]))
     held_out = {"near": pairs(4, seed=1), "far": pairs(4, seed=2)}
     trainer = make_trainer(trainer_options={"eval_dataset": held_out})
     for _ in range(2):

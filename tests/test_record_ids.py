@@ -8,7 +8,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from hf_dpclip import DPCLIPTrainer
 from hf_dpclip.data import hold_out
-from hf_dpclip.data_validation import check_evaluation_data
+from hf_dpclip.held_out import check_evaluation_data
 from hf_dpclip.record_ids import RecordIds
 
 
