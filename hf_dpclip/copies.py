@@ -1,16 +1,21 @@
 """Whether records for evaluation are private ones: the same in memory, or copies of such."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, IterableDataset, Value
+import torch
+from datasets import Dataset, Value
 from datasets.fingerprint import Hasher
 from torch.utils.data import Subset
 
+from .collators import PairCollator
 from .digests import LOOKED_AT, column_digests, file_columns
+from .reading import apart
 from .record_ids import RecordIds
 from .records import ENCODED, has_random_access, is_text_column
 from .seeding import seeded
@@ -25,7 +30,7 @@ LOOKED_AT_ENCODED = 2_000
 
 
 # The same where records are collated to be compared.
-LOOKED_AT_COLLATED = 500
+LOOKED_AT_COLLATED = 256
 # What a record is compared by: its images and sounds, and everything else.
 Content = tuple[tuple, tuple]
 
@@ -54,12 +59,14 @@ def lists_private_record(evaluated: Any, private: Any) -> bool:
 def find_copies(evaluated: Any, private: Any, collator: Callable | None = None) -> Overlap:
     """Compares records for evaluation with the private ones: as they are stored, if both are in tables, and else, with
     a collator, as they are collated. Where there is nothing to compare them by, none are compared."""
-    if not has_random_access(private):
+    if not (has_random_access(evaluated) and has_random_access(private)):
         return Overlap()
-    if has_random_access(evaluated):
-        (shown, rows), (base, private_rows) = _unwrapped(evaluated), _unwrapped(private)
-        if isinstance(shown, Dataset) and isinstance(base, Dataset):
-            return _in_tables(shown.select(rows[:COMPARED]), base.select(private_rows))
+    (shown, rows), (base, private_rows) = _unwrapped(evaluated), _unwrapped(private)
+    if isinstance(shown, Dataset) and isinstance(base, Dataset):
+        # The Trainer wraps a collator that is given too much.
+        inner = getattr(collator, "data_collator", collator)
+        columns = inner.columns if isinstance(inner, PairCollator) else None
+        return _in_tables(shown.select(rows[:COMPARED]), base.select(private_rows), columns)
     return Overlap() if collator is None else _as_collated(evaluated, private, collator)
 
 
@@ -84,8 +91,9 @@ def _unwrapped(dataset: Any) -> tuple[Any, Sequence[int]]:
     return dataset, rows
 
 
-def _in_tables(first: Dataset, private: Dataset) -> Overlap:
-    common = _common_columns(first, private)
+def _in_tables(first: Dataset, private: Dataset, read: list[str] | None) -> Overlap:
+    """By the columns that are `read`, or by all that both have."""
+    common = [name for name in _common_columns(first, private) if read is None or name in read]
     texts = [name for name in common if is_text_column(first, name) and is_text_column(private, name)]
     files = [name for name in common if name in file_columns(first) and name in file_columns(private)]
     encoded = [name for name in common if name in ENCODED and name not in files]
@@ -106,31 +114,33 @@ def _contents(dataset: Dataset, columns: list[str]) -> Iterator[tuple]:
 
 def _as_collated(evaluated: Any, private: Any, collator: Callable) -> Overlap:
     """Of datasets that only whoever wrote them knows how to compare, by the first records of both."""
-    try:
-        with without_messages():
-            first = [_as_input(record, collator) for record in _first(evaluated, COMPARED)]
-            looked_at = _first(private, LOOKED_AT_COLLATED) if first else ()
-            return _overlap(first, [_as_input(record, collator) for record in looked_at])
-    except Exception:
-        # Datasets and collators of a user's own may raise anything; a run would, too.
-        return Overlap()
+    first = [*_inputs(evaluated, COMPARED, collator)]
+    return _overlap(first, _inputs(private, LOOKED_AT_COLLATED, collator) if first else ())
 
 
-def _first(dataset: Any, count: int) -> Iterator[Any]:
-    if has_random_access(dataset):
-        return (dataset[row] for row in range(min(count, len(dataset))))
-    # Others may not begin anew with the next iteration.
-    return iter(dataset.take(count) if isinstance(dataset, IterableDataset) else ())
+def _inputs(dataset: Any, count: int, collator: Callable) -> Iterator[Content]:
+    """What the model would be given of the first records; of those that cannot be read or collated, nothing."""
+    dataset = apart(dataset)
+    read = (_input(dataset, row, collator) for row in range(min(count, len(dataset))))
+    return (content for content in read if content is not None)
 
 
-def _as_input(record: Any, collator: Callable) -> tuple[tuple, tuple]:
-    """Digests of the images or sounds of a record, and of its text, as the model would be given them."""
-    # Of random augmentation, each record draws the same.
-    with seeded(0):
-        batch = collator([record])
-    shown = [name for name in ENCODED if name in batch]
-    others = ["input_ids"] if "input_ids" in batch else [name for name in batch if name not in shown]
-    return tuple(Hasher.hash(batch[name]) for name in shown), tuple(Hasher.hash(batch[name]) for name in others)
+def _input(dataset: Any, row: int, collator: Callable) -> Content | None:
+    """Digests of the images or sounds of a record, and of its text, or of everything else."""
+    # Of a random augmentation, each record draws the same, and nothing shows in the state of the generators. Datasets
+    # and collators of a user's own may raise anything.
+    with seeded(0), without_messages(), suppress(Exception):
+        batch = collator([dataset[row]])
+        shown = [name for name in ENCODED if name in batch]
+        others = [name for name in batch if name not in shown and (not shown or name == "input_ids")]
+        return tuple(_digest(batch[name]) for name in shown), tuple(_digest(batch[name]) for name in others)
+    return None
+
+
+def _digest(value: Any) -> Any:
+    if not torch.is_tensor(value):
+        return Hasher.hash(value)
+    return hashlib.sha256(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).digest()
 
 
 def _overlap(evaluated: Iterable[Content], private: Iterable[Content]) -> Overlap:

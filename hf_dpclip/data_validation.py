@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -16,6 +17,7 @@ from .dataloader import MicrobatchDataset
 from .gradients import contrastive_base
 from .models import CLIPForVisualQuestionAnswering
 from .public_negatives import shared_rows
+from .reading import apart
 from .record_ids import RecordIds
 from .records import first_record, has_random_access
 
@@ -79,6 +81,7 @@ def check_records(collator: Callable, collated: Dataset | dict[str, Dataset] | N
 
 def first_batch(dataset: MicrobatchDataset, microbatch_size: int) -> dict[str, Any]:
     """The first records, collated: as many as a microbatch has, but few. Raises `ValueError` if they cannot be."""
+    dataset = replace(dataset, dataset=apart(dataset.dataset))
     try:
         ((_, batch),) = dataset[[(0, np.arange(min(microbatch_size, COLLATED, len(dataset))))]]
     except ValueError:
@@ -150,7 +153,13 @@ def longest_text(model: nn.Module, collator: Callable) -> int | None:
     """The number of tokens of a text that the model, without adapters, reads at most. `None` where that is not known,
     and for our collators, whose tokenizer cuts texts at it."""
     base = _dual_encoder(model)
-    return None if base is None or isinstance(collator, PairCollator) else _num_positions(base.config.text_config)
+    if base is None or isinstance(collator, PairCollator):
+        return None
+    read, modules = base.config.text_config, base.text_model.named_modules()
+    # Where a table was made longer, the configuration may not say so.
+    tables = [module for name, module in modules if isinstance(module, nn.Embedding) and "position_embedding" in name]
+    more = max((table.num_embeddings - read.max_position_embeddings for table in tables), default=0)
+    return _num_positions(read) + max(more, 0)
 
 
 def _dual_encoder(model: nn.Module) -> PreTrainedModel | None:

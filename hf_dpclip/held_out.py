@@ -56,7 +56,7 @@ def check_evaluation_data(
     elif overlap.sharing:
         logger.warning(
             f"some of the first {overlap.compared} records of {name} have an image or a sound of the private training "
-            "dataset, with another text, so its metrics tell of those: keep all records of an image on one side, with "
+            "dataset, so its metrics tell of those: keep all records of an image on one side, with "
             "hf_dpclip.data.hold_out and the column of images."
         )
 

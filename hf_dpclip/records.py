@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import ProcessorMixin
 
 from .digests import BATCH, image_columns
+from .reading import apart
 from .seeding import preserved_generators
 
 
@@ -98,7 +99,7 @@ def first_record(dataset: Dataset) -> Mapping[str, Any]:
     """The first record. Raises `ValueError` if it cannot be read, or has no columns."""
     # Random draws of a transform would show in the state of the generators, which checkpoints hold.
     with preserved_generators():
-        (first,) = read_records(dataset, [0])
+        (first,) = read_records(apart(dataset), [0])
     if not isinstance(first, Mapping):
         raise ValueError(
             f"records are of type {type(first).__name__}: make them dictionaries, with the names of the columns as "

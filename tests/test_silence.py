@@ -36,6 +36,27 @@ def test_a_step_shows_no_warning(tmp_path, caplog, recwarn):
     assert "about no record" in caplog.messages
 
 
+def test_what_is_shown_once_is_not_shown_again_after_silence():
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            with without_messages():
+                warnings.warn("of a record", stacklevel=1)
+            warnings.warn("once", stacklevel=1)
+    assert [str(each.message) for each in shown] == ["once"]
+
+
+def test_silence_that_overlaps_in_two_threads_ends():
+    before = logging.root.manager.disable, [*warnings.filters]
+    first, second = without_messages(), without_messages()
+    for context in (first, second):
+        context.__enter__()
+    assert logging.root.manager.disable >= logging.WARNING
+    for context in (first, second):
+        context.__exit__(None, None, None)
+    assert (logging.root.manager.disable, [*warnings.filters]) == before
+
+
 def test_errors_are_logged(caplog):
     with without_messages():
         logger.error("no space left")

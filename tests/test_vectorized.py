@@ -2,6 +2,7 @@
 
 import functools
 import random
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -26,7 +27,8 @@ from hypothesis import strategies as st
 from peft.tuners import lora
 from torch import nn
 from torch.nn.modules import module as modules
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations import sdpa_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.clip import modeling_clip
 
@@ -443,6 +445,14 @@ def centred(function):
     return patched
 
 
+class Fused(torch.autograd.Function):
+    """As kernels are written that replace a function of torch's."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x - x.mean(dim=0)
+
+
 class Centred:
     """The same as an object that can be called."""
 
@@ -471,9 +481,31 @@ def test_a_function_of_the_libraries_that_was_replaced_is_an_obstacle(place, nam
     assert vectorization_obstacle(model) is None
     patch = centred(getattr(place, name))
     # Decorators of the libraries around it hide nothing.
-    for replaced in (patch, torch.no_grad()(patch), functools.partial(patch), Centred(patch)):
+    ways = [torch.no_grad(), functools.partial, Centred, functools.cache, lambda patch: Centred(patch).__call__]
+    for replaced in (patch, *(way(patch) for way in ways), Fused.apply, MagicMock(side_effect=patch)):
         monkeypatch.setattr(place, name, replaced)
         assert vectorization_obstacle(model).startswith(f"{place.__name__}.{name} was replaced by another function")
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (torch, "load"),
+        (torch.Tensor, "__repr__"),
+        (torch.Tensor, "shown"),
+        (nn.Module, "num_parameters_in_millions"),
+        (PreTrainedModel, "save_pretrained"),
+    ],
+)
+def test_a_replaced_function_that_takes_no_part_in_a_forward_pass_is_none(place, name, monkeypatch):
+    model = lora_clip()
+    monkeypatch.setattr(place, name, lambda *_: None, raising=False)
+    assert vectorization_obstacle(model) is None
+
+
+def test_a_function_that_the_attention_calls_is_looked_at(monkeypatch):
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", centred(sdpa_attention.repeat_kv))
+    assert vectorization_obstacle(tiny_clip()).startswith("transformers.integrations.sdpa_attention.repeat_kv was")
 
 
 def test_attention_under_the_name_of_a_known_one_is_an_obstacle(monkeypatch):

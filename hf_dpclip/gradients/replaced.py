@@ -3,18 +3,20 @@
 import sys
 from collections.abc import Iterator
 from functools import partial, partialmethod
-from types import FunctionType
+from inspect import getattr_static
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig
+from torch._C import TensorBase
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
-# Packages whose functions are taken to be what they were when they were read for this library.
-LIBRARIES = (
+# Packages whose functions are taken to be what they were when they were read for this library. Mocks stand for others.
+LIBRARIES = {
     "torch",
     "transformers",
     "peft",
@@ -24,7 +26,11 @@ LIBRARIES = (
     "safetensors",
     "typing_extensions",
     *sys.stdlib_module_names,
-)
+} - {"unittest"}
+# Methods of all models that take part in a forward pass. Others load, save, or are shown.
+TAKING_PART = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
+# Functions of torch that do not.
+NOT_TAKING_PART = ("load", "save", "compile")
 
 
 def replaced_function(model: nn.Module, files: tuple[str, ...]) -> str | None:
@@ -35,36 +41,63 @@ def replaced_function(model: nn.Module, files: tuple[str, ...]) -> str | None:
         model (`nn.Module`): its classes, with those they inherit from, are looked at.
         files (`tuple[str, ...]`): names of Python modules, which are looked at if the model's classes come from there.
     """
+    return next((name for name, value in _called(model, files) if _is_foreign(value)), None)
+
+
+def _called(model: nn.Module, files: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """What a forward pass may call, with its name, and more that is no function."""
     classes = {kind for module in model.modules() for kind in type(module).__mro__ if _package(kind) in LIBRARIES}
-    imported = [sys.modules[name] for name in sorted({kind.__module__ for kind in classes}.intersection(files))]
-    for place in (*classes, *imported, F, torch.Tensor, torch):
-        for name, value in vars(place).items():
-            if _is_foreign(value):
-                return f"{place.__name__}.{name}"
-    configs = (vars(module).get("config") for module in model.modules())
-    names = {config._attn_implementation for config in configs if isinstance(config, PreTrainedConfig)}
-    # Those of the Hub are named after whoever wrote them.
-    own = [name for name in names if name is not None and "/" not in name]
-    return next((f"the attention {name!r}" for name in own if _is_foreign(ALL_ATTENTION_FUNCTIONS.get(name))), None)
+    attention = dict(_attention_functions(model))
+    yield from ((f"the attention {name!r}", function) for name, function in attention.items())
+    for kind in classes:
+        yield from (each for each in _members(kind) if takes_part(each[0].rpartition(".")[2]))
+    names = {kind.__module__ for kind in classes}.intersection(files)
+    names |= {function.__module__ for function in attention.values() if isinstance(function, FunctionType)}
+    for place in (F, *(sys.modules[name] for name in sorted(names))):
+        yield from _members(place)
+    # Others are no methods of tensors, but were added to them.
+    yield from (("Tensor." + name, value) for name, value in vars(torch.Tensor).items() if name in vars(TensorBase))
+    yield from ((f"torch.{name}", value) for name, value in vars(torch).items() if name not in NOT_TAKING_PART)
+
+
+def takes_part(name: str) -> bool:
+    """Whether a method of that name may take part in a forward pass."""
+    return name in TAKING_PART or not hasattr(PreTrainedModel, name)
+
+
+def _members(place: Any) -> Iterator[tuple[str, Any]]:
+    return ((f"{place.__name__}.{name}", value) for name, value in vars(place).items())
+
+
+def _attention_functions(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for module in model.modules():
+        config = vars(module).get("config")
+        name = config._attn_implementation if isinstance(config, PreTrainedConfig) else None
+        # Those of the Hub are named after whoever wrote them.
+        if name in ALL_ATTENTION_FUNCTIONS and "/" not in name:
+            yield name, ALL_ATTENTION_FUNCTIONS[name]
 
 
 def _is_foreign(value: Any) -> bool:
-    """Whether it can be called, and was written elsewhere, or wraps what was."""
-    return any(_package(each) not in LIBRARIES for each in _wrapped(value))
+    """Whether it can be called, and was written elsewhere, or wraps what was. Classes are not looked at."""
+    if isinstance(value, type) or not (callable(value) or isinstance(value, partialmethod)):
+        return False
+    return _package(value) not in LIBRARIES or any(map(_is_foreign, _inner(value)))
 
 
-def _wrapped(value: Any) -> Iterator[Any]:
-    """The value, and what its decorators were put around."""
-    while callable(value) or isinstance(value, partialmethod):
-        yield value
-        if isinstance(value, partial | partialmethod):
-            value = value.func
-        else:
-            value = vars(value).get("__wrapped__") if isinstance(value, FunctionType) else None
+def _inner(value: Any) -> list[Any]:
+    """What a decorator was put around, or what a method belongs to."""
+    if isinstance(value, partial | partialmethod):
+        return [value.func]
+    if isinstance(value, MethodType):
+        return [value.__func__]
+    return [getattr_static(value, "__wrapped__", None)]
 
 
 def _package(value: Any) -> str:
-    """Of a function, by its file: decorators copy what it says of itself."""
+    """Of a function, by its file: decorators copy what it says of itself. Of a method, by its object."""
+    if isinstance(value, MethodType):
+        value = value.__self__
     if isinstance(value, FunctionType):
         name = value.__globals__["__name__"]
     else:

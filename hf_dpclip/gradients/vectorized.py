@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import activation
 from torch.nn.modules import module as torch_modules
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from ..seeding import seeded
 from .factored import Dense, Joined, Outer, Sparse, multiplied_out
@@ -23,7 +23,7 @@ from .inputs import concatenated, num_rows, text_length, without_return_loss
 from .layout import Layout
 from .products import added
 from .recording import Recording
-from .replaced import replaced_function
+from .replaced import replaced_function, takes_part
 from .vectorizable import CAUSAL_TEXTS, FIRST_POSITION_TEXTS, VectorizableModel
 
 
@@ -190,9 +190,13 @@ def _is_patched(module: nn.Module) -> bool:
     Accelerate does that to `forward` of the outermost module, for autocast, which does not count."""
     for name, value in vars(module).items():
         of_class = getattr(type(module), name, None)
-        takes_part = callable(of_class) and (name == "forward" or not hasattr(PreTrainedModel, name))
         function = getattr(value, "__func__", value)
-        if takes_part and function is not of_class and not _is_accelerates(module, function):
+        if (
+            callable(of_class)
+            and takes_part(name)
+            and function is not of_class
+            and not _is_accelerates(module, function)
+        ):
             return True
     return False
 
