@@ -27,9 +27,7 @@ COMPARED = 64
 # The number of private records that are looked at where images and sounds are encoded, which takes hundreds of
 # kilobytes for each.
 LOOKED_AT_ENCODED = 2_000
-
-
-# The same where records are collated to be compared.
+# The number that is looked at where records are collated to be compared.
 LOOKED_AT_COLLATED = 256
 # What a record is compared by: its images and sounds, and everything else.
 Content = tuple[tuple, tuple]

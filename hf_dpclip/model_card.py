@@ -32,7 +32,7 @@ from .privacy_section import CARD_NAME, NOT_PRIVATE, privacy_section
 
 
 if TYPE_CHECKING:
-    from .publishing import PublishingTrainer
+    from .publishing import BestWeights, PublishingTrainer
 
 FIGURE_NAME = "privacy_utility.png"
 
@@ -77,7 +77,7 @@ def write_model_card(trainer: "PublishingTrainer", **names: Any) -> None:
         _introduction(trainer, facts),
         privacy_section(trainer.privacy_statement()),
         _training_data(trainer, facts),
-        _evaluation(evaluations, has_figure, trainer.best_step),
+        _evaluation(evaluations, has_figure, trainer.best_weights),
         f"## Usage\n\n```python\n{usage(trainer)}```",
         _procedure(trainer, facts),
     ]
@@ -86,20 +86,23 @@ def write_model_card(trainer: "PublishingTrainer", **names: Any) -> None:
 
 def evaluations_of(trainer: "PublishingTrainer") -> list[Evaluation]:
     """All logged evaluations in order, those on several datasets at one step as one and repetitions left out; none if
-    private records may have been used."""
+    private records may have been used. Those of the best weights, after these were loaded, have their step."""
     if STATISTICS_WERE_LOGGED in trainer.privacy_statement().not_private_because:
         return []
     evaluations: list[Evaluation] = []
-    for logs in trainer.state.log_history:
+    for number, logs in enumerate(trainer.state.log_history):
         metrics = {name.removeprefix("eval_"): logs[name] for name in logs if name.startswith("eval_")}
         metrics = {name: value for name, value in metrics.items() if not f"_{name}".endswith(_TIMES)}
-        if metrics:
+        best = trainer.best_weights if trainer.best_weights and number >= trainer.best_weights.logs_before else None
+        step = best.step if best else int(logs["step"])
+        repeated = any(each.step == step and metrics.items() <= each.metrics.items() for each in evaluations)
+        if metrics and not repeated:
             epsilon = None if NOT_PRIVATE in logs else logs.get("epsilon", 0.0)
-            evaluation = Evaluation(int(logs["step"]), epsilon, metrics)
+            evaluation = Evaluation(step, epsilon, metrics)
             if evaluations and _complete_one_another(evaluations[-1], evaluation):
                 evaluation = replace(evaluation, metrics={**evaluations.pop().metrics, **metrics})
             evaluations.append(evaluation)
-    return [each for each, before in zip(evaluations, [None, *evaluations]) if each != before]
+    return evaluations
 
 
 def _complete_one_another(first: Evaluation, second: Evaluation) -> bool:
@@ -108,10 +111,17 @@ def _complete_one_another(first: Evaluation, second: Evaluation) -> bool:
     return same_weights and first.metrics.keys().isdisjoint(second.metrics)
 
 
+def _metrics_of_weights(trainer: "PublishingTrainer", evaluations: list[Evaluation]) -> dict[str, float]:
+    """Of the last evaluation, or of all of the best weights."""
+    if trainer.best_weights is None:
+        return evaluations[-1].metrics
+    of_best = [each.metrics for each in evaluations if each.step == trainer.best_weights.step]
+    return {name: value for metrics in of_best for name, value in metrics.items()} or evaluations[-1].metrics
+
+
 def metadata(trainer: "PublishingTrainer", facts: TrainingSummary, evaluations: list[Evaluation]) -> ModelCardData:
     """Metadata by which the Hub filters and lists models."""
-    of_weights = [each for each in evaluations if each.step == trainer.best_step] or evaluations
-    results = _results(trainer, facts, of_weights[-1]) if evaluations else None
+    results = _results(trainer, facts, _metrics_of_weights(trainer, evaluations)) if evaluations else None
     base = _hub_id(facts.finetuned_from)
     adapter = isinstance(trainer.model, PeftModel)
     return ModelCardData(
@@ -209,7 +219,7 @@ def _training_data(trainer: "PublishingTrainer", facts: TrainingSummary) -> str:
     )
 
 
-def _evaluation(evaluations: list[Evaluation], has_figure: bool, best_step: int | None) -> str:
+def _evaluation(evaluations: list[Evaluation], has_figure: bool, best: "BestWeights | None") -> str:
     if not evaluations:
         return "## Evaluation\n\nNo metrics were computed by the trainer."
     names = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics))
@@ -219,8 +229,8 @@ def _evaluation(evaluations: list[Evaluation], has_figure: bool, best_step: int 
     ]
     shown = table(["step", "ε", *names], rows)
     image = f"\n\n![Metric against ε spent]({FIGURE_NAME})" if has_figure else ""
-    best = f" The weights are the best ones, of step {best_step:,}." if best_step is not None else ""
-    return f"## Evaluation\n\nOn held-out records, which are not covered by the guarantee.{best}\n\n{shown}{image}"
+    of_best = f" The weights are the best ones, of step {best.step:,}; their ε is that of all steps." if best else ""
+    return f"## Evaluation\n\nOn held-out records, which are not covered by the guarantee.{of_best}\n\n{shown}{image}"
 
 
 def _procedure(trainer: "PublishingTrainer", facts: TrainingSummary) -> str:
@@ -232,7 +242,7 @@ def _procedure(trainer: "PublishingTrainer", facts: TrainingSummary) -> str:
     return f"## Training procedure\n\n{lists[0]}\n\n### Framework versions\n\n{lists[1]}"
 
 
-def _results(trainer: "PublishingTrainer", facts: TrainingSummary, evaluation: Evaluation) -> list[EvalResult]:
+def _results(trainer: "PublishingTrainer", facts: TrainingSummary, metrics: dict[str, float]) -> list[EvalResult]:
     identifiers, names = _listed(facts.dataset_tags), _listed(facts.dataset)
     return [
         EvalResult(
@@ -242,7 +252,7 @@ def _results(trainer: "PublishingTrainer", facts: TrainingSummary, evaluation: E
             metric_type=name,
             metric_value=value,
         )
-        for name, value in evaluation.metrics.items()
+        for name, value in metrics.items()
     ]
 
 

@@ -7,6 +7,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,14 @@ logger = logging.get_logger(__name__)
 PRIVATE_STATISTICS = ("loss", "train_loss")
 
 
+@dataclass(frozen=True)
+class BestWeights:
+    """The step of the weights after the best ones were loaded, and how many logs there were before."""
+
+    step: int
+    logs_before: int
+
+
 class PublishingTrainer(EvaluatingTrainer):
     """The part of [`DPCLIPTrainer`] that logs, saves and publishes."""
 
@@ -46,8 +55,8 @@ class PublishingTrainer(EvaluatingTrainer):
     # As it was before any private record was encoded.
     _tokenizer_state: TokenizerState
     _reads_records = False
-    # The step of the weights after the best ones were loaded; `None` for those of the last step.
-    best_step: int | None = None
+    # `None` for the weights of the last step.
+    best_weights: "BestWeights | None" = None
 
     @property
     def output_dir(self) -> str:
@@ -155,7 +164,13 @@ class PublishingTrainer(EvaluatingTrainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self.best_step = self.state.best_global_step
+        self._remember_best_weights()
+
+    def _remember_best_weights(self) -> None:
+        """To be called when they were loaded, if they were still there."""
+        checkpoint, step = self.state.best_model_checkpoint, self.state.best_global_step
+        if checkpoint is not None and step is not None and any(Path(checkpoint).glob("*model*")):
+            self.best_weights = BestWeights(step, len(self.state.log_history))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As in the `Trainer`, with the guarantee, and without statistics of the private data.

@@ -195,7 +195,8 @@ class RunningTrainer(PublishingTrainer):
         if checkpoint:
             best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
             self._load_from_checkpoint(best or checkpoint)
-            self.best_step = self.state.best_global_step if best else None
+            if best:
+                self._remember_best_weights()
         return TrainOutput(self.state.global_step, math.nan, {})
 
     def _load_from_checkpoint(self, checkpoint: str, *args, **kwargs) -> None:
@@ -212,7 +213,7 @@ class RunningTrainer(PublishingTrainer):
         self._check_unchanged()
         self._agree_on_run()
         self._draw_randomness()
-        self.best_step = None
+        self.best_weights = None
         self._last_step = self._steps_taken + self.planned_steps
         with (
             recorded(self, self._run_id, self.planned_steps) as self._before_release,

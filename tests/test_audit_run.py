@@ -168,13 +168,13 @@ def test_canaries_have_a_wrong_label_and_nobody_is_in_two_parts(fine_tune):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--num_canaries", "3000"], "are more than the 4000 of mnist-5k: lower --num-canaries or --num-members"),
+        (["--num_canaries", "3000"], "are more than the 4000 of mnist-5k: ask for fewer of them"),
         (["--num-canaries", "0"], "0 canaries and 600 other records show nothing: give at least 1"),
         (["--max_steps", "0"], "--max-steps 0 is not possible: expected a whole number of at least 1"),
         (["--num-members=0"], "300 canaries and 0 other records show nothing"),
         (
             ["--num-canaries=20", "--num-members=40"],
-            "20 canaries and 40 other records are fewer than the 256 of an expected batch: raise --num-canaries or",
+            "20 canaries and 40 other records are fewer than the 256 of an expected batch: ask for more of them",
         ),
         (["--dataset_name", "cifar"], "--dataset-name 'cifar' is not known: choose one of mnist-5k"),
     ],

@@ -316,8 +316,8 @@ DATA = {
         "train_dataset=...",
     ),
     "views that are the same": (
-        lambda f: ImageTextCollator(tiny_processor(), views=3),
-        "views=3 without an augmentation would be the same image 3 times",
+        lambda f: ImageTextCollator(tiny_processor(), views=2),
+        "views=2 without an augmentation would be the same image 2 times",
         "give augmentation, a function",
     ),
     "no views": (

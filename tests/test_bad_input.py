@@ -437,7 +437,8 @@ def test_a_command_ends_quietly_if_nobody_reads_on():
     ("said", "shown"),
     [
         ("max_steps=0 is not possible", "--max-steps 0 is not possible"),
-        ("lower num_canaries or num_members.", "lower --num-canaries or --num-members."),
+        ("data/max_steps=0.csv does not exist", "data/max_steps=0.csv does not exist"),
+        ("max_steps.csv is a file of num_members=1", "max_steps.csv is a file of num_members=1"),
         ("accountant='prv' is not rdp", "--accountant 'prv' is not rdp"),
         ("an accountant of 'num_members' in /data/num_members", "an accountant of 'num_members' in /data/num_members"),
         ("non_private=True is no option here", "non_private=True is no option here"),

@@ -63,7 +63,7 @@ def test_a_record_without_a_unit_is_found_beside_the_others(tmp_path, answer):
     code, said, _ = answer(path, "--privacy-unit-column", "patient")
     assert code == 1 and said.startswith("3 of 4 records cannot be trained on")
     assert "record 1: ValueError: column 'report' holds a blank text" in said
-    assert "leave the record out.; column 'patient' holds nothing (None), no id of a privacy unit: give" in said
+    assert "leave the record out; column 'patient' holds nothing (None), no id of a privacy unit: give" in said
     assert "record 3: column 'patient' holds ' n/a', no id of a privacy unit" in said
     code, said, _ = answer(path, "--privacy-unit-column", "patient", "--json")
     assert code == 1 and [*json.loads(said)["unusable"]] == ["1", "2", "3"]
@@ -153,12 +153,25 @@ def test_empty_cells_of_images_hide_no_other_fault(answer, table):
     assert "record 4 (" in said and "column 'report' holds nothing (None) where a text is expected" in said
 
 
-@pytest.mark.parametrize("names", [",a\n,b\n", "3,a\n4,b\n"])
-def test_a_column_without_any_image_is_refused(answer, table, names):
+def test_a_column_of_empty_cells_is_reported(answer, table):
     path = table(1)
-    Path(path).write_text(f"scan,report\n{names}", encoding="utf-8")
-    code, said, error = answer(path)
-    assert code > 0 and ("2 of 2 records" in said or "holds int in the place of an image (2 in all" in error)
+    Path(path).write_text("scan,report\n,a\n,b\n", encoding="utf-8")
+    code, said, _ = answer(path)
+    assert code == 1 and said.startswith("2 of 2 records cannot be trained on")
+
+
+def test_numbers_in_the_place_of_images_are_refused(answer, table):
+    path = table(1)
+    Path(path).write_text("scan,report\n3,a\n4,b\n", encoding="utf-8")
+    code, _, error = answer(path)
+    assert code == 2 and "holds int in the place of an image (2 in all" in error
+
+
+def test_ids_that_are_neither_texts_nor_whole_numbers_are_reported(tmp_path, answer):
+    table = Dataset.from_dict({"scan": pictures(2), "report": ["a", "b"], "patient": [1.5, 2.5]})
+    table.cast_column("scan", Image()).to_parquet(tmp_path / "pairs.parquet")
+    code, said, _ = answer(str(tmp_path / "pairs.parquet"), "--privacy-unit-column", "patient")
+    assert code == 1 and "column 'patient' holds float, no id of a privacy unit" in said
 
 
 @pytest.mark.parametrize(

@@ -423,6 +423,10 @@ def test_the_notebook_table_shows_epsilon(make_trainer, monkeypatch):
     assert tables[-1][0] == ["Step", "Training Loss", "Validation Loss", "Epsilon"]
     assert [row[3] for row in tables[-1][1:]] == [trainer.plan.epsilon(1), trainer.plan.epsilon(2)]
     assert [row[1] for row in tables[-1][1:]] == ["private", "private"]
+    make_trainer(
+        trainer_options=options, **settings, eval_strategy="steps", eval_steps=1, log_private_statistics=True
+    ).train()
+    assert not any("private" in row for row in tables[-1][1:])
 
 
 # ---- Computation ----

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,10 +12,20 @@ from checks import logged_values
 from factories import ANSWERS, answered_questions, pairs, tiny_clip, tiny_clip_vqa, tiny_processor
 from huggingface_hub import ModelCard
 from peft import get_peft_model
-from transformers import CLIPModel
+from transformers import CLIPModel, TrainerCallback
 
 from hf_dpclip import CLIPForVisualQuestionAnswering, lora_config
 from hf_dpclip.privacy_section import contradictions
+
+
+LOADING_BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "score",
+}
 
 
 @pytest.fixture
@@ -143,18 +154,44 @@ def test_an_evaluation_that_is_repeated_stands_once(trained):
 
 def test_the_card_names_the_step_of_the_best_weights(trained, make_trainer):
     assert "The weights are the best ones" not in card_of(trained(evaluated=True))
-    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "score"}
     falling = iter([0.5, 0.25])
     options = {"eval_dataset": pairs(8, seed=1), "compute_metrics": lambda _: {"score": next(falling)}}
-    trainer, later = (make_trainer(trainer_options=options, **settings) for _ in range(2))
+    trainer, later = (make_trainer(trainer_options=options, **LOADING_BEST) for _ in range(2))
     trainer.train()
     # Which takes no further step.
     later.train(resume_from_checkpoint=True)
     for each in (trainer, later):
-        assert "The weights are the best ones, of step 1." in card_of(each)
+        assert "The weights are the best ones, of step 1;" in card_of(each)
         scores = [result.metric_value for result in metadata_of(each).eval_results if result.metric_type == "score"]
         assert scores == [0.5]
+
+
+def test_later_evaluations_are_of_the_best_weights(make_trainer):
+    scores = iter([0.5, 0.25, 0.5, 0.4])
+    options = {"eval_dataset": pairs(8, seed=1), "compute_metrics": lambda _: {"score": next(scores)}}
+    trainer = make_trainer(trainer_options=options, **LOADING_BEST)
+    trainer.train()
+    before = card_of(trainer)
+    trainer.evaluate()
+    assert card_of(trainer) == before
+    trainer.evaluate(pairs(8, seed=2), metric_key_prefix="eval_test")
+    rows = [line.split(" | ")[0] for line in card_of(trainer).splitlines() if line.startswith("| ")]
+    assert rows[-3:] == ["| 1", "| 2", "| 1"]
+    found = {result.metric_type: result.metric_value for result in metadata_of(trainer).eval_results}
+    assert (found["score"], found["test_score"]) == (0.5, 0.4)
+
+
+def test_best_weights_that_are_no_longer_there_are_not_claimed(make_trainer):
+    class Deleting(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                shutil.rmtree(state.best_model_checkpoint)
+
+    scores = iter([0.5, 0.25])
+    options = {"eval_dataset": pairs(8, seed=1), "compute_metrics": lambda _: {"score": next(scores)}}
+    trainer = make_trainer(trainer_options={**options, "callbacks": [Deleting()]}, **LOADING_BEST)
+    trainer.train()
+    assert "The weights are the best ones" not in card_of(trainer)
 
 
 def test_an_evaluation_before_training_stands_at_epsilon_zero(make_trainer):

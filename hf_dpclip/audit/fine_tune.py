@@ -128,7 +128,7 @@ class FineTune:
         if target_epsilon is not None and self.num_canaries + self.num_members < PRIVATE_BATCH:
             raise ValueError(
                 f"{self.num_canaries} canaries and {self.num_members} other records are fewer than the "
-                f"{PRIVATE_BATCH} of an expected batch: raise num_canaries or num_members."
+                f"{PRIVATE_BATCH} of an expected batch: ask for more of them."
             )
         with TemporaryDirectory() as folder:
             return self._audit(self._arguments(folder, target_epsilon, max_steps))
@@ -159,14 +159,14 @@ class FineTune:
         if min(self.num_canaries, self.num_members) < 1:
             raise ValueError(
                 f"{self.num_canaries} canaries and {self.num_members} other records show nothing: give at least 1 of "
-                "both as num_canaries and num_members, better hundreds."
+                "both, better hundreds."
             )
         dataset, template = drawn(self.dataset_name), PRESETS[self.dataset_name].template
         ends = np.cumsum([self.num_canaries, self.num_members, self.num_members])
         if ends[-1] > len(dataset):
             raise ValueError(
                 f"{self.num_canaries} canaries and twice {self.num_members} records are more than the {len(dataset)} "
-                f"of {self.dataset_name}: lower num_canaries or num_members."
+                f"of {self.dataset_name}: ask for fewer of them."
             )
         names = dataset.features["label"].names
         mislabelled = dataset.select(range(ends[0])).map(partial(_mislabel, classes=len(names)), with_indices=True)

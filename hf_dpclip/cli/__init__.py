@@ -6,7 +6,6 @@ the exit code: 0 for yes, 1 for no. Modules import what is heavy when they run, 
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -20,8 +19,6 @@ COMMANDS: list[str] = ["audit", "card", "check", "ledger", "plan"]
 WRONG_USAGE = 2
 # What shells report of a program that stopped because nobody reads on, such as `head`.
 NOBODY_READS = 141
-# A word that stands for itself, not in a path or in quotes, and the equals sign behind it.
-_WORD = re.compile(r"(?<![\w/.'\"-])(\w+)\b(=?)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = arguments.run(arguments)
         # Not when Python ends, which would complain by itself.
-        sys.stdout.flush()
+        print(end="", flush=True)
         return code
     except BrokenPipeError:
         # What is left to be flushed goes nowhere.
@@ -55,16 +52,9 @@ def _with_dashes(word: str) -> str:
 
 
 def _with_options(message: str, names: set[str]) -> str:
-    """A message of the library in terms of the command line: `num_canaries=3` is `--num-canaries 3`. A name of one
-    word is taken for one only where it has a value, as in `accountant='prv'`."""
-
-    def translated(match: re.Match) -> str:
-        name, has_value = match.groups()
-        if name not in names or not (has_value or "_" in name):
-            return match[0]
-        return f"--{name.replace('_', '-')}{' ' if has_value else ''}"
-
-    return _WORD.sub(translated, message)
+    """A message of the library about an argument, `num_steps=0 is not possible`, in terms of the command line."""
+    name, equals, rest = message.partition("=")
+    return f"--{name.replace('_', '-')} {rest}" if equals and name in names else message
 
 
 def _parser() -> argparse.ArgumentParser:

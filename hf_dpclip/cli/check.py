@@ -83,7 +83,7 @@ def _without_label_or_unit(
 def _merged(*found: dict[int, str]) -> dict[int, str]:
     """All reasons of each record, in the order of the records."""
     numbers = sorted({number for each in found for number in each})
-    return {number: "; ".join(each[number] for each in found if number in each) for number in numbers}
+    return {number: "; ".join(each[number].rstrip(".") for each in found if number in each) for number in numbers}
 
 
 def _load_processor(model: str) -> "ProcessorMixin":

@@ -56,7 +56,9 @@ def _print_tables(found: list["Total"]) -> None:
 
     for total in found:
         names, *rows = _rows(total)
-        table = Table(*names, title=escape(_verdict(total)), title_justify="left", title_style="bold")
+        table = Table(title=escape(_verdict(total)), title_justify="left", title_style="bold")
+        for name in names:
+            table.add_column(name, overflow="fold")
         for row in rows:
             table.add_row(*map(escape, row))
         Console().print(table)

@@ -56,9 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"--num-examples {arguments.num_examples} is not possible: one unit among others is what is protected, so "
             "give at least 2."
         )
-    folder = Path(arguments.plot or "").parent
-    if not folder.is_dir():
-        raise ValueError(f"--plot {arguments.plot}: {folder} is no folder here: make it first, or name another.")
+    if arguments.plot is not None:
+        _check_plot(Path(arguments.plot))
     plan = _make_plan(arguments)
     if arguments.json:
         from ..privacy.plan import finite_or_none
@@ -71,6 +70,14 @@ def run(arguments: argparse.Namespace) -> int:
 
         plot_epsilon(plan, arguments.plot)
     return 0
+
+
+def _check_plot(path: Path) -> None:
+    """Raises `ValueError` for a figure that could not be written, before the plan is made."""
+    if not path.parent.is_dir():
+        raise ValueError(f"--plot {path}: {path.parent} is no folder here: make it first, or name another.")
+    if path.is_dir():
+        raise ValueError(f"--plot {path} is a folder: name a file in it, e.g. {path / 'epsilon.png'}.")
 
 
 def _make_plan(arguments: argparse.Namespace):
