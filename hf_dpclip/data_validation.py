@@ -158,8 +158,7 @@ def longest_text(model: nn.Module, collator: Callable) -> int | None:
     read, modules = base.config.text_config, base.text_model.named_modules()
     # Where a table was made longer, the configuration may not say so.
     tables = [module for name, module in modules if isinstance(module, nn.Embedding) and "position_embedding" in name]
-    more = max((table.num_embeddings - read.max_position_embeddings for table in tables), default=0)
-    return _num_positions(read) + max(more, 0)
+    return _num_positions(read) + max([0, *(table.num_embeddings - read.max_position_embeddings for table in tables)])
 
 
 def _dual_encoder(model: nn.Module) -> PreTrainedModel | None:

@@ -89,12 +89,12 @@ def evaluations_of(trainer: "PublishingTrainer") -> list[Evaluation]:
     private records may have been used. Those of the best weights, after these were loaded, have their step."""
     if STATISTICS_WERE_LOGGED in trainer.privacy_statement().not_private_because:
         return []
+    best = trainer.best_weights
     evaluations: list[Evaluation] = []
     for number, logs in enumerate(trainer.state.log_history):
         metrics = {name.removeprefix("eval_"): logs[name] for name in logs if name.startswith("eval_")}
         metrics = {name: value for name, value in metrics.items() if not f"_{name}".endswith(_TIMES)}
-        best = trainer.best_weights if trainer.best_weights and number >= trainer.best_weights.logs_before else None
-        step = best.step if best else int(logs["step"])
+        step = best.step if best and number >= best.logs_before else int(logs["step"])
         repeated = any(each.step == step and metrics.items() <= each.metrics.items() for each in evaluations)
         if metrics and not repeated:
             epsilon = None if NOT_PRIVATE in logs else logs.get("epsilon", 0.0)

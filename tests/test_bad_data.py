@@ -745,9 +745,10 @@ class ReadsOtherNames(torch.nn.Module):
         return {"loss": self.head(images).square().mean()}
 
 
-def test_other_images_with_the_same_captions_are_accepted(tmp_path):
+def test_other_images_with_the_same_captions_are_accepted(tmp_path, caplog):
     private, held_out = ([{"images": torch.rand(3), "input_ids": torch.ones(2)} for _ in range(8)] for _ in range(2))
     trainer(tmp_path, private, ReadsOtherNames(), options={"eval_dataset": held_out}, microbatch_size=4)
+    assert "private training dataset" not in caplog.text
 
 
 @pytest.mark.parametrize("around", [lambda lazy: lazy, lambda lazy: ConcatDataset([Subset(lazy, [*range(16)])])])
