@@ -25,6 +25,7 @@ from gradient_checks import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners import lora
+from PIL import Image
 from torch import nn
 from torch.nn.modules import module as modules
 from transformers import AttentionInterface, PreTrainedModel
@@ -485,6 +486,16 @@ def test_a_function_of_the_libraries_that_was_replaced_is_an_obstacle(place, nam
     for replaced in (patch, *(way(patch) for way in ways), Fused.apply, MagicMock(side_effect=patch)):
         monkeypatch.setattr(place, name, replaced)
         assert vectorization_obstacle(model).startswith(f"{place.__name__}.{name} was replaced by another function")
+
+
+class Batches(dict):
+    """Has methods of its own that are written in C, as `torch.autograd.Function` has since torch 2.15."""
+
+
+@pytest.mark.parametrize("replaced", [Image.core.blend, Batches.fromkeys])
+def test_a_function_that_is_written_in_c_is_an_obstacle_if_it_is_another_librarys(replaced, monkeypatch):
+    monkeypatch.setattr(torch, "matmul", replaced)
+    assert vectorization_obstacle(lora_clip()).startswith("torch.matmul was replaced by another function")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial, partialmethod
 from inspect import getattr_static
-from types import FunctionType, MethodType
+from types import BuiltinMethodType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -95,11 +95,16 @@ def _inner(value: Any) -> list[Any]:
 
 
 def _package(value: Any) -> str:
-    """Of a function, by its file: decorators copy what it says of itself. Of a method, by its object."""
-    if isinstance(value, MethodType):
+    """Of a function, by its file: decorators copy what it says of itself. Of a method, by its object, which for a
+    function that is written in C may be its file too."""
+    # What C functions belong to that are bound in other ways says nothing of where they come from.
+    is_bound_in_c = isinstance(value, BuiltinMethodType) and isinstance(value.__self__, type | ModuleType)
+    if isinstance(value, MethodType) or is_bound_in_c:
         value = value.__self__
     if isinstance(value, FunctionType):
         name = value.__globals__["__name__"]
+    elif isinstance(value, ModuleType):
+        name = value.__name__
     else:
         name = value.__module__ if isinstance(value, type) else type(value).__module__
     return name.partition(".")[0]
