@@ -514,6 +514,21 @@ def test_a_replaced_function_that_takes_no_part_in_a_forward_pass_is_none(place,
     assert vectorization_obstacle(model) is None
 
 
+def test_a_patch_without_a_module_of_its_own_is_an_obstacle(monkeypatch):
+    made = {}
+    exec("def patch(*args): return args", made)
+    assert "__name__" not in made
+    monkeypatch.setattr(modeling_clip, "eager_attention_forward", made["patch"])
+    assert "eager_attention_forward was replaced by another function" in vectorization_obstacle(lora_clip())
+
+
+def test_what_was_compiled_before_in_the_process_is_no_obstacle():
+    compiled = torch.compile(modeling_clip.contrastive_loss, backend="eager")
+    compiled(torch.ones(2, 2))
+    assert any(name.startswith("__compiled_fn") for name in vars(modeling_clip))
+    assert vectorization_obstacle(lora_clip()) is None
+
+
 def test_a_function_that_the_attention_calls_is_looked_at(monkeypatch):
     monkeypatch.setattr(sdpa_attention, "repeat_kv", centred(sdpa_attention.repeat_kv))
     assert vectorization_obstacle(tiny_clip()).startswith("transformers.integrations.sdpa_attention.repeat_kv was")

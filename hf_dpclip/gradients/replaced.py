@@ -31,6 +31,8 @@ LIBRARIES = {
 TAKING_PART = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
 # Functions of torch that do not.
 NOT_TAKING_PART = ("load", "save", "compile")
+# How names begin that torch.compile adds to a module for what it made of it, which nothing else calls.
+COMPILED = "__compiled_fn"
 
 
 def replaced_function(model: nn.Module, files: tuple[str, ...]) -> str | None:
@@ -54,7 +56,7 @@ def _called(model: nn.Module, files: tuple[str, ...]) -> Iterator[tuple[str, Any
     names = {kind.__module__ for kind in classes}.intersection(files)
     names |= {function.__module__ for function in attention.values() if isinstance(function, FunctionType)}
     for place in (F, *(sys.modules[name] for name in sorted(names))):
-        yield from _members(place)
+        yield from (each for each in _members(place) if not each[0].rpartition(".")[2].startswith(COMPILED))
     # Others are no methods of tensors, but were added to them.
     yield from (("Tensor." + name, value) for name, value in vars(torch.Tensor).items() if name in vars(TensorBase))
     yield from ((f"torch.{name}", value) for name, value in vars(torch).items() if name not in NOT_TAKING_PART)
@@ -102,7 +104,8 @@ def _package(value: Any) -> str:
     if isinstance(value, MethodType) or is_bound_in_c:
         value = value.__self__
     if isinstance(value, FunctionType):
-        name = value.__globals__["__name__"]
+        # Code that was made at run time may have none.
+        name = value.__globals__.get("__name__", "")
     elif isinstance(value, ModuleType):
         name = value.__name__
     else:
