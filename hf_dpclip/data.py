@@ -263,7 +263,19 @@ def _load(kind: str, place: str, **settings: str) -> DatasetDict:
         return load_dataset(kind, **settings)
     except (DatasetsError, OSError, ValueError) as error:
         raise ValueError(
-            f"{place} cannot be read as {kind} ({error.__cause__ or error}): check the file or folder, which must "
-            "have records, text in UTF-8 and, in a table, commas between columns and double quotes around texts that "
-            "have some."
+            f"{place} cannot be read as {kind} ({error.__cause__ or error}): {_how_to_name(place)}"
         ) from error
+
+
+def _how_to_name(place: str) -> str:
+    """What to do about a file or a folder that cannot be read."""
+    if Path(place).is_dir():
+        return (
+            "a folder must hold images with a metadata.csv (in UTF-8, with commas between columns), or images in a "
+            "folder for each class, or Parquet files. Name a single table by its file; what datasets.load_dataset "
+            "reads otherwise, as tar archives of WebDataset, can be written to a folder by save_to_disk."
+        )
+    return (
+        "check the file, which must have records, text in UTF-8 and, in a table, commas between columns and double "
+        "quotes around texts that have some."
+    )

@@ -621,7 +621,12 @@ DATA = {
     "a folder without images": (
         lambda f: load_pairs(str(Path(table(f, "notes.txt", "none")).parent)),
         "cannot be read as imagefolder",
-        "check the file or folder",
+        "a folder must hold images with a metadata.csv",
+    ),
+    "a folder of archives": (
+        lambda f: load_pairs(str(Path(table(f, "train-000.tar", "none")).parent)),
+        "cannot be read as imagefolder",
+        "as tar archives of WebDataset, can be written to a folder by save_to_disk",
     ),
     "another image column": (
         lambda f: load_pairs(table(f, "pairs.csv", "scan,text\na.png,a\n")),
