@@ -22,6 +22,7 @@ from .arguments import DPTrainingArguments
 from .averaging import load_averages, save_averages
 from .evaluating import EvaluatingTrainer
 from .model_card import write_model_card
+from .models.lora import check_adapters_are_there
 from .privacy import STATEMENT_NAME, PrivacyPlan, PrivacyStatement
 from .privacy_section import NOT_PRIVATE
 from .resuming import check_settings, loading
@@ -118,6 +119,7 @@ class PublishingTrainer(EvaluatingTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.output_dir)
+        check_adapters_are_there(self.model)
         self.keep_changes()
         states_privacy = self.args.should_save and self.plan is not None
         if self.args.should_save:

@@ -19,6 +19,7 @@ from factories import (
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import CLIPModel, TrainerCallback
+from wrong_calls import check_explained
 
 from hf_dpclip import DPTrainingArguments, PrivacyStatement, lora_config
 from hf_dpclip.metrics import VQAAccuracy
@@ -266,6 +267,26 @@ def test_merged_adapters_compute_the_same(trained_adapters):
     merged = model.merge_and_unload()
     assert type(merged) is CLIPModel
     torch.testing.assert_close(logits(merged), expected)
+
+
+def test_adapters_that_were_merged_before_they_were_saved_are_not_saved_as_nothing(make_trainer, tmp_path):
+    trainer = make_trainer(get_peft_model(tiny_clip(), lora_config(tiny_clip(), r=2)))
+    trainer.train()
+    trainer.save_model(tmp_path / "adapters")
+    saved = (tmp_path / "adapters" / "adapter_model.safetensors").read_bytes()
+    merged = trainer.model.merge_and_unload()
+    check_explained(
+        lambda: trainer.save_model(tmp_path / "adapters"),
+        "the model's adapters are gone",
+        "save adapters first, or merge copy.deepcopy(trainer.model)",
+    )
+    # Those that were saved before are still there, with their statement.
+    assert (tmp_path / "adapters" / "adapter_model.safetensors").read_bytes() == saved
+    assert PrivacyStatement.load(tmp_path / "adapters").steps == trainer.privacy_spent().steps
+    # What the message says instead.
+    merged.save_pretrained(tmp_path / "merged")
+    trainer.privacy_statement().save(tmp_path / "merged")
+    assert not PrivacyStatement.load(tmp_path / "merged").not_private_because
 
 
 # ---- Precision ----

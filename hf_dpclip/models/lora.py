@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from peft import LoraConfig, PeftMixedModel, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from ..privacy.plan import is_whole
@@ -91,8 +91,21 @@ def check_is_model(model: Any) -> None:
 
 def holds_adapters(model: nn.Module) -> bool:
     """Whether a model has adapters, or is one inside whose layers they were put, as `get_peft_model` does."""
-    has_layers = any(isinstance(module, BaseTunerLayer) for module in model.modules())
-    return has_layers or isinstance(model, PeftModel | PeftMixedModel)
+    return _has_adapted_layers(model) or isinstance(model, PeftModel | PeftMixedModel)
+
+
+def check_adapters_are_there(model: nn.Module) -> None:
+    """Raises `ValueError` if the adapters of a `PeftModel` were taken out of it, so that it would save none."""
+    if isinstance(model, PeftModel) and isinstance(model.base_model, BaseTuner) and not _has_adapted_layers(model):
+        raise ValueError(
+            "the model's adapters are gone, as merge_and_unload() and unload() take them out of the very model that "
+            "they are called on: save adapters first, or merge copy.deepcopy(trainer.model). What was merged is saved "
+            "by merged.save_pretrained(folder), and its statement by trainer.privacy_statement().save(folder)."
+        )
+
+
+def _has_adapted_layers(model: nn.Module) -> bool:
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def base_model(model: nn.Module) -> nn.Module:
