@@ -30,7 +30,7 @@ def test_the_gradient_of_the_pieces_is_that_of_the_whole(make, size, static_shap
     expected = gradient(model)
     contrastive = as_contrastive(model, static_shapes)
     loss = accumulate_chunked_gradient(contrastive, pieces(inputs, size), torch.Tensor.backward)
-    assert torch.allclose(loss, expected_loss, rtol=1e-5)
+    assert torch.allclose(loss, expected_loss, rtol=1e-5) and not loss.requires_grad
     assert_close(gradient(model), expected)
 
 
@@ -74,6 +74,34 @@ def test_the_temperature_alone_can_be_trained(size):
     expected = gradient(model)
     contrastive = as_contrastive(model)
     accumulate_chunked_gradient(contrastive, pieces(inputs, size), torch.Tensor.backward)
+    assert_close(gradient(model), expected)
+
+
+@pytest.mark.parametrize("size", [8, 4])
+@pytest.mark.parametrize("share", [5, 13])
+def test_the_parts_of_several_processes_add_up_to_the_gradient_of_the_whole(size, share):
+    """Also if one has no pair, and where both have a pair of one caption, which are no negatives of each other."""
+    model = tiny_clip()
+    contrastive = as_contrastive(model)
+    _, inputs = microbatch(13)
+    inputs["input_ids"][12] = inputs["input_ids"][0]
+    expected_loss = contrastive.compute_loss(inputs)
+    expected_loss.backward()
+    expected = gradient(model)
+    with torch.no_grad():
+        gathered = {
+            torch.float32: torch.cat(contrastive.encode(inputs), dim=1),
+            torch.int64: contrastive.captions(inputs),
+        }
+    for process, rows in enumerate([slice(0, share), slice(share, 13)]):
+
+        def gather(own, rows=rows):
+            assert torch.allclose(own, gathered[own.dtype][rows], atol=1e-6)
+            return gathered[own.dtype].clone(), rows.start
+
+        chunks = pieces({name: value[rows] for name, value in inputs.items()}, size)
+        loss = accumulate_chunked_gradient(contrastive, chunks, torch.Tensor.backward, gather, process)
+        assert torch.allclose(loss, expected_loss, rtol=1e-5)
     assert_close(gradient(model), expected)
 
 
