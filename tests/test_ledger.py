@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 from hf_dpclip import PrivacyPlan, PrivacyStatement
 from hf_dpclip.cli import main
 from hf_dpclip.privacy import LEDGER_NAME, GaussianMechanism, Ledger, totals
+from hf_dpclip.spending import recorded
 
 
 PLAN = plan()
@@ -533,6 +534,37 @@ def test_a_run_that_another_ledger_knows_brings_its_steps_along(make_trainer, tm
     moved = tmp_path / "_moved.jsonl"
     make_trainer(ledger_path=str(moved), **settings).train(resume_from_checkpoint=True)
     assert Ledger(moved).runs()[0].steps == 5
+
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def over_budget(*args, **kwargs):
+    raise ValueError("would exceed the budget")
+
+
+@pytest.mark.parametrize("refuse", [full, over_budget])
+def test_a_refusal_reaches_the_processes_that_do_not_write(make_trainer, monkeypatch, refuse):
+    """Which would wait for the first one in their next exchange."""
+    trainer, told = make_trainer(), []
+    monkeypatch.setattr(Ledger, "begin", refuse)
+    monkeypatch.setattr("hf_dpclip.spending.broadcast_object_list", lambda objects: told.append(objects) or objects)
+    with pytest.raises((OSError, ValueError)) as raised, recorded(trainer, "run", 2):
+        pytest.fail("began")
+    assert told == [[raised.value]]
+    monkeypatch.setattr("hf_dpclip.spending.broadcast_object_list", lambda objects: told[0])
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    with pytest.raises(type(raised.value), match=re.escape(str(raised.value))), recorded(trainer, "run", 2):
+        pytest.fail("began")
+
+
+def test_the_first_process_writes_for_all(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer()
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    with recorded(trainer, "run", 2) as before_step:
+        before_step()
+    assert not (tmp_path / LEDGER_NAME).exists()
 
 
 # ---- The command ----
