@@ -13,12 +13,12 @@ import pytest
 import torch
 from datasets import Dataset, Image
 from disk import room_for
-from factories import IMAGE_SIZE, SAVING, pairs, tiny_processor
+from factories import IMAGE_SIZE, SAVING, arguments, pairs, tiny_clip, tiny_processor
 from PIL import Image as PILImage
 from scripts import DISTRIBUTED
 from transformers import TrainerCallback
 
-from hf_dpclip import PrivacyStatement
+from hf_dpclip import DPCLIPTrainer, PrivacyStatement
 from hf_dpclip.checkpoints import why_incomplete
 from hf_dpclip.privacy import LEDGER_NAME, Ledger
 from hf_dpclip.resuming import last_complete_checkpoint
@@ -80,6 +80,13 @@ def test_weights_are_never_beside_the_claim_of_others(make_trainer, tmp_path, mo
     assert (tmp_path / "model.safetensors").is_file()
     with pytest.raises(FileNotFoundError, match=r"what the weights beside it cost is not known"):
         PrivacyStatement.load(tmp_path)
+
+
+def test_weights_of_unknown_cost_are_not_beside_the_claim_of_others_either(make_trainer, tmp_path, caplog):
+    make_trainer().save_model()
+    DPCLIPTrainer(tiny_clip(), arguments(tmp_path)).save_model()
+    assert "privacy.json in" in caplog.text and "is removed" in caplog.text
+    assert not (tmp_path / "privacy.json").exists()
 
 
 # ---- Loading data ----

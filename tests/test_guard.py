@@ -148,6 +148,23 @@ def test_arguments_that_are_changed_later_mark_the_run_for_good(make_trainer, na
     assert [reason for reason in run.privacy_statement().not_private_because if name in reason]
 
 
+@pytest.mark.parametrize(
+    "show",
+    [
+        lambda run: run.predict(run.train_dataset),
+        lambda run: run.evaluate(run.train_dataset),
+        lambda run: run.log({"loss": 1.0}),
+    ],
+    ids=["predictions", "metrics", "logs"],
+)
+def test_what_was_shown_of_private_records_marks_the_run_for_good(make_trainer, show):
+    run = make_trainer(log_private_statistics=True)
+    show(run)
+    run.args.log_private_statistics = False
+    (reason,) = run.privacy_statement().not_private_because
+    assert reason.startswith("log_private_statistics")
+
+
 def test_another_training_dataset_is_refused(make_trainer):
     run = make_trainer()
     run.train_dataset = pairs(64, seed=1)
