@@ -67,6 +67,15 @@ def test_the_best_checkpoint_is_loaded_and_costs_all_steps(make_scored, tmp_path
     assert PrivacyStatement.load(tmp_path / "checkpoint-2").steps == 2
 
 
+@pytest.mark.parametrize("best, step", [(True, 1), (False, 2)], ids=["best", "last"])
+def test_a_finished_run_resumes_with_the_weights_that_are_asked_for(make_scored, tmp_path, best, step):
+    make_scored([0.5, 0.25]).train()
+    resumed = make_scored([], load_best_model_at_end=best)
+    resumed.train(resume_from_checkpoint=True)
+    asked_for = type(resumed.model).from_pretrained(tmp_path / f"checkpoint-{step}")
+    assert torch.equal(flat_weights(resumed.model), flat_weights(asked_for))
+
+
 def test_early_stopping_spends_the_steps_that_were_taken(make_scored):
     scores = [0.3, 0.2, 0.1, 0.1, 0.1]
     trainer = make_scored(scores, [EarlyStoppingCallback(early_stopping_patience=2)], max_steps=10)

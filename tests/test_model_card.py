@@ -194,6 +194,23 @@ def test_best_weights_that_are_no_longer_there_are_not_claimed(make_trainer):
     assert "The weights are the best ones" not in card_of(trainer)
 
 
+def test_weights_that_were_trained_on_since_are_not_the_best_ones(make_trainer):
+    class Interrupting(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    scores = iter([0.5, 0.25, 0.1])
+    options = {"eval_dataset": pairs(8, seed=1), "compute_metrics": lambda _: {"score": next(scores)}}
+    trainer = make_trainer(trainer_options=options, **LOADING_BEST)
+    trainer.train()
+    trainer.add_callback(Interrupting())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    card = card_of(trainer)
+    assert "## Evaluation" in card and "The weights are the best ones" not in card
+
+
 def test_an_evaluation_before_training_stands_at_epsilon_zero(make_trainer):
     trainer = make_trainer(trainer_options={"eval_dataset": pairs(8, seed=1)})
     loss = trainer.evaluate()["eval_loss"]
