@@ -36,7 +36,7 @@ def modules_in_use(trainer: Trainer) -> tuple[nn.ModuleList, nn.ModuleList]:
     loss = getattr(loss, "__self__", loss)
     own = {id(each): each for each in (trainer.model, loss, *given, *_attributes(loss)) if _is_module(each)}
     others = [value for name, value in vars(trainer).items() if name not in NOT_HELD]
-    reached = _modules_within([*others, trainer.compute_loss_func, type(trainer).compute_loss])
+    reached = _modules_within([*others, type(trainer).compute_loss])
     return nn.ModuleList(own.values()), nn.ModuleList(each for key, each in reached.items() if key not in own)
 
 

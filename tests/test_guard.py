@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import TrainerCallback
 
 from hf_dpclip import DPCLIPTrainer, PrivacyStatement
+from hf_dpclip.modules_in_use import modules_in_use
 from hf_dpclip.privacy import clip_
 
 
@@ -320,7 +321,18 @@ def closing_over(criterion):
     return lambda outputs, labels=None, **kwargs: criterion(outputs)
 
 
-OF_FUNCTION, OF_DEFAULT, OF_KEYWORD, OF_TRAINER = (RememberingLoss() for _ in range(4))
+def of_criterion(criterion, outputs, labels=None, **kwargs):
+    return criterion(outputs)
+
+
+OF_FUNCTION, OF_DEFAULT, OF_KEYWORD, OF_TRAINER, OF_METHOD = (RememberingLoss() for _ in range(5))
+
+
+class WithMethod:
+    """Holds nothing, but its method uses a variable of the file."""
+
+    def loss(self, outputs, labels=None, **kwargs):
+        return OF_METHOD(outputs)
 
 
 def with_variable_of_the_file(outputs, labels=None, **kwargs):
@@ -346,6 +358,10 @@ HOLDERS = {
     "partial": functools.partial(with_criterion, criterion=RememberingLoss()),
     "closure": closing_over(RememberingLoss()),
     "closure over a method": closing_over(Helper().loss),
+    "closure over a module's method": closing_over(RememberingLoss().by_another_name),
+    "closure over an object": closing_over(CallableLoss()),
+    "closure over a partial": closing_over(functools.partial(of_criterion, RememberingLoss())),
+    "method with a variable of the file": WithMethod().loss,
     "variable of the file": with_variable_of_the_file,
     "default": with_default,
     "default of a keyword": with_keyword_default,
@@ -362,6 +378,26 @@ def test_losses_that_hold_what_remembers_the_data_are_refused(tmp_path, function
     run = DPCLIPTrainer(ShowsRecords(), args, train_dataset=records, compute_loss_func=function)
     with pytest.raises(RuntimeError, match=CHANGED):
         run.train()
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda criterion: criterion,
+        lambda criterion: criterion.by_another_name,
+        lambda criterion: functools.partial(with_criterion, criterion=criterion),
+        lambda criterion: functools.partial(of_criterion, criterion),
+    ],
+    ids=["module", "method", "partial", "partial by position"],
+)
+def test_the_loss_is_in_use_and_not_among_what_may_change_between_steps(make_trainer, of):
+    criterion = RememberingLoss()
+    run = make_trainer(ShowsRecords(), vectors(*[[1.0] * 4] * 8), {"compute_loss_func": of(criterion)})
+    # As on several processes.
+    run.model_wrapped = nn.ModuleList([run.model])
+    run.teacher = Given()
+    in_use, held = map(list, modules_in_use(run))
+    assert in_use == [run.model, criterion] and held == [run.teacher]
 
 
 class WithCriterion(DPCLIPTrainer):
