@@ -137,6 +137,8 @@ def test_a_public_image_whose_caption_is_the_pairs_own_is_no_negative():
         ([7, 1, 2, 9], [7, 1, 2, 9, 0, 0], True),  # padded with the padding token
         ([7, 1, 2, 9], [7, 1, 2, 9, 9, 9], True),  # padded with the last token
         ([7, 1, 2, 9], [7, 2, 1, 9], False),
+        ([7, 1, 2, 9], [7, 1, 2, 8], False),
+        ([7, 1, 9, 2, 9], [7, 1, 3, 2, 9], False),
         ([7, 1, 2, 9], [7, 1, 2, 3, 9], False),
         ([7, 1, 1, 9], [7, 1, 9, 9], False),
         ([7, 9], [7, 1, 9], False),

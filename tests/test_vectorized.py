@@ -212,6 +212,24 @@ def test_a_parameter_that_is_used_twice():
     assert_same(model, microbatches([2, 3, 3]))
 
 
+@pytest.mark.parametrize(
+    "use",
+    [lambda x, weight: x + weight, lambda x, weight: x * weight.expand(*x.shape)],
+    ids=["sum", "repetition"],
+)
+@pytest.mark.parametrize("shape", [(3,), (4, 3), (1, 4, 3)], ids=str)
+def test_a_parameter_for_every_row_has_a_gradient_for_each_microbatch(use, shape):
+    weight, x = nn.Parameter(torch.randn(shape)), torch.randn(3, 4, 3)
+    recording = Recording([weight], Layout([1, 2], 3, torch.device("cpu")), [])
+    with recording:
+        loss = use(x, weight).square().sum()
+    loss.backward()
+    (gradient,) = recording.gradients[id(weight)]
+    (expected,) = zip(*(torch.autograd.grad(use(rows, weight).square().sum(), weight) for rows in x.split([1, 2])))
+    assert torch.allclose(gradient.dense().view(2, *shape), torch.stack(expected), rtol=1e-5)
+    assert weight.grad is None
+
+
 IDS = torch.tensor([[0, 0, 1]] * 3)
 
 
