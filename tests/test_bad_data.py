@@ -514,8 +514,8 @@ DATA = {
         "CLIPForVisualQuestionAnswering.from_clip(clip, answers=[...])",
     ),
     "labels that the model has not": (
-        lambda f: questions(["yes"] * 4, f, {"yes": 99}),
-        "label2id has label 99, but the model gives 3 answers",
+        lambda f: questions(["yes"] * 4, f, {"yes": 3}),
+        "label2id has label 3, but the model gives 3 answers",
         "pass model.config.label2id",
     ),
     "a list of labels": (

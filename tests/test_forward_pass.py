@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from checks import one_update
@@ -22,6 +23,7 @@ from transformers import TrainerCallback
 from hf_dpclip import DPCLIPTrainer
 from hf_dpclip.forward_pass import AllAtOnce, ChunkByChunk, OneByOne, static_by_default
 from hf_dpclip.gradients import microbatch_gradients, vectorization_obstacle
+from hf_dpclip.gradients.contrastive import static_rows
 
 
 MANY = {**REPRODUCIBLE, "per_device_train_batch_size": 16, "microbatch_size": 4}
@@ -242,6 +244,14 @@ def test_small_microbatches_one_by_one_are_not_padded_unasked(tmp_path, monkeypa
     for asked, padded in ((None, False), (True, True)):
         _, trainer = one_update(tmp_path, vectorized=False, static_shapes=asked, **MANY)
         assert trainer._contrastive_model.static_shapes is padded
+
+
+@pytest.mark.parametrize("expected", [2, 64, 1000, 20_000])
+def test_poisson_samples_are_padded_to_a_handful_of_sizes_and_by_little(expected):
+    drawn = np.random.default_rng(0).poisson(expected, 2000).clip(min=1)
+    padded = np.asarray([static_rows(rows) for rows in drawn.tolist()])
+    assert (padded >= drawn).all() and (padded - drawn < np.maximum(8, 3 * np.sqrt(drawn))).all()
+    assert len({*padded.tolist()}) <= 8
 
 
 def test_static_shapes_do_not_recompile(tmp_path):
