@@ -488,6 +488,8 @@ class Centred:
         (modeling_clip.CLIPMLP, "forward"),
         (nn.Linear, "forward"),
         (lora.layer.Linear, "forward"),
+        (nn.Module, "__call__"),
+        (nn.Module, "_wrapped_call_impl"),
         (nn.Module, "_call_impl"),
         (modeling_clip, "eager_attention_forward"),
         (nn.functional, "scaled_dot_product_attention"),
@@ -500,7 +502,8 @@ def test_a_function_of_the_libraries_that_was_replaced_is_an_obstacle(place, nam
     assert vectorization_obstacle(model) is None
     patch = centred(getattr(place, name))
     # Decorators of the libraries around it hide nothing.
-    ways = [torch.no_grad(), functools.partial, Centred, functools.cache, lambda patch: Centred(patch).__call__]
+    partials = [functools.partial, functools.partialmethod]
+    ways = [torch.no_grad(), *partials, Centred, functools.cache, lambda patch: Centred(patch).__call__]
     for replaced in (patch, *(way(patch) for way in ways), Fused.apply, MagicMock(side_effect=patch)):
         monkeypatch.setattr(place, name, replaced)
         assert vectorization_obstacle(model).startswith(f"{place.__name__}.{name} was replaced by another function")
