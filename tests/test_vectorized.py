@@ -594,12 +594,19 @@ def test_what_computes_nothing_else_is_no_obstacle(change):
     assert vectorization_obstacle(model) is None
 
 
-def test_a_forward_over_that_of_accelerate_is_an_obstacle():
-    model = tiny_clip()
+def under_accelerate(model):
     model._original_forward = model.forward
     model.forward = convert_outputs_to_fp32(model.forward)
+
+
+@pytest.mark.parametrize("changes", [(under_accelerate, wrapped), (wrapped, under_accelerate)], ids=["over", "under"])
+def test_a_forward_beside_that_of_accelerate_is_an_obstacle(changes):
+    model = tiny_clip()
+    under_accelerate(model)
     assert vectorization_obstacle(model) is None
-    wrapped(model)
+    model = tiny_clip()
+    for change in changes:
+        change(model)
     assert "the model has a hook, or a method of its own" in vectorization_obstacle(model)
 
 
