@@ -31,7 +31,7 @@ from .resuming import (
     loading,
     warn_of_unfinished_run,
 )
-from .spending import new_run_id, recorded
+from .spending import flag, new_run_id, recorded
 
 
 logger = logging.get_logger(__name__)
@@ -120,7 +120,15 @@ class RunningTrainer(PublishingTrainer):
 
     def keep_reasons(self) -> None:
         """As in [`EvaluatingTrainer`]."""
-        self._not_private_because = self._reasons
+        self._keep(self.args.not_private_because)
+
+    def _keep(self, reasons: tuple[str, ...]) -> None:
+        """Keeps reasons why no guarantee holds. The ledger may not have them yet: they come up in a run, or after its
+        end, when private records are evaluated."""
+        new = [reason for reason in reasons if reason not in self._not_private_because]
+        if new:
+            self._not_private_because += tuple(new)
+            flag(self, self._run_id, new)
 
     @property
     def _reasons(self) -> tuple[str, ...]:
@@ -236,7 +244,7 @@ class RunningTrainer(PublishingTrainer):
         """As in [`PublishingTrainer`]."""
         changed = self._guard is not None and self._guard.distrust_if_changed()
         if changed or is_distrusted(self.model):
-            self._not_private_because += (CHANGED,)
+            self._keep((CHANGED,))
 
     def _check_unchanged(self) -> None:
         """Raises `ValueError` if arguments were changed after the plan was made, and would have no effect, or if they

@@ -1,7 +1,7 @@
 """Recording the steps of a run in the ledger."""
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +49,20 @@ def recorded(trainer: "DPCLIPTrainer", run: str, planned: int) -> Iterator[Calla
     finally:
         if recorder:
             _end(recorder)
+
+
+def flag(trainer: "DPCLIPTrainer", run: str, reasons: Iterable[str]) -> None:
+    """Records reasons why no guarantee holds that came up after a run began, if the ledger has it.
+
+    Only warns where that fails: the statement beside the weights has the reasons in any case.
+    """
+    ledger = ledger_of(trainer)
+    if not (trainer.is_world_process_zero() and ledger.path.is_file()):
+        return
+    try:
+        ledger.flag(run, reasons)
+    except (OSError, ValueError) as error:
+        logger.warning(f"{error} The ledger does not say that run {run[:8]} is not private.")
 
 
 def _begin(trainer: "DPCLIPTrainer", run: str, planned: int) -> RunRecorder | None:

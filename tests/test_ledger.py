@@ -19,7 +19,7 @@ import torch
 from checks import flat_weights
 from disk import room_for
 from dp_accounting import pld
-from factories import SAVING, pairs
+from factories import SAVING, pairs, tiny_clip
 from plans import plan
 from scripts import DISTRIBUTED
 from transformers import TrainerCallback
@@ -491,6 +491,63 @@ def test_runs_that_are_not_private_are_flagged_and_allowed(make_trainer, tmp_pat
     assert total.epsilon == math.inf
     assert [len(total.runs), len(total.not_private_runs)] == [2, 1]
     assert total.epsilon_of_private_runs < math.inf
+
+
+def test_a_run_is_flagged_too_if_its_training_records_are_evaluated_later(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.train()
+    trainer.args.log_private_statistics = True
+    trainer.evaluate(trainer.train_dataset)
+    (record,) = Ledger(tmp_path / LEDGER_NAME).runs()
+    assert record.not_private_because == trainer.privacy_statement().not_private_because != ()
+    assert (record.steps, record.reserved) == (2, 0)
+    before = (tmp_path / LEDGER_NAME).read_bytes()
+    trainer.evaluate(trainer.train_dataset)
+    assert (tmp_path / LEDGER_NAME).read_bytes() == before
+
+
+def test_a_run_that_becomes_not_private_is_flagged_at_once(make_trainer, tmp_path):
+    class Logs(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            args.log_private_statistics = True
+
+        def on_step_end(self, args, state, control, **kwargs):
+            recorded.extend(Ledger(tmp_path / LEDGER_NAME).runs())
+
+    recorded = []
+    make_trainer(trainer_options={"callbacks": [Logs()]}, max_steps=1).train()
+    assert [len(record.not_private_because) for record in recorded] == [1]
+
+
+def test_so_is_one_whose_model_changed_past_the_mechanism(make_trainer, tmp_path):
+    def count(module, *_):
+        module.seen += 1
+
+    model = tiny_clip()
+    model.visual_projection.register_buffer("seen", torch.zeros(()))
+    model.visual_projection.register_forward_hook(count)
+    with pytest.raises(RuntimeError, match="a buffer"):
+        make_trainer(model).train()
+    (total,) = totals(Ledger(tmp_path / LEDGER_NAME).runs())
+    assert total.epsilon == math.inf
+
+
+def test_a_flag_that_cannot_be_recorded_only_warns(make_trainer, tmp_path, caplog):
+    trainer = make_trainer()
+    trainer.train()
+    Path(tmp_path, LEDGER_NAME).write_text("damaged\n")
+    trainer.args.log_private_statistics = True
+    with caplog.at_level("WARNING"):
+        trainer.evaluate(trainer.train_dataset)
+    assert f"does not say that run {trainer.privacy_statement().run[:8]} is not private" in caplog.text
+    assert trainer.privacy_statement().not_private_because
+
+
+def test_a_ledger_that_does_not_have_a_run_does_not_flag_it(ledger):
+    spend(ledger, "known")
+    before = ledger.path.read_bytes()
+    ledger.flag("unknown", ["no noise"])
+    assert ledger.path.read_bytes() == before
 
 
 def test_trials_of_a_search_add_up(make_trainer, tmp_path):

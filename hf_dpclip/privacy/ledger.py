@@ -103,6 +103,19 @@ class Ledger:
         with self._locked() as file:
             self._append(file, event)
 
+    def flag(self, run: str, not_private_because: Iterable[str]) -> None:
+        """Records reasons why no guarantee holds that came up after a run began, if the ledger has the run.
+
+        Raises `OSError` if the file cannot be written, and `ValueError` if the ledger is damaged.
+        """
+        with self._locked() as file:
+            parts = parse(self.path, _content(file))
+            own = [part for (known, _), part in parts.items() if known == run]
+            new = set(not_private_because) - {why for part in own for why in part.not_private_because}
+            if own and new:
+                event = {"event": "flag", "run": run, "part": len(own) - 1, "not_private_because": sorted(new)}
+                self._append(file, event)
+
     def close(self, run: str) -> None:
         """Ends a run that crashed and will not be resumed, so that its remaining steps no longer count in budgets.
 

@@ -23,6 +23,7 @@ _EVENTS: dict[str, dict[str, Any]] = {
     },
     "steps": {"run": str, "part": int, "steps": int},
     "end": {"run": str, "part": int, "steps": int},
+    "flag": {"run": str, "part": int, "not_private_because": list},
 }
 _PLAN = {
     "sampling_probability": int | float,
@@ -40,6 +41,8 @@ class Part:
 
     begin: dict[str, Any]
     steps: int
+    # Those known when it began, and those found later.
+    not_private_because: list[str]
     open: bool = True
 
     @property
@@ -69,7 +72,7 @@ def _check(event: dict[str, Any]) -> None:
     _check_kinds(event, _EVENTS[event["event"]])
     if event["event"] == "begin":
         _check_kinds(event["plan"], _PLAN)
-    if event["steps"] < 0:
+    if event.get("steps", 0) < 0:
         raise ValueError(f"steps is {event['steps']}")
 
 
@@ -86,9 +89,12 @@ def apply(parts: dict[tuple[str, int], Part], event: dict[str, Any]) -> None:
         for earlier in range(number):
             # A run that is resumed had stopped.
             parts[run, earlier].open = False
-        parts[run, number] = Part(event, event["steps"])
+        parts[run, number] = Part(event, event["steps"], [*event["not_private_because"]])
         return
     part = parts[run, number]
+    if event["event"] == "flag":
+        part.not_private_because += event["not_private_because"]
+        return
     part.steps = event["steps"]
     part.open = part.open and event["event"] != "end"
 
@@ -108,7 +114,7 @@ def _run(parts: list[Part]) -> RunRecord:
         datasets=tuple(dict.fromkeys(part.begin["dataset"] for part in parts)),
         fingerprints=tuple(fingerprint for fingerprint in fingerprints if fingerprint is not None),
         plan=first["plan"],
-        not_private_because=tuple(dict.fromkeys(why for part in parts for why in part.begin["not_private_because"])),
+        not_private_because=tuple(dict.fromkeys(why for part in parts for why in part.not_private_because)),
         steps=sum(part.steps for part in parts),
         reserved=sum(part.reserved for part in parts),
     )
