@@ -138,6 +138,7 @@ PLANS = [
     ({"noise_multiplier": 1e-200}, "noise_multiplier=1e-200", "expected more, e.g. 1.0"),
     ({"noise_multiplier": 0.2, "num_steps": 10**6}, "noise_multiplier=0.2", "expected more, e.g. 1.0"),
     ({"max_grad_norm": 0}, "max_grad_norm=0", "at least 1e-6"),
+    ({"max_grad_norm": 1e31}, "max_grad_norm=1e+31", "at most 1e30"),
     ({"max_grad_norm": math.inf}, "max_grad_norm=inf", "finite"),
     ({"target_delta": 0}, "target_delta=0", "left out, it is n**-1.1"),
     ({"target_delta": 1e-3}, "target_delta=0.001", "below 1/n"),

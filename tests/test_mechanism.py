@@ -67,6 +67,16 @@ def test_automatic_clipping_normalises_up_to_gamma():
     assert small.norm() == pytest.approx(2 * 0.005 / 0.015)
 
 
+@pytest.mark.parametrize("count", [0, 1, 1000])
+def test_at_the_largest_bound_no_sum_leaves_float32(count):
+    """It would be seen through any noise: that of gradients that are all scaled up to C, or that of one of zeros."""
+    largest = noiseless_plan(max_grad_norm=1e30, clipping="automatic")
+    gradients = [[vector(float(number > 0), 0.0)] for number in range(count)]
+    assert released(largest, parameters(2), gradients).isfinite().all()
+    with pytest.raises(ValueError, match="at most 1e30"):
+        noiseless_plan(max_grad_norm=1.1e30)
+
+
 @given(
     st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=8),
     st.sampled_from(["flat", "automatic"]),

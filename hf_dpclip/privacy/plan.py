@@ -191,9 +191,10 @@ class PrivacyPlan:
             "left out, it is n**-1.1" if n > 1 else "train on at least 2 privacy units, since δ of one alone is 1"
         )
         yield "target_delta", delta, f"positive and below 1/n = {1 / n:.3g}; {left_out}"
-        # Below 1e-6, float32 squares of coordinates that matter would vanish from the norm.
-        bound = is_positive(self.max_grad_norm) and self.max_grad_norm >= 1e-6
-        yield "max_grad_norm", bound, "a finite number of at least 1e-6, e.g. 1.0"
+        # Below 1e-6, float32 squares of coordinates that matter would vanish from the norm. Beyond 1e30, the sum of
+        # gradients that automatic clipping scales up to C could leave float32, which no noise would hide.
+        bound = is_positive(self.max_grad_norm) and 1e-6 <= self.max_grad_norm <= 1e30
+        yield "max_grad_norm", bound, "a finite number of at least 1e-6 and at most 1e30, e.g. 1.0"
         noise = is_positive(self.noise_multiplier) or (self.noise_multiplier == 0 and self.non_private)
         yield "noise_multiplier", noise, "a positive, finite number (0 only with non_private=True)"
         target = self.target_epsilon is None or is_positive(self.target_epsilon)
