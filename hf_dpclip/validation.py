@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate.utils import is_compiled_module
 from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -44,6 +45,11 @@ def check_call(
         raise ValueError(
             "parameters of the model are on the meta device, without values: load them with from_pretrained, outside "
             "torch.device('meta') and init_empty_weights."
+        )
+    if model is not None and is_compiled_module(model):
+        raise ValueError(
+            "the model was compiled before, which hides what it is: pass the model itself, with torch_compile=True "
+            "among the arguments, or compiled in place by model.compile()."
         )
     if data_collator is not None and not callable(data_collator):
         raise ValueError(

@@ -224,6 +224,11 @@ MODELS = {
         "CLIPVisionModel reads no input_ids",
         "e.g. CLIPModel",
     ),
+    "a model that was compiled": (
+        lambda f: trainer(f, pairs(8), torch.compile(tiny_clip())),
+        "the model was compiled before",
+        "pass the model itself, with torch_compile=True",
+    ),
     "weights without values": (
         lambda f: trainer(f, pairs(8), meta_clip()),
         "on the meta device, without values",
