@@ -16,7 +16,7 @@ from factories import (
     tiny_dual_encoder,
     tiny_siglip,
 )
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import CLIPModel, TrainerCallback
 from wrong_calls import check_explained
@@ -287,6 +287,15 @@ def test_adapters_that_were_merged_before_they_were_saved_are_not_saved_as_nothi
     merged.save_pretrained(tmp_path / "merged")
     trainer.privacy_statement().save(tmp_path / "merged")
     assert not PrivacyStatement.load(tmp_path / "merged").not_private_because
+
+
+def test_modules_that_are_trained_in_full_are_saved_without_adapters_beside_them(make_trainer, tmp_path):
+    config = LoraConfig(target_modules="dummy-target-modules", modules_to_save=["visual_projection"])
+    trainer = make_trainer(get_peft_model(tiny_clip(), config))
+    trainer.train()
+    trainer.save_model()
+    loaded = PeftModel.from_pretrained(tiny_clip(), tmp_path, is_trainable=True)
+    assert torch.equal(flat_weights(loaded), flat_weights(trainer.model))
 
 
 # ---- Precision ----

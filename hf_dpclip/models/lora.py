@@ -5,6 +5,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..privacy.plan import is_whole
@@ -96,7 +97,10 @@ def holds_adapters(model: nn.Module) -> bool:
 
 def check_adapters_are_there(model: nn.Module) -> None:
     """Raises `ValueError` if the adapters of a `PeftModel` were taken out of it, so that it would save none."""
-    if isinstance(model, PeftModel) and isinstance(model.base_model, BaseTuner) and not _has_adapted_layers(model):
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, BaseTuner):
+        return
+    # Modules that are trained in full may be all that is saved.
+    if not (_has_adapted_layers(model) or any(isinstance(module, ModulesToSaveWrapper) for module in model.modules())):
         raise ValueError(
             "the model's adapters are gone, as merge_and_unload() and unload() take them out of the very model that "
             "they are called on: save adapters first, or merge copy.deepcopy(trainer.model). What was merged is saved "
