@@ -73,6 +73,8 @@ class RunningTrainer(PublishingTrainer):
         self._earlier_runs: NamedRuns = {}
         # Reasons that stay; others follow from the arguments as they are now.
         self._not_private_because: tuple[str, ...] = ()
+        # Those that the ledger was told, each with the run.
+        self._flagged: set[tuple[str, str]] = set()
         self._start_counting(plan)
 
     def _begin_run(self, plan: PrivacyPlan) -> None:
@@ -125,10 +127,12 @@ class RunningTrainer(PublishingTrainer):
     def _keep(self, reasons: tuple[str, ...]) -> None:
         """Keeps reasons why no guarantee holds. The ledger may not have them yet: they come up in a run, or after its
         end, when private records are evaluated."""
-        new = [reason for reason in reasons if reason not in self._not_private_because]
+        self._not_private_because = tuple(dict.fromkeys(self._not_private_because + reasons))
+        # By run: another one may have been begun, or resumed, since.
+        new = {(self._run_id, reason) for reason in reasons} - self._flagged
         if new:
-            self._not_private_because += tuple(new)
-            flag(self, self._run_id, new)
+            self._flagged |= new
+            flag(self, [*self._earlier_runs, self._run_id], reasons)
 
     @property
     def _reasons(self) -> tuple[str, ...]:

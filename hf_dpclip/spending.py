@@ -1,7 +1,7 @@
 """Recording the steps of a run in the ledger."""
 
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,18 +51,20 @@ def recorded(trainer: "DPCLIPTrainer", run: str, planned: int) -> Iterator[Calla
             _end(recorder)
 
 
-def flag(trainer: "DPCLIPTrainer", run: str, reasons: Iterable[str]) -> None:
-    """Records reasons why no guarantee holds that came up after a run began, if the ledger has it.
+def flag(trainer: "DPCLIPTrainer", runs: Sequence[str], reasons: Iterable[str]) -> None:
+    """Records reasons why no guarantee holds that came up after a run began, for the last of these runs that the
+    ledger has: a run that was made and not begun is in none, and the weights are still those of the one before.
 
     Only warns where that fails: the statement beside the weights has the reasons in any case.
     """
-    ledger = ledger_of(trainer)
-    if not (trainer.is_world_process_zero() and ledger.path.is_file()):
+    if not trainer.is_world_process_zero():
         return
+    ledger = ledger_of(trainer)
     try:
-        ledger.flag(run, reasons)
+        # Without a file, none was recorded.
+        _ = ledger.path.is_file() and any(ledger.flag(run, reasons) for run in reversed(runs))
     except (OSError, ValueError) as error:
-        logger.warning(f"{error} The ledger does not say that run {run[:8]} is not private.")
+        logger.warning(f"{error} The ledger does not say that run {runs[-1][:8]} is not private.")
 
 
 def _begin(trainer: "DPCLIPTrainer", run: str, planned: int) -> RunRecorder | None:

@@ -422,6 +422,16 @@ def test_a_budget_has_no_room_for_a_run_that_is_not_private(make_trainer):
         make_trainer(noise_seed=1, ledger_epsilon=3.0).train()
 
 
+def test_a_run_that_becomes_not_private_leaves_no_more_of_the_budget_to_others(ledger):
+    budget = 1.2 * plan().epsilon()
+    spend(ledger, "shown", budget=budget)
+    ledger.flag("shown", ["its training records were evaluated"])
+    with pytest.raises(ValueError, match=r"the runs on dataset .* \(2, with this one\) would come to"):
+        ledger.begin("second", plan(), 20, budget=budget)
+    with pytest.raises(ValueError, match="this run would not be private"):
+        ledger.begin("shown", plan(), 1, budget=100.0)
+
+
 def test_a_budget_has_no_room_for_another_unit(ledger):
     spend(ledger, "records", steps=1)
     with pytest.raises(ValueError, match=r"protect different units \(record, patient\), for which there is no common"):
@@ -504,6 +514,38 @@ def test_a_run_is_flagged_too_if_its_training_records_are_evaluated_later(make_t
     before = (tmp_path / LEDGER_NAME).read_bytes()
     trainer.evaluate(trainer.train_dataset)
     assert (tmp_path / LEDGER_NAME).read_bytes() == before
+
+
+def test_the_run_of_the_weights_is_flagged_while_the_next_one_is_only_planned(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.train()
+    trainer.args.log_private_statistics = True
+    trainer.begin_run()
+    trainer.evaluate(trainer.train_dataset)
+    (record,) = Ledger(tmp_path / LEDGER_NAME).runs()
+    assert len(record.not_private_because) == 1
+
+
+def test_a_finished_run_that_is_resumed_is_flagged_too(make_trainer, tmp_path):
+    make_trainer(**SAVING).train()
+    trainer = make_trainer(log_private_statistics=True, **SAVING)
+    # Not that run yet.
+    trainer.evaluate(trainer.train_dataset)
+    assert not Ledger(tmp_path / LEDGER_NAME).runs()[0].not_private_because
+    trainer.train(resume_from_checkpoint=True)
+    trainer.evaluate(trainer.train_dataset)
+    (record,) = Ledger(tmp_path / LEDGER_NAME).runs()
+    assert len(record.not_private_because) == 1
+
+
+def test_only_the_run_in_which_a_reason_came_up_is_flagged(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.train()
+    trainer.args.log_private_statistics = True
+    trainer.begin_run()
+    trainer.train()
+    records = Ledger(tmp_path / LEDGER_NAME).runs()
+    assert [len(record.not_private_because) for record in records] == [0, 1]
 
 
 def test_a_run_that_becomes_not_private_is_flagged_at_once(make_trainer, tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .composition import RunRecord, Total, totals
-from .ledger_lines import apply, parse, run_records
+from .ledger_lines import Part, apply, parse, run_records
 from .plan import PrivacyPlan
 
 
@@ -94,7 +94,7 @@ class Ledger:
             }
             apply(parts, event)
             if budget is not None:
-                self._check_budget(run_records(parts), run, budget, resumed=part > 0)
+                self._check_budget(parts, run, budget, resumed=part > 0)
             self._append(file, event)
         return RunRecorder(self, run, part, event["steps"], max(planned // BLOCKS, 1))
 
@@ -103,8 +103,8 @@ class Ledger:
         with self._locked() as file:
             self._append(file, event)
 
-    def flag(self, run: str, not_private_because: Iterable[str]) -> None:
-        """Records reasons why no guarantee holds that came up after a run began, if the ledger has the run.
+    def flag(self, run: str, not_private_because: Iterable[str]) -> bool:
+        """Records reasons why no guarantee holds that came up after a run began. Returns whether the ledger has it.
 
         Raises `OSError` if the file cannot be written, and `ValueError` if the ledger is damaged.
         """
@@ -115,6 +115,7 @@ class Ledger:
             if own and new:
                 event = {"event": "flag", "run": run, "part": len(own) - 1, "not_private_because": sorted(new)}
                 self._append(file, event)
+        return bool(own)
 
     def close(self, run: str) -> None:
         """Ends a run that crashed and will not be resumed, so that its remaining steps no longer count in budgets.
@@ -182,11 +183,20 @@ class Ledger:
                 "disk and resume with resume_from_checkpoint=True.",
             ) from error
 
-    def _check_budget(self, runs: list[RunRecord], run: str, budget: float, resumed: bool) -> None:
+    def _check_budget(self, parts: dict[tuple[str, int], Part], run: str, budget: float, resumed: bool) -> None:
         """Counts calls of `train` that have not ended with all the steps that are planned in them."""
-        whole = [dataclasses.replace(record, steps=record.steps + record.reserved) for record in runs]
+        runs = run_records(parts)
+        whole = [
+            dataclasses.replace(
+                record,
+                steps=record.steps + record.reserved,
+                # A run that became not private only later spent its part of the budget all the same.
+                not_private_because=tuple(parts[record.run, 0].begin["not_private_because"]),
+            )
+            for record in runs
+        ]
         (total,) = (total for total in totals(whole) if any(record.run == run for record in total.runs))
-        if any(record.run == run for record in total.not_private_runs):
+        if any(record.run == run and record.not_private_because for record in runs):
             raise ValueError(
                 f"ledger_epsilon={budget:g} bounds what is spent on dataset {total.dataset}, and this run would not "
                 "be private, which no ε bounds: leave ledger_epsilon unset for it."
