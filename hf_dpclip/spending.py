@@ -61,8 +61,12 @@ def flag(trainer: "DPCLIPTrainer", runs: Sequence[str], reasons: Iterable[str]) 
         return
     ledger = ledger_of(trainer)
     try:
-        # Without a file, none was recorded.
-        _ = ledger.path.is_file() and any(ledger.flag(run, reasons) for run in reversed(runs))
+        if not ledger.path.is_file():
+            # None was recorded.
+            return
+        for run in reversed(runs):
+            if ledger.flag(run, reasons):
+                return
     except (OSError, ValueError) as error:
         logger.warning(f"{error} The ledger does not say that run {runs[-1][:8]} is not private.")
 
